@@ -1,0 +1,69 @@
+"""poolwise: which pooling and attention should my LLM embedder use, is the difference real, and what does it cost?
+
+    study = poolwise.Study.load("study.toml")
+    poolwise.check(study)                  # sizes, factors, what the statistics can reach
+    poolwise.run(study)                    # trains and scores what is missing
+    print(poolwise.compare(study))         # contrasts against the baseline, by task type
+    poolwise.report(study)                 # Markdown and HTML
+
+    encoder = poolwise.build(study.recipe, study.design("m5"), seed=0)    # a SentenceTransformer
+    encoder = poolwise.load("runs/my-study/trials/.../training/step-1000")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from poolwise.api import compare, evaluate, report, run
+    from poolwise.attention import verdict as probe
+    from poolwise.check import check
+    from poolwise.checkpoint import load
+    from poolwise.encoder import build
+    from poolwise.errors import PoolwiseError
+    from poolwise.export import export
+    from poolwise.study import Design, Recipe, Study
+
+__version__ = "0.1.0"
+_WHERE = {  # imported on first use: torch and mteb cost seconds
+    "Design": "study",
+    "PoolwiseError": "errors",
+    "Recipe": "study",
+    "Study": "study",
+    "build": "encoder",
+    "check": "check",
+    "compare": "api",
+    "evaluate": "api",
+    "export": "export",
+    "load": "checkpoint",
+    "report": "api",
+    "run": "api",
+}
+__all__ = [
+    "Design",
+    "PoolwiseError",
+    "Recipe",
+    "Study",
+    "build",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "load",
+    "probe",
+    "report",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "probe":
+        return import_module("poolwise.attention").verdict
+    if name in _WHERE:
+        return getattr(import_module(f"poolwise.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'poolwise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

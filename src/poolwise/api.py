@@ -1,0 +1,137 @@
+"""What a Python user calls: run, compare, report and evaluate. The command line adds nothing but words to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poolwise import results
+from poolwise.comparison import Comparison
+from poolwise.comparison import compare as compare_scores
+from poolwise.errors import CheckpointError
+from poolwise.runner import results as study_results
+from poolwise.runner import run
+from poolwise.study import Study
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["compare", "evaluate", "report", "run"]
+
+
+def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
+    """The long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results."""
+    if not isinstance(source, Study) and str(source).endswith(".toml"):
+        source = Study.load(source)
+    if isinstance(source, Study):
+        return source, study_results(source)
+    return None, results.read(source)
+
+
+def compare(
+    source: Study | str | Path, *, baseline: str | None = None, by: str = "task_type", missing: str = "error"
+) -> Comparison:
+    """Contrasts of all designs against the baseline, by task type or another column of the table.
+
+    Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
+    """
+    study, frame = scores(source)
+    return _compare(study, frame, baseline, by, missing)
+
+
+def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str) -> Comparison:
+    if study is None:
+        return compare_scores(frame, baseline, by, missing=missing)
+    frame, dropped = last_step(study, frame)
+    controls = frame.filter(frame["role"] != "design")["design"].unique().to_list()
+    if not frame.height:
+        raise CheckpointError(f"{study.name}: no design has been scored at its last step yet; run the study first")
+    # a study that still runs is compared on what all designs have: an interim picture, said to be one
+    comparison = compare_scores(
+        frame, baseline or study.baseline, by, controls=controls, margin=study.margin, missing="drop" if dropped else missing
+    )
+    return comparison
+
+
+def last_step(study: Study, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """The scores at the end of the training (of the untrained ones at step 0), and the trials that have none yet."""
+    import polars as pl
+
+    kept = frame.filter((pl.col("step") == study.recipe.steps) | pl.col("role").is_in(["untuned", "reference"]))
+    have = set(kept.filter(pl.col("role") == "design").select("design", "seed").unique().iter_rows())
+    return kept, [f"{d.name} seed {s}" for d in study.designs for s in study.seeds if (d.name, s) not in have]
+
+
+def report(source: Study | str | Path, *, out: str | Path | None = None, baseline: str | None = None) -> list[Path]:
+    """Write `report.md` and `report.html`: into the study's folder, or into `out`. Returns their paths."""
+    from poolwise.reports import render
+
+    study, frame = scores(source)
+    comparison = _compare(study, frame, baseline, "task_type", "error")
+    if study is None:
+        folder = Path(out) if out else Path.cwd()
+        info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
+        return render(info, frame, comparison, None, None, folder)
+    folder = Path(out) if out else study.folder
+    return render(study_info(study), frame, comparison, _costs(study), None, folder)
+
+
+def study_info(study: Study) -> dict[str, Any]:
+    """What a report says of a study: base, recipe, seeds, versions, the command that repeats it."""
+    from importlib.metadata import version
+
+    packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
+    return {
+        "name": study.name,
+        "base_model": study.recipe.base_model,
+        "baseline": study.baseline,
+        "seeds": list(study.seeds),
+        "recipe": study.recipe.model_dump(mode="json"),
+        "designs": [design.model_dump(mode="json") for design in study.designs],
+        "fingerprint": study.fingerprint,
+        "versions": {name: version(name) for name in packages},
+        "command": f"poolwise run {study.name}.toml",
+    }
+
+
+def _costs(study: Study) -> list[dict[str, Any]]:
+    """The cost table, kept in the study's folder: reading it needs no model library."""
+    path = study.folder / "costs.json"
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if {row["design"] for row in rows} >= {design.name for design in study.designs}:
+            return rows  # type: ignore[no-any-return]
+    from poolwise.preview import costs
+    from poolwise.trial import base_config
+
+    rows = costs(study, base_config(study)[1])
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return rows
+
+
+def evaluate(
+    model: Any, tasks: Sequence[str], *, base_dir: str | Path | None = None, batch_size: int = 32
+) -> list[dict[str, Any]]:
+    """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
+
+    Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
+    Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
+    """
+    from poolwise.evaluation import evaluate as score
+    from poolwise.references import reference
+    from poolwise.tasks import resolve_tasks
+
+    resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
+    identity = str(model)
+    if isinstance(model, (str, Path)):
+        folder = Path(model)
+        if (folder / "run.json").exists():
+            from poolwise.checkpoint import load
+
+            model = load(folder)
+        else:
+            model = reference(str(model))
+    rows = score(model, resolved, identity=identity, batch_size=batch_size, items=False)
+    return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]

@@ -1,0 +1,184 @@
+"""A trained encoder on disk: adapter, pooling weights and `run.json`, which says how to put them together again.
+
+    FOLDER/run.json               recipe, design with every size resolved, seed, base model, SHA-256 of each file
+    FOLDER/adapter/               LoRA in PEFT's own layout (or `backbone.safetensors` where all weights were tuned)
+    FOLDER/pooling.safetensors    the pooling's weights, fp32
+
+A folder appears whole or not at all. Loading re-applies the attention mode and probes it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from poolwise.encoder import Backbone, PoolingHead, base_path, build
+from poolwise.errors import CheckpointError
+from poolwise.study import Design, Recipe
+
+RUN_FILE = "run.json"
+FORMAT = 1
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
+    """Write the tuned weights into `folder`, which exists: adapter (or backbone) and pooling."""
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    model = backbone.model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    elif any(parameter.requires_grad for parameter in model.parameters()):
+        save_file(_state(model), folder / "backbone.safetensors")
+    save_file(_state(head.head), folder / "pooling.safetensors")
+
+
+def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
+    """Read what `save_weights` wrote into an encoder of the same recipe and design.
+
+    Raises CheckpointError naming the file that is missing, damaged or of another shape.
+    """
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    model = backbone.model
+    if isinstance(model, PeftModel):
+        state = _read(folder / "adapter" / "adapter_model.safetensors")
+        result = set_peft_model_state_dict(model, state)
+        expected = sum("lora_" in name for name, _ in model.named_parameters())
+        if result.unexpected_keys or len(state) != expected:
+            raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
+    elif any(parameter.requires_grad for parameter in model.parameters()):
+        _load_into(model, folder / "backbone.safetensors")
+    _load_into(head.head, folder / "pooling.safetensors")
+
+
+def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
+    """Save a built encoder; `info` (step, trial, ...) is added to `run.json`. The folder appears whole or not at all."""
+    folder = Path(folder)
+    spec = getattr(encoder, "poolwise", None)
+    if spec is None:
+        raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_weights(encoder, temporary)
+    files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+    write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    return folder
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The content of a run folder's `run.json`. Raises CheckpointError where it is missing, damaged or too new."""
+    path = Path(folder) / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete the folder and run the study again") from None
+    if run.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {run.get('format')}, this version reads {FORMAT}; upgrade poolwise")
+    return cast(dict[str, Any], run)
+
+
+def verify_files(folder: Path, run: dict[str, Any]) -> None:
+    """Compare every file with its hash. Raises CheckpointError naming those that are missing or changed."""
+    for name, expected in run["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; delete the folder and run the study again")
+        if sha256(path) != expected:
+            raise CheckpointError(f"{path} is damaged (its hash differs); delete the folder and run the study again")
+
+
+def load(
+    path: str | Path, *, base: str | None = None, device: str | None = None, trainable: bool = False
+) -> SentenceTransformer:
+    """The encoder saved at `path`: a run folder, or an exported one. Needs no trust flag.
+
+    base: where the base model lies now, if it was moved. trainable: LoRA and pooling get gradients again, to go on
+    training; otherwise nothing does. Raises CheckpointError, and AttentionError where the model no longer keeps the
+    design's attention mode.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / RUN_FILE).exists() and (folder / "modules.json").exists():
+        from poolwise.exporting import load_exported
+
+        return load_exported(folder, device=device)
+    run = read_run(folder)
+    verify_files(folder, run)
+    recipe = Recipe.model_validate(_tuples(run["recipe"]))
+    source = base or run["base"]["path"]
+    if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
+        raise CheckpointError(f"{folder}: its base model was at {source}; say where it is now: load(path, base=...)")
+    recipe = recipe.model_copy(update={"base_model": source})
+    encoder = build(recipe, Design.model_validate(run["design"]), run["seed"], device=device)
+    found = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
+    if found != run["base"]["identity"]:
+        raise CheckpointError(
+            f"{folder}: trained on base {run['base']['identity']}, but {source} is {found}; give the same base model"
+        )
+    load_weights(encoder, folder)
+    encoder.poolwise = {key: run[key] for key in ("recipe", "design", "seed", "base")}  # type: ignore[assignment]
+    encoder.eval()
+    if not trainable:
+        encoder.requires_grad_(False)
+    return encoder
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a recipe holds."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def _load_into(module: torch.nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(_read(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the design: {str(error).splitlines()[-1].strip()}") from None

@@ -1,0 +1,219 @@
+"""The command line. Tables go to stdout, progress to stderr; a user's mistake exits with 2 and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from poolwise.errors import PoolwiseError
+
+app = typer.Typer(
+    name="poolwise",
+    help="Which pooling and attention should my LLM embedder use, is the difference real, and what does it cost?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: runs the app and turns a `PoolwiseError` into one clear message."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except PoolwiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from poolwise import __version__
+
+        print(f"poolwise {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    template: Annotated[str, typer.Argument(help="paper, demo or factorial.")],
+    to: Annotated[Path | None, typer.Option(help="File to write; TEMPLATE.toml by default.")] = None,
+) -> None:
+    """Write a study file to start from."""
+    from poolwise.starters import write
+
+    print(f"wrote {write(template, to)}; next: poolwise check {to or template + '.toml'}")
+
+
+@app.command()
+def check(study: StudyFile, as_json: Json = False) -> None:
+    """Validate a study and show factors, sizes, cost, trials, negatives and the smallest reachable p."""
+    from poolwise.screen import show_check
+    from poolwise.study import Study
+
+    loaded = Study.load(study)
+    _quiet()
+    from poolwise.preview import check as preview
+
+    found = preview(loaded)
+    print(json.dumps(found, indent=1)) if as_json else show_check(found)
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    workers: Annotated[int, typer.Option(help="Trials at a time; 0: one per GPU, else one per core.", min=0)] = 0,
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th, for job arrays.")] = "1/1",
+) -> None:
+    """Train and score what is missing, then compare and report."""
+    from poolwise.screen import run_with_grid
+    from poolwise.study import Study
+
+    loaded = Study.load(study)
+    failed = run_with_grid(loaded, workers, _shard(shard))
+    if not failed and loaded.tasks and len(loaded.designs) > 1:
+        compare(str(study))
+        report(str(study))
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def status(study: StudyFile, as_json: Json = False) -> None:
+    """Print the grid of trials: waiting, started, done, failed and why."""
+    from poolwise.runner import trials
+    from poolwise.screen import show_status
+    from poolwise.study import Study
+
+    found = trials(Study.load(study))
+    print(json.dumps(found, indent=1)) if as_json else show_status(found)
+
+
+@app.command()
+def compare(
+    source: Annotated[str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")],
+    baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
+    by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
+    missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
+    as_json: Json = False,
+) -> None:
+    """Test the differences between designs, by task type."""
+    from poolwise.api import compare as run_comparison
+    from poolwise.reports import show
+
+    found = run_comparison(source, baseline=baseline, by=by, missing=missing)
+    print(json.dumps(found.to_json(), indent=1)) if as_json else show(found)
+
+
+@app.command()
+def report(
+    source: Annotated[str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")],
+    to: Annotated[Path | None, typer.Option(help="Folder for report.md and report.html.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
+) -> None:
+    """Write the report as Markdown and as one HTML file."""
+    from poolwise.api import report as write_report
+
+    for path in write_report(source, out=to, baseline=baseline):
+        print(path)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A sentence-transformers model (name or folder), or a poolwise run folder.")],
+    tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Score a model on mteb tasks or your own data."""
+    _quiet()
+    from poolwise.api import evaluate as score
+    from poolwise.screen import show_scores, stdout_to_stderr
+
+    with stdout_to_stderr():  # what libraries print must not mix with the JSON
+        rows = score(model, tasks, batch_size=batch_size)
+    print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
+) -> None:
+    """Show which tokens see which, and whether the model takes both attention modes."""
+    _quiet()
+    from poolwise.encoder import load_base
+    from poolwise.screen import show_verdict
+
+    found = _probe(load_base(model))
+    print(json.dumps(found, indent=1)) if as_json else show_verdict(model, found)
+
+
+@app.command()
+def export(
+    study: StudyFile,
+    design: Annotated[str, typer.Argument(help="Name of the design.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
+) -> None:
+    """Write a trained design as a sentence-transformers folder, LoRA merged."""
+    _quiet()
+    from poolwise.api import export_design
+    from poolwise.study import Study
+
+    print(export_design(Study.load(study), design, to, seed))
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer designs and seeds, within three CPU-minutes.")] = False,
+    to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
+) -> None:
+    """Run a whole study on the built-in model and tasks, offline, from training to a report."""
+    from poolwise.screen import run_with_grid
+    from poolwise.starters import demo_study
+
+    loaded = demo_study(to, quick=quick)
+    failed = run_with_grid(loaded, 0, (1, 1))
+    if failed:
+        raise typer.Exit(1)
+    from poolwise.api import compare as run_comparison
+    from poolwise.api import report as write_report
+    from poolwise.reports import show
+
+    show(run_comparison(loaded))
+    for path in write_report(loaded, out=to):
+        print(path)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise PoolwiseError(f"--shard {text!r}: give i/n with 1 <= i <= n, such as 2/8")
+    return int(first), int(last)
+
+
+def _probe(model: Any) -> dict[str, Any]:
+    from poolwise.attention import verdict
+
+    return verdict(model)
+
+
+def _quiet() -> None:
+    """Keep the progress bars and notices of the libraries out of a table."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,132 @@
+"""Groups of meanings -> the records of STS, retrieval, classification and clustering tasks, and training pairs."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from poolwise.demo.grammar import Group, generator, unique
+from poolwise.demo.mechanisms import MECHANISMS, Mechanism
+
+SEED = 2025  # of every evaluation task: the tasks are fixed, only training varies
+
+# Items of each form. `sts`: pairs. `retrieval`: groups in the corpus, queries a group. `classification`: training and
+# test texts. `clustering`: sets. A form that says nothing new is left out.
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "overlap": {"sts": (200,), "retrieval": (50, 2), "classification": (64, 100), "clustering": (5,)},
+    "roles": {"sts": (200,), "retrieval": (34, 3), "classification": (60, 100), "clustering": (5,)},
+    "negation": {"sts": (200,), "retrieval": (67, 2), "classification": (60, 100), "clustering": (5,)},
+    "number": {"sts": (200,), "retrieval": (34, 3), "clustering": (5,)},
+    "swap": {"sts": (200,), "retrieval": (34, 3), "classification": (60, 100)},
+    "early": {"sts": (100,), "retrieval": (30, 4), "classification": (64, 100)},
+    "late": {"sts": (100,), "retrieval": (30, 4), "classification": (64, 100)},
+    "context": {"sts": (200,), "retrieval": (67, 2), "classification": (60, 100)},
+    "tail": {"retrieval": (50, 3), "classification": (60, 100), "clustering": (4,)},
+    "topic": {"sts": (200,), "retrieval": (1, 16), "classification": (64, 64), "clustering": (8,)},
+}
+
+
+def records(name: str, kind: str) -> dict[str, list[dict[str, Any]]]:
+    """The records of one task in the layout of a user's folder (see `poolwise.tasks`)."""
+    mechanism = MECHANISMS[name]
+    return {"sts": _sts, "retrieval": _retrieval, "classification": _classification, "clustering": _clustering}[kind](
+        mechanism, *SIZES[name][kind]
+    )
+
+
+def _sts(mechanism: Mechanism, pairs: int) -> dict[str, list[dict[str, Any]]]:
+    """Query and document of the same meaning, and of another one of the same group, in turn."""
+    rng = generator("sts", mechanism.name, SEED)
+    rows = []
+    for number, group in enumerate(islice(mechanism.groups("eval", "sts", SEED), pairs)):
+        first = rng.randrange(len(group.codes))
+        others = [i for i in range(len(group.codes)) if i != first]
+        second = first if number % 2 == 0 else rng.choice(others)
+        row = {"sentence1": rng.choice(group.queries[first]), "sentence2": rng.choice(group.documents[second])}
+        rows.append({**row, "score": round(group.similarity(first, second), 4)})
+    return {"test": rows}
+
+
+def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, list[dict[str, Any]]]:
+    """Every meaning of every group is a document; `per_group` queries for each group."""
+    rng = generator("retrieval", mechanism.name, SEED)
+    corpus: list[dict[str, Any]] = []
+    queries: list[dict[str, Any]] = []
+    qrels: list[dict[str, Any]] = []
+    for number, group in enumerate(unique(mechanism.groups("eval", "retrieval", SEED), groups)):
+        every = mechanism.name == "topic"  # the wordings of a topic are different texts, all of them relevant
+        chosen = [(i, k) for i in range(len(group.codes)) for k in range(len(group.queries[i]))]
+        if not every:
+            chosen = [(i, rng.randrange(2)) for i in rng.sample(range(len(group.codes)), per_group)]
+        wording = [rng.randrange(2) for _ in group.codes]
+        for i, texts in enumerate(group.documents):
+            for k, text in enumerate(texts):
+                if every or k == wording[i]:
+                    corpus.append({"_id": f"d{number}-{i}-{k}", "title": "", "text": text})
+        for i, k in chosen:
+            query = f"q{number}-{i}-{k}"
+            queries.append({"_id": query, "text": group.queries[i][k]})
+            found = [f"d{number}-{i}-{j}" for j in range(2) if every or j == wording[i]]
+            qrels.extend({"query-id": query, "corpus-id": document, "score": 1} for document in found)
+    rng.shuffle(corpus)
+    return {"corpus": corpus, "queries": queries, "qrels": qrels}
+
+
+def _labelled(mechanism: Mechanism, side: str, count: int) -> list[dict[str, Any]]:
+    """`count` texts with their classes, as even as can be: the pinned words make a meaning a class."""
+    rng = generator("classification", mechanism.name, side, SEED)
+    rows: list[dict[str, Any]] = []
+    labels: dict[str, int] = {}
+    stream = mechanism.groups("eval", "classification", side, SEED, pinned=True)
+    while len(rows) < count:
+        group = next(stream)
+        wordings = group.queries if mechanism.name == "topic" and side == "train" else group.documents
+        order = rng.sample(range(len(group.codes)), len(group.codes))
+        for name in sorted({code[mechanism.label] for code in group.codes}):
+            labels.setdefault(name, len(labels))
+            i = next(i for i in order if group.codes[i][mechanism.label] == name)
+            rows.append({"text": rng.choice(wordings[i]), "label": labels[name]})
+    return rows[:count]
+
+
+def _classification(mechanism: Mechanism, train: int, test: int) -> dict[str, list[dict[str, Any]]]:
+    return {"train": _labelled(mechanism, "train", train), "test": _labelled(mechanism, "test", test)}
+
+
+def _clustering(mechanism: Mechanism, sets: int) -> dict[str, list[dict[str, Any]]]:
+    """Each set holds every wording of the meanings of one group; the meaning is the cluster."""
+    rng = generator("clustering", mechanism.name, SEED)
+    rows = []
+    for group in unique(mechanism.groups("eval", "clustering", SEED), sets):
+        items = [
+            (text, "/".join(code))
+            for code, *sides in zip(group.codes, group.queries, group.documents, strict=True)
+            for wordings in sides
+            for text in wordings
+        ]
+        rng.shuffle(items)
+        rows.append({"sentences": [text for text, _ in items], "labels": [label for _, label in items]})
+    return {"test": rows}
+
+
+def pairs(count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` training rows for each mechanism, mechanisms in turn, from the training halves alone.
+
+    The negative is another meaning of the same group: the same words where the mechanism is about their binding.
+    """
+    rng = generator("pairs", seed)
+    streams = {name: mechanism.groups("train", "pairs", seed) for name, mechanism in MECHANISMS.items()}
+    rows = []
+    for _ in range(count):
+        for name, stream in streams.items():
+            rows.append({**_pair(next(stream), rng), "mechanism": name})
+    return rows
+
+
+def _pair(group: Group, rng: Any) -> dict[str, Any]:
+    meaning, other = rng.sample(range(len(group.codes)), 2)
+    return {
+        "query": rng.choice(group.queries[meaning]),
+        "positive": rng.choice(group.documents[meaning]),
+        "negatives": [rng.choice(group.documents[other])],
+    }

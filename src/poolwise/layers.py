@@ -1,0 +1,178 @@
+"""One vector per layer, taken by hooks while the forward pass runs.
+
+Keeping all hidden states (`output_hidden_states=True`) holds L tensors (B, T, D) alive at once; here each layer's
+output is reduced to (B, D) fp32 as it appears and can be freed. Hooks are `functools.partial` of bound methods, so
+that a model which carries them can be deep-copied and pickled, and do nothing unless a `collect` block is open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poolwise.errors import ModelError, suggest
+
+REDUCTIONS = ("last", "mean")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers model (PEFT-wrapped or not), in order.
+
+    They are the one outermost `ModuleList` of length `config.num_hidden_layers`. Raises `ModelError` where none or
+    several fit (shared layers, vision towers, encoder-decoders).
+    """
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)  # an expert list of the same length, say
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+            found[name] = module
+    if len(found) != 1:
+        names = ", ".join(found) if found else "none"
+        raise ModelError(
+            f"{type(model).__name__}: expected one list of {count} decoder layers (config.num_hidden_layers), "
+            f"found {len(found)} ({names}). Fix: take a decoder-only base model, "
+            "or a pooling that reads only the last layer."
+        )
+    return next(iter(found.values()))
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index (B,) of the last 1 in each row of `mask` (B, T), whatever the padding side; 0 for an empty row."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask.bool(), positions, 0).amax(1)
+
+
+def last_state(states: Tensor, mask: Tensor) -> Tensor:
+    """The state (B, D) fp32 of the last token under `mask` (B, T), from `states` (B, T, D); zeros for an empty row.
+
+    Indexing by tensors copies, so the result keeps `states` alive only where autograd does.
+    """
+    rows = torch.arange(len(states), device=states.device)
+    last = states[rows, last_index(mask)].float()
+    return last.masked_fill(~mask.bool().any(1, keepdim=True), 0.0)
+
+
+def mean_state(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean (B, D) of `states` (B, T, D) under `mask` (B, T), summed in fp32; zeros for an empty row.
+
+    Padding is replaced before the sum, not multiplied by 0: attention may leave NaN there.
+    """
+    keep = mask.bool().unsqueeze(-1)
+    total = states.masked_fill(~keep, 0.0).sum(1, dtype=torch.float32)
+    return total / keep.sum(1).clamp(min=1)
+
+
+_REDUCE = {"last": last_state, "mean": mean_state}
+
+
+@dataclass
+class _Call:
+    """What one forward pass has collected."""
+
+    mask: Tensor  # (B, T): tokens that are pooled
+    vectors: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, D) fp32
+
+
+class LayerCollector:
+    """Collects one vector per layer of `model`: the reduced output of each layer, the last one after the final norm.
+
+    ::
+
+        collector = LayerCollector(model, reduce="mean")
+        with collector.collect(attention_mask):
+            output = model(input_ids, attention_mask=attention_mask)
+        vectors = collector.vectors(output.last_hidden_state)  # (B, L, D) fp32
+
+    The entries equal the reduced `hidden_states[1:]` of `output_hidden_states=True`. Each call has its own state, so
+    GradCache's double forwards and gradient checkpointing (whose recomputation runs outside the block) do not mix.
+    """
+
+    def __init__(self, model: nn.Module, reduce: str = "last"):
+        if reduce not in REDUCTIONS:
+            raise ModelError(f"reduce = {reduce!r}: allowed are 'last', 'mean'{suggest(reduce, REDUCTIONS)}")
+        self.reduce = reduce
+        self.layers = decoder_layers(model)
+        self._call: _Call | None = None
+        self._collecting = False
+        # the last layer's entry is the model's output, after the final norm: no hook there
+        self._handles = [
+            layer.register_forward_hook(functools.partial(self._collect_output, index))
+            for index, layer in enumerate(self.layers[:-1])
+        ]
+
+    @contextlib.contextmanager
+    def collect(self, mask: Tensor, pooling_mask: Tensor | None = None) -> Iterator[LayerCollector]:
+        """Collect from the one forward pass run inside the block.
+
+        `mask` (B, T) is the attention mask; `pooling_mask` (B, T) leaves further tokens out of the reduction, such as a
+        prompt's. A row with no token left gives zeros. Raises `ModelError` where this transformers would hide the
+        hooks inside a gradient checkpoint.
+        """
+        self._check_checkpointing()
+        self._call = _Call(mask if pooling_mask is None else mask.bool() & pooling_mask.bool())
+        self._collecting = True
+        try:
+            yield self
+        except BaseException:
+            self._call = None
+            raise
+        finally:
+            self._collecting = False
+
+    def vectors(self, last_hidden_state: Tensor) -> Tensor:
+        """The vectors (B, L, D) fp32 of the last `collect`, given the model's output (B, T, D); handed out once.
+
+        Raises `ModelError` where a layer gave no output or `collect` was not used.
+        """
+        call, self._call = self._call, None
+        if call is None:
+            raise ModelError("LayerCollector.vectors: nothing collected. Fix: run the model inside `collect(mask)`.")
+        call.vectors[len(self.layers) - 1] = self._reduced(last_hidden_state, call.mask)
+        missing = [index for index in range(len(self.layers)) if index not in call.vectors]
+        if missing:
+            raise ModelError(
+                f"LayerCollector: layers {missing} of {len(self.layers)} gave no output (skipped, or replaced after "
+                "the hooks were set). Fix: build the collector on the model that runs, without layer dropping."
+            )
+        device = last_hidden_state.device
+        return torch.stack([call.vectors[index].to(device) for index in range(len(self.layers))], dim=1)
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no half-finished call."""
+        return {**self.__dict__, "_call": None, "_collecting": False}
+
+    def _collect_output(self, index: int, layer: nn.Module, inputs: tuple, output: Any) -> None:
+        if self._collecting and self._call is not None:
+            states = output if isinstance(output, Tensor) else output[0]
+            self._call.vectors[index] = self._reduced(states, self._call.mask)
+
+    def _reduced(self, states: Tensor, mask: Tensor) -> Tensor:
+        if states.shape[:2] != mask.shape:
+            raise ModelError(
+                f"LayerCollector: states of shape {tuple(states.shape)} do not fit a mask of {tuple(mask.shape)}. "
+                "Fix: pass the padded batch, not a flattened one (unpad_inputs=False)."
+            )
+        return _REDUCE[self.reduce](states, mask.to(states.device))
+
+    def _check_checkpointing(self) -> None:
+        """transformers < 5.23 checkpoints a layer's `__call__`, hooks included: their gradients would be lost."""
+        layer: Any = self.layers[0]
+        active = layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+        if active and type(layer).__call__ is not nn.Module.__call__:
+            raise ModelError(
+                f"{type(layer).__name__}: this version of transformers runs hooks inside its gradient checkpoints, so "
+                "per-layer vectors would have no gradient. Fix: transformers >= 5.23, or no gradient checkpointing."
+            )

@@ -1,0 +1,216 @@
+"""Small plots as inline SVG, one panel for each group of tasks, drawn at the size at which they are read.
+
+A panel is about 340 px wide, so that a page sets panels beside each other where it is wide and below each other where
+it is narrow, and letters keep their size. Colours are CSS variables of the page (light, dark, print), and every meaning
+of a colour is also a shape: filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from poolwise.comparison import Comparison, Row
+from poolwise.wording import interval, number, outcome, points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6  # px
+LABEL_LETTERS = 21
+INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))  # stand-ins, see VARIABLES
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", RULE: "--rule", BETTER: "--better", WORSE: "--worse", BAND: "--band",
+    PAPER: "--paper",
+}  # fmt: skip
+MARKS = {  # marker, size, edge, face
+    "better": ("o", 7, BETTER, BETTER),
+    "worse": ("s", 6.4, WORSE, WORSE),
+    "equivalent": ("D", 6, INK, PAPER),
+    "inconclusive": ("o", 6.6, MUTED, PAPER),
+    "untested": ("o", 6.6, MUTED, PAPER),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: the group it shows, the SVG element and its description in words."""
+
+    group: str
+    svg: str
+    alt: str
+
+
+def forest(comparison: Comparison) -> list[Panel]:
+    """Difference to the baseline with its 95 % interval, a row for each design, one scale for all groups.
+
+    The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
+    """
+    ends = [value for row in comparison.rows for value in _span(row) if value is not None]
+    limits = _limits([0.0, *ends])
+    panels = []
+    for group in comparison.groups:
+        rows = [row for row in comparison.rows if row.group == group]
+
+        def draw(axes: Axes, rows: Sequence[Row] = rows) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, row in enumerate(rows):
+                _interval(axes, place, row, outcome(comparison, row), limits)
+
+        parts = [
+            f"{row.design} {points(_span(row)[1], 2, True)} ({interval(_span(row)[0], _span(row)[2])})" for row in rows
+        ]
+        alt = f"Forest plot, {group}: points above {comparison.baseline} with 95 % interval: {'; '.join(parts)}."
+        panels.append(
+            _panel(group, alt, [row.design for row in rows], limits, draw, f"points above {comparison.baseline}", True)
+        )
+    return panels
+
+
+def task_dots(comparison: Comparison) -> list[Panel]:
+    """Difference to the baseline on each task (seeds averaged), a dot for each task, a bar at the mean."""
+    differences = {
+        (row.group, row.design): 100
+        * (comparison.arm(row.group, row.design).task_means - comparison.arm(row.group, row.baseline).task_means)
+        for row in comparison.rows
+    }
+    limits = _limits([0.0, *(float(value) for values in differences.values() for value in values)])
+    panels = []
+    for group in comparison.groups:
+        names = list(comparison.designs[1:])
+
+        def draw(axes: Axes, group: str = group, names: Sequence[str] = names) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, name in enumerate(names):
+                _dots(axes, place, differences[group, name])
+
+        ends = {name: (float(differences[group, name].min()), float(differences[group, name].max())) for name in names}
+        parts = [f"{name} from {number(low)} to {number(high)}" for name, (low, high) in ends.items()]
+        alt = f"Dots for each task, {group}: points above {comparison.baseline}: {'; '.join(parts)}."
+        panels.append(
+            _panel(group, alt, names, limits, draw, f"points above {comparison.baseline}, each task a dot", True)
+        )
+    return panels
+
+
+def run_strip(comparison: Comparison) -> list[Panel]:
+    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale."""
+    panels = []
+    for group in comparison.groups:
+        means = {name: 100 * comparison.arm(group, name).run_means for name in comparison.designs}
+        limits = _limits([float(value) for values in means.values() for value in values])
+
+        def draw(axes: Axes, means: dict[str, Any] = means) -> None:
+            for place, values in enumerate(means.values()):
+                _dots(axes, place, values)
+
+        parts = [f"{name} {', '.join(number(float(value)) for value in values)}" for name, values in means.items()]
+        alt = f"Runs, {group}: mean score of each seed: {'; '.join(parts)}."
+        panels.append(_panel(group, alt, list(means), limits, draw, "mean score ×100, each seed a dot", False))
+    return panels
+
+
+def _span(row: Row) -> tuple[float | None, float, float | None]:
+    """(low, estimate, high) of the scope that the row supports, 0–1."""
+    source = row.verdict or row
+    return source.ci_low, source.difference, source.ci_high
+
+
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = 0.06 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, float]) -> None:
+    low, middle, high = _span(row)
+    marker, size, edge, face = MARKS[word]
+    if row.verdict:
+        reach = 100 * row.verdict.detectable
+        axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
+    bounded = low is not None and high is not None
+    ends = (100 * low, 100 * high) if low is not None and high is not None else limits
+    style: Any = "-" if bounded else (0, (1, 2.2))
+    axes.plot(ends, (place, place), color=edge, linewidth=1.6, linestyle=style, solid_capstyle="butt", zorder=2)
+    axes.plot(
+        [100 * middle],
+        [place],
+        marker,
+        color=edge,
+        markerfacecolor=face,
+        markersize=size,
+        markeredgewidth=1.4,
+        zorder=3,
+    )
+
+
+def _dots(axes: Axes, place: int, values: Any) -> None:
+    shifts = [(-0.16, 0.16, 0.0)[i % 3] if len(values) > 5 else 0.0 for i in range(len(values))]
+    mean = float(values.mean())
+    axes.plot([mean, mean], [place - 0.34, place + 0.34], color=INK, linewidth=1.6, zorder=2)
+    axes.plot(
+        list(values), [place + shift for shift in shifts], "o", color=BETTER, markerfacecolor="none",
+        markersize=5, markeredgewidth=1.1, zorder=3,
+    )  # fmt: skip
+
+
+def _panel(
+    group: str,
+    alt: str,
+    names: Sequence[str],
+    limits: tuple[float, float],
+    draw: Callable[..., None],
+    axis: str,
+    sign: bool,
+) -> Panel:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    labels = [name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 1] + "…" for name in names]
+    left = min(LETTER * max(map(len, labels)) + 16, 0.46 * WIDTH)
+    height = ROW * len(names) + TOP + AXIS
+    salt = re.sub(r"\W+", "-", f"{group} {alt}")
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+        axes = figure.add_axes(
+            (left / WIDTH, AXIS / height, (WIDTH - left - RIGHT) / WIDTH, (height - TOP - AXIS) / height), frameon=False
+        )
+        axes.set_xlim(*limits)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, axes.get_xticks(), sign)))
+        axes.tick_params(axis="x", length=0, pad=5, labelcolor=MUTED, labelsize=11)
+        axes.tick_params(axis="y", length=0, pad=7, labelcolor=INK, labelsize=12)
+        axes.grid(axis="x", color=RULE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.set_yticks(range(len(names)), [label.replace("$", r"\$") for label in labels])
+        axes.set_xlabel(axis.replace("$", r"\$"), color=MUTED, fontsize=11, labelpad=4)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Panel(group, _inline(buffer.getvalue(), alt), alt)
+
+
+def _tick(value: float, ticks: Sequence[float], sign: bool) -> str:
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
+    digits = next((d for d in range(4) if abs(round(step, d) - step) < 1e-9), 3)
+    return "0" if abs(value) < 1e-9 else number(value, digits, sign)
+
+
+def _inline(svg: str, alt: str) -> str:
+    """matplotlib's file as an element of a page: no prolog, metadata or style of its own, the page's font, colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1\.1"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', f' role="img" aria-label="{html.escape(alt)}"', svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r" font-family: [^;\"]*;?", "", svg).replace("\n", " ")
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r"<defs>\s*</defs>", "", re.sub(r"\s{2,}", " ", svg)).replace("> <", "><")

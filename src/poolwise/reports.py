@@ -1,0 +1,226 @@
+"""Reports: a comparison and what is known of its study as terminal tables, Markdown, LaTeX and one HTML file.
+
+Every part is optional, so that a bare CSV of scores gives a report as well. Nothing is computed here: numbers come from
+`comparison`, words from `wording`, tables from `tables`, pictures from `plots`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poolwise import tables
+from poolwise.comparison import Comparison
+from poolwise.results import write_atomic
+from poolwise.wording import count, group_words, headline, listing, outcome, points, sentences
+
+if TYPE_CHECKING:
+    import polars as pl
+    from jinja2 import Environment
+    from rich.console import Console
+
+CLAIM = "Every claim stops at tasks like these, runs like these, this base model and this recipe."
+
+
+def render(
+    study_info: Mapping[str, Any],
+    frame: pl.DataFrame,
+    comparison: Comparison,
+    costs: Sequence[Mapping[str, Any]] | None,
+    controls: Mapping[str, str] | None,
+    out_dir: str | Path,
+) -> list[Path]:
+    """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each whole or not at all; returns their paths.
+
+    Args:
+        study_info: any of name, base_model, base_parameters, recipe (nested dict), recipe_name, designs, fingerprint,
+            versions, machine, command, notes; an empty dict will do.
+        frame: the long table that was compared.
+        costs: rows of a cost table, one for each design (`tables.COST_COLUMNS`).
+        controls: role of each control design (`aa`, `broken`, …, or words); by default the table's column `role`.
+    """
+    facts = _facts(dict(study_info), frame, comparison, costs, controls)
+    folder = Path(out_dir)
+    pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
+    return [write_atomic(folder / name, _templates().get_template(page).render(facts)) for name, page in pages.items()]
+
+
+def show(
+    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None = None, console: Console | None = None
+) -> None:
+    """Print the comparison as tables: means, contrasts of designs, contrasts of checkpoints, cost."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 120
+    if comparison.banner:
+        console.print(Text(comparison.banner, style="bold yellow"))
+    for group in comparison.groups:
+        console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
+    for table in _tables(comparison, tables.priced(costs or [], comparison.baseline)):
+        grid = Table(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        grid.show_edge = False
+        for index, column in enumerate(table.columns):
+            words = index < table.text or column == "Verdict"
+            grid.add_column(Text(column), justify="left" if words else "right", header_style="dim", no_wrap=words)
+        for heading, rows in table.sections:
+            if heading:
+                grid.add_row(Text(heading, style="italic", overflow="ignore"))
+            for row in rows:
+                grid.add_row(*(Text(cell) for cell in row))
+        console.print()
+        console.print(grid)
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+    for note in (*comparison.notes, *comparison.excluded):
+        console.print(Text(note, style="yellow"))
+
+
+def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
+    found = [tables.means(comparison), tables.verdicts(comparison), tables.checkpoints(comparison)]
+    if costs:
+        found.append(tables.costs(costs))
+    return [table for table in found if table]
+
+
+def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
+    """The first line of every report: base model and its size, designs, seeds, tasks."""
+    base = info.get("base_model")
+    size = info.get("base_parameters")
+    named = f"Base model {base}" if base else "Base model not stated"
+    if size:
+        named += f", {tables.magnitude(size)} parameters"
+    runs = sorted(set(comparison.seeds.values()))
+    seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
+    tasks = count(len(comparison.tasks), "task")
+    kinds = count(len(comparison.groups), "group") if comparison.by != "task_type" else _types(comparison)
+    return f"{named}; {count(len(comparison.designs), 'design')}, {seeds}, {tasks} ({kinds}); baseline {comparison.baseline}."
+
+
+def _types(comparison: Comparison) -> str:
+    sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in comparison.groups]
+    return listing(sizes)
+
+
+def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
+    """The methods paragraph of a paper: which estimator, which family, which scope."""
+    family = f"Holm's correction over the {len(comparison.rows)} contrasts with {comparison.baseline}"
+    wilcoxon = (
+        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann estimate "
+        "and its exact 95 % interval and the matched-pairs rank-biserial correlation"
+    )
+    start = opening(info, comparison)
+    if comparison.scope == "checkpoints":
+        return (
+            f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was trained "
+            "once, the tests do not separate designs from the luck of a run."
+        )
+    return (
+        f"{start} Differences between designs were estimated over random runs and random tasks (crossed random effects, "
+        "null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source averaged "
+        f"first), with {family}; equivalence was tested by two one-sided tests within "
+        f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {CLAIM}"
+    )
+
+
+def _facts(
+    info: dict[str, Any],
+    frame: pl.DataFrame,
+    comparison: Comparison,
+    costs: Sequence[Mapping[str, Any]] | None,
+    controls: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Everything the templates show."""
+    from poolwise import plots
+
+    priced = tables.priced(costs or [], comparison.baseline)
+    if "base_parameters" not in info and priced:
+        info["base_parameters"] = priced[0].get("base_parameters")
+    said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
+    answers = []
+    for group in comparison.groups:
+        members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
+        found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
+        best = max(found, key=lambda pair: (pair[0].verdict or pair[0]).difference, default=None)
+        answers.append(
+            {
+                "group": group,
+                "headline": headline(comparison, group),
+                "best": best[1] if best else None,
+                "sentences": [text for _, text in members],
+            }
+        )
+    recipe = tables.recipe(info)
+    versions = [(name, str(version)) for name, version in (info.get("versions") or {}).items()]
+    for label, key in (("machine", "machine"), ("study fingerprint", "fingerprint")):
+        if info.get(key):
+            versions.append((label, str(info[key])))
+    return {
+        "title": info.get("name") or "Scores",
+        "opening": opening(info, comparison),
+        "comparison": comparison,
+        "answers": answers,
+        "claim": CLAIM,
+        "means": tables.means(comparison),
+        "verdicts": tables.verdicts(comparison),
+        "checkpoints": tables.checkpoints(comparison),
+        "task_scores": tables.task_scores(comparison),
+        "run_scores": tables.run_scores(comparison),
+        "costs": tables.costs(priced) if priced else None,
+        "controls": tables.controls(comparison, tables.roles(frame, controls)),
+        "tasks": tables.tasks(frame, comparison),
+        "recipe": recipe,
+        "versions": tables.Table("Versions", ("What", "Which"), (("", tuple(versions)),), text=2) if versions else None,
+        "command": info.get("command"),
+        "notes": [*(info.get("notes") or []), *comparison.notes, *comparison.excluded],
+        "paragraph": paragraph(info, comparison),
+        "forest": plots.forest(comparison),
+        "dots": plots.task_dots(comparison),
+        "strip": plots.run_strip(comparison),
+        "details_open": len(comparison.designs) <= 3,
+    }
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def dress(cell: str) -> Markup:
+        """A cell of an HTML table: the ± part and the mark of a mean get elements of their own."""
+        text = str(escape(cell))
+        text = re.sub(r"±(\S+)$", r'<span class="pm">±\1</span>', text)
+        names = {"▲": "above the baseline", "▼": "below the baseline", "≈": "equivalent to the baseline"}
+        return Markup(
+            re.sub(r"^([▲▼≈]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
+        )  # escaped above
+
+    def markdown(text: object) -> str:
+        """Text as text in Markdown: no tags, no table cells, no emphasis."""
+        return re.sub(r"([\\`*_\[\]|])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;"))
+
+    def latex(text: object) -> str:
+        """Text as text in LaTeX."""
+        special = {
+            "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+            "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$", "∞": r"$\infty$",
+            "×": r"$\times$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "≈": r"$\approx$", "<": r"$<$",
+            ">": r"$>$", "–": "--",
+        }  # fmt: skip
+        return re.sub(r"[\\&%$#_{}~^−±∞×▲▼≈<>–]", lambda m: special[m[0]], str(text))
+
+    environment = Environment(
+        loader=PackageLoader("poolwise"),
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(dress=dress, md=markdown, tex=latex)
+    return environment

@@ -1,0 +1,145 @@
+"""A study from its file to its results: only what is missing runs, and what is there is never lost.
+
+FOLDER/study.json        the study as it was started
+FOLDER/trials.json       its trials
+FOLDER/trials/NAME/      one folder a trial, see `poolwise.trial`
+FOLDER/results.parquet   the long table of all scores, made anew after each run
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from poolwise.engines import Event, run_local
+from poolwise.errors import CheckpointError, PoolwiseError, StudyError
+from poolwise.study import Study
+
+GROWS = ("designs", "seeds", "tasks", "references", "controls")
+"""What may be added to under a study that has begun; all else would change what is being compared."""
+
+
+def run(
+    study: Study,
+    *,
+    workers: int = 0,
+    shard: tuple[int, int] = (1, 1),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, str]:
+    """Train and score what is missing of a study. Returns the reasons of the trials that failed, by name.
+
+    Raises StudyError where the study changed under a half-done run, PoolwiseError where another process runs it.
+    """
+    folder = study.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+
+    def follow(event: Event) -> None:
+        kind, content = event
+        if kind == "trials":
+            _write(folder / "trials.json", content)
+        if kind == "failed":
+            failed[content[0]] = content[1]
+        on_event(event)
+
+    with _only_one(folder):
+        guard(study)
+        _write(folder / "study.json", study.model_dump(mode="json"))
+        try:
+            run_local(study, workers=workers, shard=shard, on_event=follow)
+        finally:
+            if (folder / "trials.json").exists():
+                gather(folder)
+    return failed
+
+
+def guard(study: Study) -> None:
+    """Refuse a study that is no longer the one whose results lie in its folder; designs, seeds and tasks may be added."""
+    path = study.folder / "study.json"
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), study.model_dump(mode="json")
+    problems = []
+    for key in old.keys() | new.keys():
+        if key in GROWS or key in {"name", "output"}:
+            continue
+        before, after = old.get(key), new.get(key)
+        if key == "recipe":
+            fields = [f for f in {**before, **after} if f not in {"report_to", "save_steps"}]
+            changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
+        else:
+            changed = [(key, before, after)] if before != after else []
+        problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
+    now = {design["name"]: design for design in new["designs"]}
+    for design in old["designs"]:
+        name = design["name"]
+        if name in now and now[name] != design:
+            problems.append(f"design {name!r} is no longer what it was; give the new one another name")
+    if problems:
+        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start anew")
+        raise StudyError(problems, f"the study changed under the run in {study.folder}")
+
+
+def trials(study: Study) -> list[dict[str, Any]]:
+    """The trials of a study that has been started: name, label, role, seed, id, state, and reason where it failed."""
+    folder = study.folder
+    if not (folder / "trials.json").exists():
+        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`")
+    rows = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    for row in rows:
+        row.update(_state(folder / "trials" / row["name"]))
+    return rows  # type: ignore[no-any-return]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    if (folder / "failed.json").exists():
+        reason = json.loads((folder / "failed.json").read_text(encoding="utf-8"))["reason"]
+        return {"state": "failed", "reason": reason, "scores": 0}
+    scores = len(list(folder.glob("scores/step-*/*.parquet")))
+    if (folder / "done").exists():
+        return {"state": "done", "scores": scores}
+    return {"state": "started" if (folder / "spec.json").exists() else "waiting", "scores": scores}
+
+
+def results(study: Study) -> Any:
+    """The long table (polars) of a study's scores so far."""
+    import polars as pl
+
+    path = study.folder / "results.parquet"
+    if not path.exists():
+        raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
+    return pl.read_parquet(path)
+
+
+def gather(folder: Path) -> None:
+    """Collect the scores of the study's trials in `results.parquet`."""
+    import polars as pl
+
+    names = [row["name"] for row in json.loads((folder / "trials.json").read_text(encoding="utf-8"))]
+    files = [path for name in names for path in sorted((folder / "trials" / name).glob("scores/*/*.parquet"))]
+    frames = [frame for path in files if (frame := pl.read_parquet(path)).height]
+    if not frames:
+        return
+    temporary = folder / ".results.parquet.tmp"
+    pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
+    temporary.replace(folder / "results.parquet")
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise PoolwiseError(f"another process is running the study in {folder}; wait for it or stop it") from None
+        yield
+
+
+def _write(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,334 @@
+"""Is one *design* better than another, over other runs and other tasks of the same kind? Scores (seeds, tasks).
+
+Runs and tasks are both random and crossed: every run of a design is evaluated on every task. `crossed` tests a
+difference of two designs against its own null distribution (see `variance`), which keeps the false-alarm rate between
+.03 and .08 where a Wilcoxon test over tasks reaches .87; `benchmarks/type1.py` measures both. What it claims: tasks
+like these, runs like these. What the seeds do not vary is not in the interval.
+
+With one run per design no such verdict exists; `one_seed` says how large a run effect would have to be to explain the
+difference away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
+
+from poolwise.errors import StatisticsError, suggest
+from poolwise.stats.exact import check_level
+from poolwise.stats.variance import (
+    POOLED,
+    Array,
+    MeanSquares,
+    Null,
+    TaskTypes,
+    contrast_mean_squares,
+    null_distribution,
+)
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """A difference between designs, b - a, with its interval at `level` and what it is made of.
+
+    The interval is difference ± critical * se. `run_sd`: sd of the effect of ONE run on a design's mean over tasks,
+    with its own interval at `level`; `noise_sd`: sd of a single score around its run and task; `task_sd`: sd over tasks
+    of the true difference. `scope`: where the run variance comes from; `note`: why not from the whole study, where
+    designs to pool were given. `designs`: how many lent their runs.
+    """
+
+    difference: float
+    p_value: float
+    ci_low: float
+    ci_high: float
+    level: float
+    se: float
+    critical: float
+    run_sd: float
+    run_sd_low: float
+    run_sd_high: float
+    noise_sd: float
+    task_sd: float
+    scope: str
+    note: str
+    seeds: tuple[int, ...]
+    tasks: int
+    designs: int
+    mean_squares: MeanSquares = field(repr=False)
+    null: Null | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Two one-sided tests: `p_value` is the larger; the interval (level 1 - 2 alpha) lies inside ±margin exactly when
+    `equivalent`."""
+
+    equivalent: bool
+    p_value: float
+    margin: float
+    alpha: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class OneSeed:
+    """A difference of two single runs under a run effect known from elsewhere.
+
+    `tipping_run_sd`: the largest run sd at which the difference would still be significant; 0 when it never is.
+    """
+
+    difference: float
+    p_value: float
+    ci_low: float
+    ci_high: float
+    level: float
+    tipping_run_sd: float
+    tasks: int
+    scope: str = "checkpoints"
+
+
+def crossed(a: ArrayLike, b: ArrayLike, pool: Sequence[ArrayLike] = (), level: float = 0.95) -> Crossed:
+    """Difference b - a of two designs over random runs and random tasks.
+
+    Args:
+        a, b: (seeds, tasks) scores of the baseline and of the design; the same tasks, two or more seeds each; the
+            numbers of seeds may differ.
+        pool: further designs of the study, (seeds, tasks) each. With the same number of seeds everywhere the run
+            variance comes from the whole study, unless a compared design is noisier than the others. Leave out arms
+            that are broken on purpose, that repeat the baseline under other seeds, or that have a single run.
+        level: of the intervals.
+
+    Raises:
+        StatisticsError: one seed, one task, different tasks, missing scores.
+    """
+    arms = [_scores(a, "a"), _scores(b, "b")]
+    others = [_scores(x, f"pool[{i}]") for i, x in enumerate(pool)]
+    types = TaskTypes.one(arms[0].shape[1])
+    return _contrast(arms, (-1.0, 1.0), others, types, level)
+
+
+def crossed_overall(
+    a: ArrayLike,
+    b: ArrayLike,
+    types: Sequence[str],
+    weights: Mapping[str, float],
+    pool: Sequence[ArrayLike] = (),
+    level: float = 0.95,
+) -> Crossed:
+    """Difference b - a of the weighted mean over task types: types are fixed, tasks within a type are random.
+
+    Args:
+        types: (tasks,) the type of each task; two or more tasks of each type that has weight.
+        weights: weight of each type in the overall mean, above 0 and declared before the runs; scaled to
+            sum 1. Further types in it are ignored.
+        a, b, pool, level: as in `crossed`.
+
+    Raises:
+        StatisticsError: as `crossed`; a type without weight or with one not above 0, a type with a single task.
+    """
+    arms = [_scores(a, "a"), _scores(b, "b")]
+    others = [_scores(x, f"pool[{i}]") for i, x in enumerate(pool)]
+    if len(types) != arms[0].shape[1]:
+        raise StatisticsError(
+            f"crossed_overall: {len(types)} types for {arms[0].shape[1]} tasks; give one for each task"
+        )
+    return _contrast(arms, (-1.0, 1.0), others, _weighted_types(types, weights), level)
+
+
+def contrast(study: ArrayLike, coefficients: ArrayLike, level: float = 0.95) -> Crossed:
+    """Weighted sum of the designs of one study, tested as `crossed` does with every design in the pool.
+
+    Args:
+        study: (designs, seeds, tasks).
+        coefficients: (designs,) summing to 0; designs with 0 only lend their run variance.
+    """
+    y = np.asarray(study, dtype=float)
+    c = np.asarray(coefficients, dtype=float)
+    if y.ndim != 3 or c.shape != y.shape[:1]:
+        raise StatisticsError(
+            f"contrast: {c.shape} coefficients for scores {y.shape}; scores are (designs, seeds, tasks)"
+        )
+    if not c.any() or abs(c.sum()) > 1e-9 * np.abs(c).sum():
+        raise StatisticsError(f"contrast: coefficients {c.tolist()} must sum to 0 and not all be 0")
+    scores = [_scores(x, f"design {k}") for k, x in enumerate(y)]
+    arms = [x for x, weight in zip(scores, c, strict=True) if weight]
+    others = [x for x, weight in zip(scores, c, strict=True) if not weight]
+    return _contrast(arms, tuple(c[c != 0].tolist()), others, TaskTypes.one(y.shape[2]), level)
+
+
+def minimum_detectable_effect(result: Crossed, power: float = 0.8, level: float | None = None) -> float:
+    """The true difference that a study with these variances, runs and tasks finds with probability `power`.
+
+    Args:
+        result: of `crossed`; its variances are taken as true.
+        power: above the test's own alpha, below 1.
+        level: 1 - alpha of the test, where it is stricter than the level of the result's interval.
+    """
+    tested = result.level if level is None else level
+    check_level(tested, "minimum_detectable_effect")
+    if not 1 - tested < power < 1:
+        raise StatisticsError(f"minimum_detectable_effect: power={power!r} must lie between {1 - tested:g} and 1")
+    if result.null is None:
+        return 0.0
+    return result.null.detectable(result.critical if level is None else result.null.critical(level), power)
+
+
+def equivalence(result: Crossed, margin: float, alpha: float = 0.05) -> Equivalence:
+    """Is the difference inside ±margin? Two one-sided tests (Schuirmann 1987) of the `crossed` statistic.
+
+    Args:
+        margin: in score units, above 0, fixed before the runs; never the measured noise.
+        alpha: of each one-sided test.
+    """
+    if not margin > 0:
+        raise StatisticsError(f"equivalence: margin={margin!r}; it is a difference above 0, in the unit of the scores")
+    check_level(1 - 2 * alpha, "equivalence")
+    room = margin - abs(result.difference)
+    if result.null is None:
+        half, p = 0.0, float(room <= 0)
+    else:
+        half, p = result.null.critical(1 - 2 * alpha) * result.se, result.null.p_value(room / result.se) / 2
+    low, high = result.difference - half, result.difference + half
+    return Equivalence(bool(-margin < low and high < margin), p, margin, alpha, low, high)
+
+
+def one_seed(differences: ArrayLike, run_sd: float, df_run: float = np.inf, level: float = 0.95) -> OneSeed:
+    """Difference of two single runs, given the run effect from elsewhere (Welch–Satterthwaite t).
+
+    Args:
+        differences: (tasks,) b - a, two or more tasks.
+        run_sd: sd of the effect of one run on a mean over such tasks, in the same unit; 0 or more.
+        df_run: degrees of freedom behind `run_sd`; infinite when it is known.
+    """
+    d = np.asarray(differences, dtype=float)
+    if d.ndim != 1 or len(d) < 2 or not np.isfinite(d).all():
+        raise StatisticsError(f"one_seed: differences of shape {d.shape}; give one finite number per task, two or more")
+    if not (np.isfinite(run_sd) and run_sd >= 0 and df_run > 0):
+        raise StatisticsError(f"one_seed: run_sd={run_sd!r}, df_run={df_run!r}; an sd is 0 or more, its df above 0")
+    check_level(level, "one_seed")
+    mean, task_variance = float(d.mean()), float(d.var(ddof=1)) / len(d)
+
+    def variance_and_df(sd: float) -> tuple[float, float]:
+        runs = 2 * sd**2
+        variance = task_variance + runs
+        spread = task_variance**2 / (len(d) - 1) + runs**2 / df_run
+        return variance, variance**2 / spread if spread > 0 else np.inf
+
+    def p_value(sd: float) -> float:
+        variance, df = variance_and_df(sd)
+        return float(2 * stdtr(df, -abs(mean) / np.sqrt(variance))) if variance > 0 else float(mean == 0)
+
+    tipping = 0.0
+    if p_value(0) < 1 - level:
+        tipping = float(brentq(lambda sd: p_value(sd) - (1 - level), 0, 100 * abs(mean) + 1e-9))
+    variance, df = variance_and_df(run_sd)
+    half = float(stdtrit(df, 0.5 + level / 2) * np.sqrt(variance))
+    return OneSeed(mean, p_value(run_sd), mean - half, mean + half, level, tipping, len(d))
+
+
+def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
+    """Mean over the tasks of each source, which are not independent of each other (STS12 to STS16, ...P2P and ...S2S).
+
+    Args:
+        scores: (..., tasks).
+        sources: (tasks,) the source of each task.
+
+    Returns:
+        (..., sources) and the names of the sources, in order of first appearance.
+    """
+    y = np.asarray(scores, dtype=float)
+    if y.shape[-1] != len(sources):
+        raise StatisticsError(
+            f"average_sources: {len(sources)} sources for {y.shape[-1]} tasks; give one for each task"
+        )
+    names = tuple(dict.fromkeys(sources))
+    labels = np.asarray(sources)
+    return np.stack([y[..., labels == name].mean(axis=-1) for name in names], axis=-1), names
+
+
+def _contrast(
+    arms: list[Array], coefficients: tuple[float, ...], others: list[Array], types: TaskTypes, level: float
+) -> Crossed:
+    check_level(level, "crossed")
+    tasks = sorted({arm.shape[1] for arm in [*arms, *others]})
+    if len(tasks) > 1:
+        raise StatisticsError(f"crossed: designs with {tasks} tasks; every design needs the same tasks")
+    mean_squares, scope, note = contrast_mean_squares(arms, coefficients, others, types)
+    by_task = sum((c * arm.mean(axis=0) for c, arm in zip(coefficients, arms, strict=True)), start=np.zeros(tasks))
+    difference = float(by_task @ types.task_weights)
+    se = float(np.sqrt(mean_squares.variance()))
+    if se <= 1e-12 * max(1.0, *(float(np.abs(arm).max()) for arm in arms)):  # nothing varies: no distribution either
+        null, critical, se, p = None, 0.0, 0.0, float(abs(difference) <= 1e-12)
+    else:
+        null = null_distribution(mean_squares)
+        critical, p = null.critical(level), null.p_value(abs(difference) / se)
+    cut = mean_squares.truncated()
+    run_low, run_high = mean_squares.run_variance_interval(level)
+    return Crossed(
+        difference=difference,
+        p_value=p,
+        ci_low=difference - critical * se,
+        ci_high=difference + critical * se,
+        level=level,
+        se=se,
+        critical=critical,
+        run_sd=float(np.sqrt(mean_squares.run_variance * types.squared)),
+        run_sd_low=float(np.sqrt(run_low * types.squared)),
+        run_sd_high=float(np.sqrt(run_high * types.squared)),
+        noise_sd=float(np.sqrt(cut.error)),
+        task_sd=float(np.sqrt(max(cut.tasks - cut.error, 0.0) * cut.unit / types.squared)),
+        scope=scope,
+        note=note,
+        seeds=tuple(len(arm) for arm in arms),
+        tasks=tasks[0],
+        designs=len(arms) + len(others) if scope == POOLED else len(arms),
+        mean_squares=mean_squares,
+        null=null,
+    )
+
+
+def _weighted_types(types: Sequence[str], weights: Mapping[str, float]) -> TaskTypes:
+    names = tuple(dict.fromkeys(types))
+    for name in names:
+        if name not in weights:
+            raise StatisticsError(
+                f"crossed_overall: task type {name!r} has no weight{suggest(name, weights)}; declare one"
+            )
+        if not weights[name] > 0:
+            raise StatisticsError(f"crossed_overall: weight {weights[name]!r} of {name!r} must be above 0")
+    columns = tuple(np.flatnonzero(np.asarray(types) == name) for name in names)
+    for name, tasks in zip(names, columns, strict=True):
+        if len(tasks) < 2:
+            raise StatisticsError(
+                f"crossed_overall: type {name!r} has one task, so its spread over tasks is unknown; leave the type out"
+            )
+    total = sum(weights[name] for name in names)
+    return TaskTypes(columns, tuple(weights[name] / total for name in names))
+
+
+def _scores(values: ArrayLike, name: str) -> Array:
+    """Scores of one design, checked: (seeds, tasks), two or more of each, none missing."""
+    y = np.asarray(values, dtype=float)
+    if y.ndim != 2:
+        raise StatisticsError(f"crossed: {name} has shape {y.shape}; scores are (seeds, tasks)")
+    if len(y) < 2:
+        raise StatisticsError(
+            f"crossed: {name} has {len(y)} seed; a verdict about designs needs two or more runs of each, three by "
+            "default. For single runs there is signed_rank (scope: checkpoints), and one_seed with a known run sd"
+        )
+    if y.shape[1] < 2:
+        raise StatisticsError(f"crossed: {name} has {y.shape[1]} task; two or more are needed to see how tasks differ")
+    missing = np.argwhere(~np.isfinite(y))
+    if len(missing):
+        seed, task = missing[0]
+        raise StatisticsError(
+            f"crossed: {len(missing)} of {y.size} scores of {name} are missing or infinite, the first at seed index "
+            f"{seed}, task index {task}; run what is missing, or leave that task out of every design"
+        )
+    return y

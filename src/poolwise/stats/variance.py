@@ -1,0 +1,282 @@
+"""Where the noise of a contrast between designs comes from, and how its test statistic is distributed without effect.
+
+A score of design k, run (seed) s and task t is modelled as
+
+    score = task_t + design_k + run_ks + (design x task)_kt + noise_kst
+
+with random runs and random tasks. A contrast between designs is uncertain for two reasons: other runs would have come
+out differently (`runs`), and other tasks might have preferred another design (`tasks`); both mean squares contain the
+noise once, hence the variance unit * (runs + tasks - error). `MeanSquares` estimates the three; `Null` is the
+distribution of the standardised contrast at those estimates, on a fixed grid of chi-square quantiles: a parametric
+bootstrap without random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import fdtrc, fdtri, gammaincinv, ndtr
+
+Array = NDArray[np.float64]
+
+POOLED = "pooled over the study"
+TWO_ARMS = "two arms"
+GUARD_LEVEL = 0.1
+OWN_ARMS = "the compared designs"
+NOISIER = "the runs of a compared design vary more than those of the study's other designs"
+OTHER_SEEDS = "the designs of the study have different numbers of seeds"
+NO_RUN_VARIANCE = "no design of the study varies between its runs"
+
+GRID_POOLED = (48, 48, 8)  # points for runs, tasks, error
+GRID_ARMS = (20, 20, 20, 4)  # points for the runs of either arm, tasks, error
+
+
+@dataclass(frozen=True)
+class TaskTypes:
+    """Tasks in groups that are fixed, each with its weight; a design's mean is the weighted mean of its group means.
+
+    One group is the plain mean over tasks. `columns` are the task indices of each group, `weights` sum to 1.
+    """
+
+    columns: tuple[NDArray[np.intp], ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def one(cls, tasks: int) -> TaskTypes:
+        return cls((np.arange(tasks),), (1.0,))
+
+    @cached_property
+    def task_weights(self) -> Array:
+        """(tasks,): the weight of each task in the mean of a design."""
+        weights = np.zeros(sum(len(c) for c in self.columns))
+        for columns, weight in zip(self.columns, self.weights, strict=True):
+            weights[columns] = weight / len(columns)
+        return weights
+
+    @cached_property
+    def squared(self) -> float:
+        """Sum of the squared task weights: 1 / tasks where all weigh the same."""
+        return float(sum(w**2 / len(c) for w, c in zip(self.weights, self.columns, strict=True)))
+
+    def combine(self, mean_squares: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:
+        """Mean square of the weighted mean from those of the groups, with Satterthwaite's degrees of freedom."""
+        parts = [
+            w**2 / len(c) / self.squared * ms for w, c, ms in zip(self.weights, self.columns, mean_squares, strict=True)
+        ]
+        return satterthwaite(parts, dfs)
+
+
+@dataclass(frozen=True)
+class MeanSquares:
+    """Mean squares behind one contrast, in squared score units; its variance is unit * (sum(runs) + tasks - error).
+
+    `runs` has one entry when runs are pooled, else one for each arm, already multiplied by `run_shares` (which sum
+    to 1) so that they add up.
+    """
+
+    runs: tuple[float, ...]
+    run_shares: tuple[float, ...]
+    run_dfs: tuple[float, ...]
+    run_df: float
+    tasks: float
+    task_df: float
+    error: float
+    error_df: float
+    unit: float
+
+    def variance(self) -> float:
+        """Estimated variance of the contrast, never below what either source alone would give."""
+        runs = sum(self.runs)
+        return self.unit * max(runs, self.tasks, runs + self.tasks - self.error)
+
+    @property
+    def run_variance(self) -> float:
+        """Variance of one run's effect, times the effective number of tasks (1 / `TaskTypes.squared`)."""
+        cut = self.truncated()
+        return 0.0 if sum(self.runs) < self.error else max(0.0, sum(cut.runs) - cut.error)
+
+    def run_variance_interval(self, level: float) -> tuple[float, float]:
+        """Williams' interval (1962) for `run_variance`; the compared arms are taken to share it."""
+        ends = []
+        for tail in (0.5 + level / 2, 0.5 - level / 2):
+            excess = sum(self.runs) - self.error * fdtri(self.run_df, self.error_df, tail)
+            ends.append(max(float(excess), 0.0) * self.run_df / float(2 * gammaincinv(self.run_df / 2, tail)))
+        return ends[0], ends[1]
+
+    def truncated(self) -> MeanSquares:
+        """The same with every mean square that fell below the error pooled with it (no variance is negative)."""
+        runs, tasks, error, parts = sum(self.runs), self.tasks, self.error, self.runs
+        low = runs < error
+        if low:
+            error = (self.run_df * runs + self.error_df * error) / (self.run_df + self.error_df)
+        if tasks < error:
+            error = tasks = (self.task_df * tasks + self.error_df * error) / (self.task_df + self.error_df)
+        if low:
+            parts = tuple(share * error for share in self.run_shares)
+        return replace(self, runs=parts, tasks=tasks, error=error)
+
+
+@dataclass(frozen=True)
+class Null:
+    """Distribution of |difference| / (estimated standard error) when there is no difference.
+
+    `se` is the standard error at the variances taken as true; `ratios` (points,) are equally likely values of
+    (estimated / true) standard error.
+    """
+
+    se: float
+    ratios: Array = field(repr=False, compare=False)
+
+    def p_value(self, t: float) -> float:
+        """Two-sided: chance of a statistic beyond `t`. Twice the upper tail, so below 2 rather than 1 for t < 0."""
+        return float(2 * ndtr(-t * self.ratios).mean())
+
+    def critical(self, level: float) -> float:
+        """The statistic that is exceeded with probability 1 - level."""
+        return float(brentq(lambda t: self.p_value(t) - 1 + level, 0, 1e4))
+
+    def power(self, effect: float, critical: float) -> float:
+        """Chance of a statistic beyond `critical` when the true difference is `effect`."""
+        shift = effect / self.se
+        return float((ndtr(shift - critical * self.ratios) + ndtr(-shift - critical * self.ratios)).mean())
+
+    def detectable(self, critical: float, power: float) -> float:
+        """The true difference found with probability `power`."""
+        top = self.se
+        while self.power(top, critical) < power:
+            top *= 2
+        return float(brentq(lambda effect: self.power(effect, critical) - power, 0, top))
+
+
+def null_distribution(estimates: MeanSquares) -> Null:
+    """The null at truncated mean squares: each is redrawn from its scaled chi-square, on a grid of quantiles."""
+    m = estimates.truncated()
+    components = (*m.runs, m.tasks, m.error)
+    dfs = (*m.run_dfs, m.task_df, m.error_df)
+    points = GRID_POOLED if len(m.runs) == 1 else GRID_ARMS
+    draws = [ms * _chi_square_over_df(df, count) for ms, df, count in zip(components, dfs, points, strict=True)]
+    *runs, tasks, error = np.meshgrid(*draws, indexing="ij", sparse=True)
+    run = sum(runs[1:], start=runs[0])
+    redrawn = np.maximum(np.maximum(run, tasks), run + tasks - error)
+    true = sum(components[:-1]) - components[-1]
+    return Null(se=float(np.sqrt(m.unit * true)), ratios=np.sqrt(redrawn / true).ravel())
+
+
+def contrast_mean_squares(
+    arms: Sequence[Array], coefficients: Sequence[float], others: Sequence[Array], types: TaskTypes
+) -> tuple[MeanSquares, str, str]:
+    """Mean squares of a contrast, pooled over the study where that is sound, else from the compared arms.
+
+    Args:
+        arms: one (seeds_k, tasks) array per compared design.
+        coefficients: one per arm; the contrast is their weighted sum of design means.
+        others: the study's further designs, (seeds_k, tasks) each.
+
+    Returns:
+        The mean squares, their scope (`POOLED`, `TWO_ARMS`, `OWN_ARMS`) and why others were not pooled.
+    """
+    designs, note = [*arms, *others], ""
+    if len(designs) > 2:
+        runs = np.array([run_mean_square(x, types) for x in designs])
+        if len({len(x) for x in designs}) > 1:
+            note = OTHER_SEEDS
+        elif not runs.any():
+            note = NO_RUN_VARIANCE
+        elif _noisier(runs, len(arms), len(arms[0])):
+            note = NOISIER
+        else:
+            return study_mean_squares(np.stack(designs), [*coefficients, *[0.0] * len(others)], types), POOLED, ""
+    return own_mean_squares(arms, coefficients, types), TWO_ARMS if len(arms) == 2 else OWN_ARMS, note
+
+
+def own_mean_squares(arms: Sequence[Array], coefficients: Sequence[float], types: TaskTypes) -> MeanSquares:
+    """Mean squares from the compared designs alone, each with its own run variance.
+
+    Args:
+        arms: one (seeds_k, tasks) array per compared design.
+        coefficients: one per arm; the contrast is their weighted sum of design means.
+    """
+    parts = [c**2 / len(arm) for c, arm in zip(coefficients, arms, strict=True)]
+    scale = sum(parts)
+    shares = tuple(part / scale for part in parts)
+    runs = tuple(share * run_mean_square(arm, types) for share, arm in zip(shares, arms, strict=True))
+    run_dfs = tuple(float(len(arm) - 1) for arm in arms)
+    run_df = sum(run_dfs)
+    if len(arms) > 2:  # the grid has one axis for each run variance: more than two are merged
+        merged, df = satterthwaite(runs, run_dfs)
+        runs, shares, run_dfs = (merged,), (1.0,), (df,)
+    squares, dfs = [], []
+    for columns in types.columns:
+        residuals = [_centred(_centred(arm[:, columns], 0), 1) for arm in arms]
+        dfs.append(run_df * (len(columns) - 1))
+        squares.append(sum(float((r**2).sum()) for r in residuals) / dfs[-1])
+    error, error_df = types.combine(squares, dfs)
+    tasks, task_df = _task_mean_square(arms, coefficients, types, scale)
+    return MeanSquares(runs, shares, run_dfs, run_df, tasks, task_df, error, error_df, scale * types.squared)
+
+
+def study_mean_squares(study: Array, coefficients: Sequence[float], types: TaskTypes) -> MeanSquares:
+    """Mean squares with the run and the error variance pooled over all designs of a study.
+
+    Args:
+        study: (designs, seeds, tasks), the same seeds in each design.
+        coefficients: (designs,), zero for designs that are not compared.
+    """
+    designs, seeds, _ = study.shape
+    run_df = float((designs - 1) * (seeds - 1))
+    scale = float(sum(c**2 for c in coefficients)) / seeds
+    means = _centred(_centred(study @ types.task_weights, 0), 1)
+    runs = float((means**2).sum()) / types.squared / run_df
+    residuals = _centred(_centred(study, 1), 0)
+    squares, dfs = [], []
+    for columns in types.columns:
+        dfs.append(run_df * (len(columns) - 1))
+        squares.append(float((_centred(residuals[:, :, columns], 2) ** 2).sum()) / dfs[-1])
+    error, error_df = types.combine(squares, dfs)
+    tasks, task_df = _task_mean_square(list(study), coefficients, types, scale)
+    return MeanSquares((runs,), (1.0,), (run_df,), run_df, tasks, task_df, error, error_df, scale * types.squared)
+
+
+def run_mean_square(scores: Array, types: TaskTypes) -> float:
+    """Mean square of the runs of one design, (seeds, tasks): variance of its run means, per task."""
+    return float((scores @ types.task_weights).var(ddof=1)) / types.squared
+
+
+def satterthwaite(parts: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:
+    """Sum of independent mean squares and the degrees of freedom of the chi-square nearest to it (1946)."""
+    total = float(sum(parts))
+    spread = sum(part**2 / df for part, df in zip(parts, dfs, strict=True))
+    return total, float(sum(dfs)) if len(parts) == 1 or spread == 0 else float(total**2 / spread)
+
+
+def _noisier(runs: Array, compared: int, seeds: int) -> bool:
+    """Guard before pooling: is one of the first `compared` run mean squares too large for the others (F test)?"""
+    dfs = (seeds - 1, (len(runs) - 1) * (seeds - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = [runs[i] / np.delete(runs, i).mean() for i in range(compared)]
+    return bool(compared * fdtrc(*dfs, ratios).min() < GUARD_LEVEL)
+
+
+def _task_mean_square(
+    arms: Sequence[Array], coefficients: Sequence[float], types: TaskTypes, scale: float
+) -> tuple[float, float]:
+    differences = sum(c * arm.mean(axis=0) for c, arm in zip(coefficients, arms, strict=True))
+    squares = [float(np.var(np.asarray(differences)[columns], ddof=1)) / scale for columns in types.columns]
+    return types.combine(squares, [len(columns) - 1 for columns in types.columns])
+
+
+def _centred(values: Array, axis: int) -> Array:
+    return values - values.mean(axis=axis, keepdims=True)
+
+
+@lru_cache(maxsize=256)
+def _chi_square_over_df(df: float, points: int) -> Array:
+    """Chi-square quantiles over their degrees of freedom at the middles of `points` equal slices of probability."""
+    quantiles = 2 * gammaincinv(df / 2, (np.arange(points) + 0.5) / points) / df
+    quantiles.setflags(write=False)
+    return quantiles

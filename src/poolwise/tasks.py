@@ -1,0 +1,296 @@
+"""Evaluation tasks: official mteb names, benchmarks, the user's folders and the built-in demo become one kind of task.
+
+| name | what it is |
+|---|---|
+| `STSBenchmark`, `SciFact`, … | an official mteb task, with the splits and subsets of "MTEB(eng, v1)" or "(eng, v2)" |
+| `MTEB(eng, v1)`, … | every task of an mteb benchmark |
+| `paper` | the 47 tasks of "Pooling and Attention" (arXiv 2409.02727), see `PAPER_TASKS` |
+| `demo`, `demo/NAME` | all built-in tasks, or one |
+| `./my-faq`, `/data/faq` | a folder of the user's (`poolwise.folders`), relative to the study file |
+
+Every task is an `mteb` task object in the end; a folder's data are put into it in memory, never through `load_dataset`
+(which takes one file format per dataset and reads JSON lines beside a TSV as a table).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from poolwise.errors import PoolwiseError, TaskError, suggest
+from poolwise.folders import read_folder
+from poolwise.in_memory import TaskData, content_identity, mteb_task
+
+__all__ = ["PAPER_TASKS", "Task", "TaskData", "resolve_tasks", "task_from_data"]
+
+PINNING_BENCHMARKS = ("MTEB(eng, v1)", "MTEB(eng, v2)")
+
+# The task lists of the paper's published evaluation script (commit 57791d5): CQADupstack is not among them, nine of the
+# clustering tasks are the faster ".v2" ones. Splits and subsets are those of "MTEB(eng, v1)" where it holds the task.
+PAPER_TASKS: dict[str, tuple[str, ...]] = {
+    "STS": ("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"),
+    "Classification": (
+        "AmazonPolarityClassification",
+        "Banking77Classification",
+        "EmotionClassification",
+        "ImdbClassification",
+        "ToxicConversationsClassification",
+        "TweetSentimentExtractionClassification",
+    ),
+    "Clustering": (
+        "ArxivClusteringP2P",
+        "ArxivClusteringS2S",
+        "BiorxivClusteringP2P.v2",
+        "BiorxivClusteringS2S.v2",
+        "MedrxivClusteringP2P.v2",
+        "MedrxivClusteringS2S.v2",
+        "RedditClustering.v2",
+        "RedditClusteringP2P.v2",
+        "StackExchangeClustering.v2",
+        "StackExchangeClusteringP2P.v2",
+        "TwentyNewsgroupsClustering.v2",
+    ),
+    "Retrieval": (
+        "ArguAna",
+        "ClimateFEVER",
+        "DBPedia",
+        "FEVER",
+        "FiQA2018",
+        "HotpotQA",
+        "MSMARCO",
+        "NFCorpus",
+        "NQ",
+        "QuoraRetrieval",
+        "SCIDOCS",
+        "SciFact",
+        "TRECCOVID",
+        "Touche2020",
+    ),
+    "Reranking": ("AskUbuntuDupQuestions", "MindSmallReranking", "SciDocsRR", "StackOverflowDupQuestions"),
+    "PairClassification": ("SprintDuplicateQuestions", "TwitterSemEval2015", "TwitterURLCorpus"),
+    "Summarization": ("SummEval",),
+}
+
+# Tasks whose texts come from one origin are no independent evidence: the first pattern a name begins with names the
+# origin. Any other official task has its dataset's name, so that versions of one dataset still share an origin.
+ORIGINS: tuple[tuple[str, str], ...] = (
+    ("STS22", "sts22-news"),
+    ("STS", "semeval-sts"),
+    ("SICK-R", "sick"),
+    ("Arxiv", "arxiv"),
+    ("ArXiv", "arxiv"),
+    ("Biorxiv", "biorxiv"),
+    ("Medrxiv", "medrxiv"),
+    ("Reddit", "reddit"),
+    ("StackExchange", "stackexchange"),
+    ("StackOverflow", "stackexchange"),
+    ("AskUbuntu", "stackexchange"),
+    ("CQADupstack", "stackexchange"),
+    ("Amazon", "amazon-reviews"),
+    ("Massive", "massive"),
+    ("MTOP", "mtop"),
+    ("Twitter", "twitter"),
+    ("Tweet", "twitter"),
+    ("Emotion", "twitter"),
+    ("FEVER", "wikipedia"),
+    ("ClimateFEVER", "wikipedia"),
+    ("HotpotQA", "wikipedia"),
+    ("DBPedia", "wikipedia"),
+    ("NQ", "wikipedia"),
+    ("Touche", "touche"),
+    ("SCIDOCS", "scidocs"),
+    ("SciDocs", "scidocs"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task. `task_type` is mteb's word, `source` the origin it shares with related tasks, `identity` what
+    it is made of: "path@revision" of an official dataset, else a hash of the texts and labels. `mteb` is the mteb task
+    object, restricted to `splits` and `subsets`."""
+
+    name: str
+    task_type: str
+    source: str
+    identity: str
+    mteb: Any
+    splits: tuple[str, ...]
+    subsets: tuple[str, ...]
+
+    def texts(self) -> Iterator[str]:
+        """Every text that this task gives to a model, as the model gets it (without prompts), classification's training
+        texts included. Loads the data; raises `TaskError` where that fails."""
+        for part in self.parts():
+            part.load()
+            for split in self.splits:
+                for subset in self.subsets:
+                    yield from part.split_texts(split, subset)
+
+    def parts(self) -> list[Task]:
+        """The tasks behind an aggregate (CQADupstackRetrieval); any other task is its own only part."""
+        if not self.mteb.is_aggregate:
+            return [self]
+        return [_official(task, self.source) for task in self.mteb.metadata.tasks]
+
+    def load(self) -> None:
+        """Load the data, once. Raises `TaskError` naming the task, its dataset and what the loader said."""
+        try:
+            self.mteb.load_data()
+        except Exception as error:  # whatever a hub client, a parser or a transform may raise
+            raise TaskError(
+                f"task {self.name!r}: its data ({self.identity}) cannot be loaded: {type(error).__name__}: {error}. "
+                "Check the connection (or HF_ENDPOINT, HF_HUB_OFFLINE and the cache)"
+            ) from error
+
+    def split_data(self, split: str, subset: str) -> Any:
+        """The loaded data of one split, as mteb's evaluators get it."""
+        data = self.mteb.dataset
+        return data[split] if subset == "default" and subset not in data else data[subset][split]
+
+    def split_texts(self, split: str, subset: str) -> Iterator[str]:
+        data = self.split_data(split, subset)
+        if self.task_type in ("Retrieval", "Reranking"):
+            yield from data["queries"]["text"]
+            yield from map(document_text, data["corpus"])
+            return
+        if self.task_type == "Classification" and self.mteb.train_split != split:
+            yield from self.split_texts(self.mteb.train_split, subset)
+        for column in self._text_columns():
+            yield from _flat(data[column])
+
+    def _text_columns(self) -> Sequence[str]:
+        if self.task_type == "STS":
+            return self.mteb.column_names
+        if self.task_type == "PairClassification":
+            return (self.mteb.input1_column_name, self.mteb.input2_column_name)
+        if self.task_type == "Summarization":
+            return (self.mteb.human_summaries_column_name, self.mteb.machine_summaries_column_name)
+        return (self.mteb.input_column_name,)
+
+
+def document_text(document: dict[str, Any]) -> str:
+    """A document as a model reads it: title and text, joined as mteb joins them."""
+    title = document.get("title") or ""
+    return f"{title} {document['text']}".strip()
+
+
+def resolve_tasks(names: Sequence[str], base_dir: Path) -> list[Task]:
+    """The tasks behind `names`, each once, in the order given. Folders are relative to `base_dir`.
+
+    Raises `TaskError` with all problems at once: unknown names with the nearest known one, folders that are missing or
+    malformed (file and line), and two different tasks of one name.
+    """
+    tasks: dict[str, Task] = {}
+    problems: list[str] = []
+    for name in names:
+        try:
+            for task in _resolve(name, base_dir):
+                known = tasks.setdefault(task.name, task)
+                if known.identity != task.identity:
+                    problems.append(
+                        f"two tasks are called {task.name!r}; give the folder another `name` in its task.toml"
+                    )
+        except PoolwiseError as error:
+            problems.append(str(error))
+    if problems:
+        raise TaskError("\n".join(problems))
+    return list(tasks.values())
+
+
+def _resolve(name: str, base_dir: Path) -> list[Task]:
+    if name == "demo" or name.startswith("demo/"):
+        return _built_in(name)
+    if name.startswith((".", "/", "~")):
+        path = Path(base_dir, Path(name).expanduser())
+        if not path.is_dir():
+            near = suggest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+            raise TaskError(f"evaluation folder {name!r}: no such folder, seen from {str(base_dir)!r}{near}")
+        folder = read_folder(path)
+        return [task_from_data(folder.name, folder.data, folder.source)]
+    import mteb
+
+    if name == "paper":
+        return [_by_name(task) for group in PAPER_TASKS.values() for task in group]
+    try:
+        return [_official(task) for task in mteb.get_benchmark(name).tasks]
+    except KeyError:
+        pass
+    from mteb.get_tasks import TASK_LIST
+
+    known = {task.metadata.name for task in TASK_LIST if task.metadata.modalities == ["text"]}
+    if name in known:
+        return [_by_name(name)]
+    hint = suggest(name, [*known, *(benchmark.name for benchmark in mteb.get_benchmarks()), "paper", "demo"])
+    if (base_dir / name).exists():
+        hint = f"; did you mean the folder {'./' + name!r}?"
+    raise TaskError(
+        f"unknown task {name!r} (allowed: a text task of mteb, a benchmark such as 'MTEB(eng, v2)', 'paper', 'demo', "
+        f"'demo/NAME', or a folder written './name'){hint}"
+    )
+
+
+def _by_name(name: str) -> Task:
+    """An official task, with the splits and subsets of the English benchmarks where one of them holds it."""
+    import mteb
+
+    for benchmark in PINNING_BENCHMARKS:
+        for task in mteb.get_benchmark(benchmark).tasks:
+            if task.metadata.name == name:
+                return _official(task)
+    return _official(mteb.get_task(name))
+
+
+def _official(task: Any, source: str | None = None) -> Task:
+    import mteb
+
+    metadata = task.metadata
+    if list(metadata.modalities) != ["text"]:
+        raise TaskError(
+            f"task {metadata.name!r} is about {', '.join(metadata.modalities)}; poolwise compares text encoders"
+        )
+    parts = metadata.tasks if task.is_aggregate else [task]
+    data = ", ".join(f"{part.metadata.dataset['path']}@{part.metadata.dataset['revision']}" for part in parts)
+    if task.is_aggregate:
+        data = f"{len(parts)} datasets, sha256:{hashlib.sha256(data.encode()).hexdigest()[:24]}"
+    if source is None:
+        origin = next((origin for start, origin in ORIGINS if metadata.name.startswith(start)), None)
+        source = origin or parts[0].metadata.dataset["path"].split("/")[-1].lower()
+    return Task(
+        name=metadata.name,
+        task_type=metadata.type,
+        source=source,
+        identity=f"{data}, mteb {mteb.__version__}",
+        mteb=task,
+        splits=tuple(task.eval_splits),
+        subsets=tuple(task.hf_subsets),
+    )
+
+
+def _built_in(name: str) -> list[Task]:
+    from poolwise import demo
+
+    names = demo.task_names()
+    if name == "demo":
+        return [task for each in names for task in _built_in(each)]
+    if name not in names:
+        raise TaskError(f"unknown built-in task {name!r} (allowed: demo, {', '.join(names)}){suggest(name, names)}")
+    mechanism = name.removeprefix("demo/").rpartition("-")[0]
+    return [task_from_data(name, demo.task_data(name), source=mechanism or name)]
+
+
+def task_from_data(name: str, data: TaskData, source: str) -> Task:
+    """A task from texts in memory. Its identity is the hash of kind, texts and labels."""
+    identity = content_identity(data)
+    task = mteb_task(name, data, identity)
+    return Task(name, task.metadata.type, source, identity, task, (data.split,), ("default",))
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _flat(value)
+        else:
+            yield value

@@ -1,0 +1,268 @@
+"""A trial: one design × one seed, a pure function of its spec, named by the hash of that spec.
+
+    FOLDER/spec.json                what the trial is
+    FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
+    FOLDER/train.json               losses, seconds; there only when the training is done
+    FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
+    FOLDER/failed.json              why it stopped, if it did
+
+Everything is written atomically: whatever is there is whole, and a trial that is run again does only what is missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sentence_transformers import SentenceTransformer
+
+from poolwise import checkpoint
+from poolwise.data import Pairs, decontaminate, load_pairs, plan, training_dataset
+from poolwise.encoder import base_identity, base_path, build, load_config
+from poolwise.errors import PoolwiseError, TrainingError
+from poolwise.evaluation import evaluate
+from poolwise.pooling import resolve_args
+from poolwise.references import reference
+from poolwise.study import Design, Recipe, Study, content_hash
+from poolwise.tasks import Task, resolve_tasks
+from poolwise.train import train
+
+Progress = Callable[[str, float], None]
+"""Called with the stage (`train`, `score`) and its done share, 0 to 1."""
+ROLES = ("design", "aa", "broken", "untuned", "reference")
+AA_SEEDS = 1000
+"""The A/A arm is the baseline trained with these seeds more."""
+NOT_IN_SPEC = {"base_model", "report_to", "save_steps"}
+BROKEN = Design(name="broken", attention="causal", pooling="first_token")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained or scored. `role` says whether it is part of the comparison (`design`) or a control."""
+
+    label: str
+    role: str
+    seed: int
+    spec: dict[str, Any]
+    design: Design | None = None
+    steps: tuple[int, ...] = (0,)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of the spec."""
+        return content_hash(self.spec)
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable, and unique by the hash."""
+        label = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
+        return f"{label}-s{self.seed}-{self.id[:8]}"
+
+
+@dataclass
+class Prepared:
+    """A study made ready: base found, sizes resolved, pairs read, cleaned and planned, tasks resolved."""
+
+    study: Study
+    trials: list[Trial]
+    tasks: list[Task]
+    pairs: Pairs | None
+    base: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def base_config(study: Study) -> tuple[str, Any]:
+    """Path and configuration of the study's base model. Raises ModelError where it cannot be found."""
+    path = base_path(study.recipe.base_model, study.base_dir)
+    return path, load_config(study.recipe.base_model, path)
+
+
+def milestones(study: Study) -> tuple[int, ...]:
+    """The steps after which every design is scored."""
+    return tuple(sorted({max(1, round(share * study.recipe.steps)) for share in study.evaluate_at}))
+
+
+def prepare(study: Study) -> Prepared:
+    """Everything that is shared by the trials of a study, and the list of trials."""
+    path, config = base_config(study)
+    base = {"name": study.recipe.base_model, "identity": base_identity(path, getattr(config, "_commit_hash", None))}
+    tasks = resolve_tasks(study.tasks, study.base_dir)
+    pairs = load_pairs(study.recipe, study.base_dir)
+    pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
+    trials = _trials(study, config, base, pairs)
+    notes = [f"{key.replace('_', ' ')}: {value}" for key, value in pairs.report.items()]
+    return Prepared(study, trials, tasks, pairs, base, notes)
+
+
+def _trials(study: Study, config: Any, base: dict[str, Any], pairs: Pairs) -> list[Trial]:
+    recipe = study.recipe.model_dump(mode="json", exclude=NOT_IN_SPEC)
+    orders: dict[int, str] = {}
+
+    def spec(role: str, design: Design, seed: int) -> dict[str, Any]:
+        arguments = resolve_args(design.pooling, design.pooling_args, config)
+        content: dict[str, Any] = {
+            "base": base["identity"],
+            "recipe": recipe,
+            "design": {"attention": design.attention, "pooling": design.pooling, "pooling_args": arguments},
+            "seed": seed,
+            "tuned": role != "untuned",
+        }
+        if role != "untuned":
+            if seed not in orders:
+                orders[seed] = plan(pairs, study.recipe, seed).fingerprint
+            content["data"] = orders[seed]
+        return content
+
+    trials = []
+    for seed in study.seeds:
+        for design in study.designs:
+            trials.append(Trial(design.name, "design", seed, spec("design", design, seed), design, milestones(study)))
+        if study.controls:
+            baseline, last = study.design(study.baseline), milestones(study)[-1:]
+            other = seed + AA_SEEDS
+            trials.append(Trial(f"{baseline.name}-aa", "aa", other, spec("aa", baseline, other), baseline, last))
+            trials.append(Trial("broken", "broken", seed, spec("broken", BROKEN, seed), BROKEN, last))
+    for name in study.references:
+        if name == "untuned":
+            first = study.seeds[0]
+            trials += [
+                Trial(f"{design.name}-untuned", "untuned", first, spec("untuned", design, first), design)
+                for design in study.designs
+            ]
+        else:
+            trials.append(Trial(name, "reference", 0, {"reference": name}))
+    return trials
+
+
+def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
+    """Train and score one trial, as far as that is not done yet.
+
+    Raises TrainingError, ModelError or TaskError; the reason is also left in `failed.json`.
+    """
+    report = progress or (lambda stage, share: None)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "failed.json").unlink(missing_ok=True)
+        checkpoint.write_json(folder / "spec.json", {"label": trial.label, "role": trial.role, **trial.spec})
+        if trial.role == "reference":
+            model: Any = reference(trial.label)
+            _score(model, trial, 0, prepared, folder, report)
+            return
+        encoder = _encoder(trial, prepared)
+        if trial.role != "untuned":
+            _train(encoder, trial, prepared, folder, report)
+        for step in trial.steps:
+            if _missing(trial, step, prepared, folder):
+                if step:
+                    checkpoint.load_weights(encoder, folder / "training" / f"step-{step}")
+                _score(encoder, trial, step, prepared, folder, report)
+    except Exception as error:
+        _leave_reason(error, folder)
+        raise
+
+
+def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
+    encoder = build(prepared.study.recipe, cast(Design, trial.design), trial.seed, base_dir=prepared.study.base_dir)
+    return encoder.eval()
+
+
+def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
+    if (folder / "train.json").exists():
+        return
+    recipe: Recipe = prepared.study.recipe
+    order = plan(cast(Pairs, prepared.pairs), recipe, trial.seed)
+    if order.fingerprint != trial.spec["data"]:
+        raise TrainingError("the training data changed while the study ran; restore it or start under another name")
+    result = train(
+        encoder,
+        recipe,
+        training_dataset(cast(Pairs, prepared.pairs), order),
+        folder / "training",
+        seed=trial.seed,
+        milestones=trial.steps,
+        progress=lambda step, loss: report("train", step / recipe.steps),
+        stop_at_chance=trial.role != "broken",
+    )
+    for path in (folder / "training").glob("checkpoint-*"):
+        shutil.rmtree(path)
+    checkpoint.write_json(folder / "train.json", {**result, "order": order.fingerprint})
+
+
+def score_file(folder: Path, step: int, task: Task) -> Path:
+    """Where the scores of a task lie; the name changes with the task's content."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task.name)
+    return folder / "scores" / f"step-{step}" / f"{safe}-{content_hash(task.identity, 8)}.parquet"
+
+
+def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:
+    return [task for task in prepared.tasks if not score_file(folder, step, task).exists()]
+
+
+def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> None:
+    missing = _missing(trial, step, prepared, folder)
+    for done, task in enumerate(missing):
+        report("score", done / len(missing))
+        if trial.label == "bm25" and task.task_type not in {"Retrieval", "Reranking"}:
+            rows = []
+        else:
+            started = time.perf_counter()
+            rows = evaluate(model, [task], identity=f"{trial.id}-{step}", prompts=_prompts(trial, prepared))
+            seconds = time.perf_counter() - started
+            mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
+            rows = [{**row, **mine, "seconds": seconds} for row in rows]
+        path = score_file(folder, step, task)
+        write_rows(path, rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of the long table as Parquet; the file appears whole or not at all."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
+    if trial.role == "reference":
+        return None  # the model's own
+    recipe = prepared.study.recipe
+    return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
+
+
+def _leave_reason(error: Exception, folder: Path) -> None:
+    """`failed.json`, as far as the disk allows."""
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if full or shutil.disk_usage(folder).free < 1 << 20 or "No space left" in str(error):
+        reason = f"the disk is full ({folder}); free some space and run the study again"
+    else:
+        reason = str(error) if isinstance(error, PoolwiseError) else f"{type(error).__name__}: {error}"
+    try:
+        checkpoint.write_json(folder / "failed.json", {"reason": reason})
+    except OSError:
+        return
+
+
+def state(trial_folder: Path) -> str:
+    """What a trial's folder says of it: `waiting`, `started`, `trained` or `failed`."""
+    if (trial_folder / "failed.json").exists():
+        return "failed"
+    if (trial_folder / "train.json").exists():
+        return "trained"
+    return "started" if (trial_folder / "spec.json").exists() else "waiting"
+
+
+def failure(trial_folder: Path) -> str:
+    """Why a trial failed."""
+    return str(json.loads((trial_folder / "failed.json").read_text(encoding="utf-8"))["reason"])

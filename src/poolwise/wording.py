@@ -1,0 +1,212 @@
+"""Results in words, by a fixed grammar: what was found, its interval, its n, its scope; never more than was tested.
+
+Scores are 0–1 in the data and ×100 ("points") in words. Numbers drop the leading zero and use a true minus sign.
+Absence of evidence is called inconclusive and given as a range; equality is claimed only inside a margin, by test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from poolwise.comparison import Comparison, Row, Verdict
+
+MTEB_TYPES = (
+    "Classification", "Clustering", "InstructionRetrieval", "MultilabelClassification", "PairClassification",
+    "Reranking", "Retrieval", "Summarization", "BitextMining",
+)  # fmt: skip
+ENCODE_COSTS = ("encode_seconds", "encode_flops")  # keys of a cost row, the measured one first
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """`.87`, `1.60`, `−.40`; with `sign` also `+.87`; an unbounded end (None) is `∞`."""
+    if value is None:
+        return "∞"
+    text = f"{abs(value):.{digits}f}"
+    text = text[1:] if text.startswith("0.") else text
+    if not text.strip(".0"):
+        return text
+    return ("−" if value < 0 else "+" if sign else "") + text
+
+
+def points(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """A score or a difference (0–1) in points: .0087 is `.87`."""
+    return number(None if value is None else 100 * value, digits, sign)
+
+
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
+    """`−.40 to 1.30` from two ends in 0–1; `unbounded` where either is None."""
+    return "unbounded" if low is None or high is None else f"{points(low, digits)} to {points(high, digits)}"
+
+
+def probability(p: float | None) -> str:
+    """`.031`, `<.001`, `–` where nothing was tested."""
+    if p is None:
+        return "–"
+    return "<.001" if p < 0.001 else "1" if p > 0.9995 else number(p, 3)
+
+
+def count(n: int, noun: str) -> str:
+    """`1 task`, `10 tasks`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def group_words(group: str) -> str:
+    """mteb's type words as prose: `PairClassification` is `pair classification`; other names stay as they are."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() if group in MTEB_TYPES else group
+
+
+def listing(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def outcome(comparison: Comparison, row: Row) -> str:
+    """`better`, `worse`, `equivalent`, `inconclusive`, `untested` (one task); of checkpoints where no verdict exists."""
+    if row.verdict:
+        return row.verdict.verdict
+    if row.p_holm is None:
+        return "untested"
+    if row.p_holm > comparison.alpha:
+        return "inconclusive"
+    return "better" if row.difference > 0 else "worse"
+
+
+def headline(comparison: Comparison, group: str) -> str:
+    """The answer for one group of tasks in one line, e.g. "m4 scores above m1; m2 and m3 are inconclusive."."""
+    rows = [row for row in comparison.rows if row.group == group]
+    rows.sort(key=lambda row: -abs(row.verdict.difference if row.verdict else row.difference))
+    base, parts = comparison.baseline, []
+    for word, one, many in (
+        ("better", f"scores above {base}", f"score above {base}"),
+        ("worse", f"scores below {base}", f"score below {base}"),
+        ("equivalent", f"is equivalent to {base}", f"are equivalent to {base}"),
+        ("inconclusive", "is inconclusive", "are inconclusive"),
+        ("untested", "cannot be tested on one task", "cannot be tested on one task"),
+    ):
+        chosen = [row.design for row in rows if outcome(comparison, row) == word]
+        if word not in ("better", "worse"):
+            chosen.sort(key=comparison.designs.index)
+        if chosen:
+            parts.append(f"{listing(chosen)} {one if len(chosen) == 1 else many}")
+    scope = "" if any(row.verdict for row in rows) else "Checkpoints only: "
+    return f"{scope}{'; '.join(parts)}."
+
+
+def sentences(
+    comparison: Comparison,
+    base: str | None = None,
+    recipe: str | None = None,
+    costs: Iterable[Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """One sentence for each contrast of the family, in the order of `comparison.rows`.
+
+    Args:
+        base, recipe: names of what all designs shared, repeated in every claim.
+        costs: rows with `design` and `encode_seconds` or `encode_flops`; adds what the design costs to encode.
+    """
+    tail = "".join(f"; {word} {name}" for word, name in (("recipe", recipe), ("base", base)) if name)
+    priced = list(costs or ())
+    return [_sentence(comparison, row, tail, priced) for row in comparison.rows]
+
+
+def _sentence(comparison: Comparison, row: Row, tail: str, costs: Sequence[Mapping[str, Any]]) -> str:
+    where = f"On {group_words(row.group)}"
+    if row.verdict:
+        return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}{_cost(row, costs)}"
+    if row.p_value is None:
+        task = comparison.arm(row.group, row.design).tasks[0]
+        seeds = count(min(comparison.seeds[row.design], comparison.seeds[row.baseline]), "seed")
+        return (
+            f"{where} there is one task, {task}: {row.design} scores {_by(row.difference, 2)} {row.baseline} there "
+            f"({seeds}{tail}). One task has no spread over tasks to test against."
+        )
+    return f"{where}, {_checkpoint_claim(comparison, row, tail)}"
+
+
+def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
+    sample = count(verdict.tasks, "task")
+    if verdict.sources < verdict.tasks:
+        sample += f" from {count(verdict.sources, 'source')}"
+    seeds = count(verdict.seeds, "seed")
+    if verdict.seeds != verdict.baseline_seeds:
+        seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
+    context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
+    digits = _digits(verdict.difference, verdict.ci_low, verdict.ci_high)
+    span = interval(verdict.ci_low, verdict.ci_high, digits)
+    if verdict.verdict in ("better", "worse"):
+        return (
+            f"{row.design} scores {_by(verdict.difference, digits)} {row.baseline} (95 % interval {span}; {context})."
+        )
+    if verdict.verdict == "equivalent":
+        inner = interval(
+            verdict.equivalence_low,
+            verdict.equivalence_high,
+            _digits(verdict.equivalence_low, verdict.equivalence_high),
+        )
+        margin = points(comparison.margin, 1)
+        pair = f"{row.design} and {row.baseline}"
+        return f"{pair} are equivalent within ±{margin} points (90 % interval {inner}; {context})."
+    pair = f"{row.design} against {row.baseline}"
+    claim = f"{pair} is inconclusive: differences from {span} points are compatible ({context})."
+    if verdict.ci_low > 0 or verdict.ci_high < 0:
+        claim += (
+            f" The interval leaves out 0, but not after Holm over {len(comparison.rows)} contrasts "
+            f"(p {probability(verdict.p_holm)})."
+        )
+    return f"{claim} A true difference of {points(verdict.detectable, 1)} points would be found with 80 % power."
+
+
+def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
+    runs = [comparison.seeds[name] for name in (row.design, row.baseline)]
+    seeds = count(runs[0], "seed") if runs[0] == runs[1] else f"{runs[0]} and {runs[1]} seeds"
+    digits = _digits(row.difference, row.ci_low, row.ci_high)
+    span = interval(row.ci_low, row.ci_high, digits)
+    context = (
+        f"{count(row.n, 'task')}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
+        f"Holm p {probability(row.p_holm)}, rank-biserial {number(row.effect_size)}{tail}"
+    )
+    why = (
+        "These are checkpoints, not designs: " + ("one run each" if max(runs) == 1 else "too few runs or sources") + "."
+    )
+    if row.p_holm is not None and row.p_holm <= comparison.alpha:
+        claim = f"the checkpoint of {row.design} scores {_by(row.difference, digits)} that of {row.baseline}"
+        tipping = ""
+        if row.tipping_run_sd is not None:
+            tipping = (
+                f" It would stand up to a run effect of {points(row.tipping_run_sd)} points."
+                if row.tipping_run_sd
+                else " By the mean over tasks it would not stand even without a run effect."
+            )
+        return f"{claim} (Hodges–Lehmann, 95 % interval {span}; {context}). {why}{tipping}"
+    compatible = f"{count(row.n, 'task')} rule out no size of difference"
+    if span != "unbounded":
+        compatible = f"differences from {span} points are compatible"
+    pair = f"the checkpoint of {row.design} against that of {row.baseline}"
+    return f"{pair} is inconclusive: {compatible} ({context}). {why}"
+
+
+def _by(difference: float, digits: int) -> str:
+    size = points(abs(difference), digits)
+    if not size.strip(".0"):
+        return "level with"
+    return f"{size} points {'above' if difference > 0 else 'below'}"
+
+
+def _digits(*values: float | None) -> int:
+    """One decimal of a point, more where a number that is not zero would read as zero."""
+    known = [abs(100 * value) for value in values if value]
+    return next((digits for digits in (1, 2) if all(round(value, digits) > 0 for value in known)), 3)
+
+
+def _cost(row: Row, costs: Sequence[Mapping[str, Any]]) -> str:
+    by_design = {cost.get("design"): cost for cost in costs}
+    mine, base = by_design.get(row.design), by_design.get(row.baseline)
+    for key in ENCODE_COSTS:
+        if mine and base and mine.get(key) and base.get(key):
+            change = mine[key] / base[key] - 1
+            if abs(change) < 0.005:
+                return " It costs the same to encode."
+            return f" It costs {abs(100 * change):.0f} % {'more' if change > 0 else 'less'} to encode."
+    return ""

@@ -1,0 +1,535 @@
+"""Poolings: their formulas, the paper's head against a second transcription, and laws 1, 4, 5, 9 and 10.
+
+Weights are drawn large (`sharpen`): at their first values attention is nearly uniform and the feed-forward adds
+nothing, so that no test of them could fail.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity, layer_norm
+
+from paper_head import paper_head, random_weights
+from poolwise.designs import ALIASES, POOLING_ARGS, POOLINGS_READ, PRESETS, Arg
+from poolwise.errors import CheckpointError, ModelError, StudyError
+from poolwise.pooling import POOLINGS, load_paper_head, resolve_args
+from tiny import tiny_config
+
+WIDTH, LAYERS, TOKENS = 16, 3, 7
+SIZES = {"latents": 4, "heads": 2, "head_dim": 8}
+ALL = sorted(POOLINGS)
+TRAINABLE = [name for name in ALL if "latents" in POOLING_ARGS[name]]
+READS_TOKENS = [name for name in ALL if POOLINGS_READ[name] == "tokens"]
+
+
+def make(name: str, seed: int = 0, width: int = WIDTH, **args) -> torch.nn.Module:
+    """A pooling with its first weights."""
+    sizes = {**SIZES, **args} if name in TRAINABLE else args
+    pooling = POOLINGS[name](width, LAYERS, **sizes)
+    pooling.reset_parameters(torch.Generator().manual_seed(seed))
+    return pooling
+
+
+def make_preset(name: str) -> torch.nn.Module:
+    """A preset's pooling in tiny: the arguments as they are, the sizes small."""
+    design = PRESETS[name]
+    small = {**SIZES, "layer_weights": 5} if name.endswith("-paper") else SIZES
+    args = {
+        **design["pooling_args"],
+        **{key: value for key, value in small.items() if key in POOLING_ARGS[design["pooling"]]},
+    }
+    return make(design["pooling"], **args)
+
+
+def sharpen(pooling: torch.nn.Module, scale: float = 2.0) -> torch.nn.Module:
+    """All weights random, matrices large: attention that is sharp but not one-hot, feed-forward and biases that count."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in pooling.parameters():
+            std = scale * parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    return pooling
+
+
+def random_states(*shape: int, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(states: torch.Tensor, left: int, right: int, content: float = float("nan")):
+    """One text (T, D) -> states and mask of a batch of one, with padding of the given content on both sides."""
+    tokens, width = states.shape
+    out = torch.full((1, left + tokens + right, width), content)
+    mask = torch.zeros(1, left + tokens + right, dtype=torch.long)
+    out[0, left : left + tokens], mask[0, left : left + tokens] = states, 1
+    return out, mask
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def test_plain_poolings_by_hand():
+    states = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [99.0, -99.0]]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert make("last_token")(states, mask).tolist() == [[4.0, 40.0]]
+    assert make("mean")(states, mask)[0] == pytest.approx([7 / 3, 70 / 3])
+    assert make("weighted_mean")(states, mask)[0] == pytest.approx([(1 + 4 + 12) / 6, (10 + 40 + 120) / 6])
+    assert make("weighted_mean")(states, torch.tensor([[0, 1, 0, 1]]))[0] == pytest.approx(
+        [(2 + 198) / 3, (20 - 198) / 3]
+    )
+    assert make("last_token")(states).tolist() == [[99.0, -99.0]]
+    assert make("mean")(states)[0] == pytest.approx([106 / 4, -29 / 4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_plain_poolings_equal_loops(rows):
+    states, mask = random_states(len(rows), 5, 3), torch.tensor(rows)
+    for b, row in enumerate(rows):
+        kept = [states[b, t] for t, keep in enumerate(row) if keep]
+        zero = torch.zeros(3)
+        last = kept[-1] if kept else zero
+        mean = sum(kept, zero) / max(len(kept), 1)
+        places = range(1, len(kept) + 1)
+        weighted = sum((i * h for i, h in zip(places, kept, strict=True)), zero) / max(sum(places), 1)
+        for name, expected in (("last_token", last), ("mean", mean), ("weighted_mean", weighted)):
+            torch.testing.assert_close(make(name)(states, mask)[b], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, 4, 6])
+@pytest.mark.parametrize("heads", [1, 2, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_paper_head_equals_the_transcription(rows, heads, masked):
+    weights = random_weights(width=8, latents=3, heads=heads, head_dim=10 // heads, rows=rows)
+    vectors = random_states(3, 4, 8)
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]]) if masked else None
+    ours, theirs = load_paper_head(weights, heads=heads)(vectors, mask), paper_head(weights, vectors, heads, mask)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.norm(dim=1), torch.ones(3))
+
+
+def test_the_transcription_sees_every_detail_of_the_layout():
+    """Each change to the layout moves the vector by far more than the tolerance above: the comparison can fail."""
+    weights = random_weights(heads=2, head_dim=5, rows=4)
+    vectors = random_states(3, 4, 8)
+    right = load_paper_head(weights, heads=2)(vectors)
+    first, second = "cross_attend_blocks.0.", "cross_attend_blocks.1."
+    kv, net = weights[first + "fn.to_kv.weight"], weights[second + "fn.net.0.weight"]
+    changes = {
+        "values first": {first + "fn.to_kv.weight": kv.roll(10, 0)},
+        "norms swapped": {
+            first + "norm.weight": weights[first + "norm_context.weight"],
+            first + "norm_context.weight": weights[first + "norm.weight"],
+        },
+        "gate first": {second + "fn.net.0.weight": net.roll(32, 0)},
+        "heads interleaved": {first + "fn.to_out.weight": weights[first + "fn.to_out.weight"].roll(1, 1)},
+        "rows shifted": {"pos_emb.weight": weights["pos_emb.weight"].roll(1, 0)},
+    }
+    for what, change in changes.items():
+        assert (load_paper_head({**weights, **change}, heads=2)(vectors) - right).abs().max() > 1e-2, what
+    assert (load_paper_head(weights, heads=1)(vectors) - right).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-paper")])
+def test_paper_presets_equal_the_transcription(name):
+    """The presets are the published computation: their weights, read as a released head, give the same vectors."""
+    pooling = sharpen(make_preset(name))
+    ours = pooling.state_dict()
+    first, second = "cross_attend_blocks.0.", "cross_attend_blocks.1."
+    weights = {
+        "latents": ours["latents"],
+        first + "fn.to_q.weight": ours["to_q.weight"],
+        first + "fn.to_kv.weight": torch.cat([ours["to_k.weight"], ours["to_v.weight"]]),
+        first + "fn.to_out.weight": ours["to_out.weight"],
+    }
+    for part in ("weight", "bias"):
+        weights[first + f"norm.{part}"] = ours[f"norm_states.{part}"]
+        weights[first + f"norm_context.{part}"] = ours[f"norm_latents.{part}"]
+        weights[second + f"norm.{part}"] = ours[f"norm_ffn.{part}"]
+        weights[second + f"fn.net.0.{part}"] = ours[f"ffn_in.{part}"]
+        weights[second + f"fn.net.2.{part}"] = ours[f"ffn_out.{part}"]
+    if "layer_weights" in ours:
+        weights["pos_emb.weight"] = ours["layer_weights"]
+    states = random_states(2, TOKENS if pooling.reads == "tokens" else LAYERS, WIDTH)
+    vectors = states[:, -1:] if name == "m2-paper" else states
+    result = torch.nn.functional.normalize(pooling(states), dim=-1)
+    torch.testing.assert_close(result.double(), paper_head(weights, vectors, 2), rtol=0, atol=1e-5)
+
+
+# --- released heads: what is read and what is refused -----------------------------------------------------------------
+
+
+def test_paper_head_from_a_file_in_bf16_with_a_prefix(tmp_path):
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights().items()}
+    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, tmp_path / "attn_pool.pt")
+    head, vectors = load_paper_head(tmp_path / "attn_pool.pt", heads=2), random_states(2, 4, 8)
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    assert all(p.requires_grad for p in head.parameters())
+    torch.testing.assert_close(head(vectors).double(), paper_head(weights, vectors, 2), rtol=0, atol=1e-5)
+
+
+def test_paper_head_does_not_share_memory_with_the_state_dict():
+    weights = random_weights()
+    head, vectors = load_paper_head(weights, heads=2), random_states(2, 4, 8)
+    before = head(vectors)
+    for tensor in weights.values():
+        tensor.zero_()
+    assert torch.equal(head(vectors), before)
+
+
+def test_paper_head_refuses_what_it_cannot_read(tmp_path):
+    weights = random_weights()
+    without = {name: tensor for name, tensor in weights.items() if name != "latents"}
+    with pytest.raises(CheckpointError, match=r"missing latents; unexpected extra$"):
+        load_paper_head({**without, "extra": torch.zeros(1)}, heads=2)
+    with pytest.raises(CheckpointError, match="heads = 32 does not divide the inner width 10"):
+        load_paper_head(weights)
+    norm = "cross_attend_blocks.1.norm.bias"
+    with pytest.raises(CheckpointError, match=r"norm_ffn.bias \(9,\) instead of \(8,\)"):
+        load_paper_head({**weights, norm: torch.zeros(9)}, heads=2)
+    with pytest.raises(CheckpointError, match=r"latents has shape \(8,\)"):
+        load_paper_head({**weights, "latents": torch.zeros(8)}, heads=2)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_paper_head(tmp_path / "nothing.pt")
+    (tmp_path / "noise.pt").write_bytes(b"not weights")
+    with pytest.raises(CheckpointError, match=r"noise\.pt"):
+        load_paper_head(tmp_path / "noise.pt")
+    torch.save(Arg(int, 1, "a class that is not a tensor"), tmp_path / "code.pt")
+    with pytest.raises(CheckpointError, match="load safely"):
+        load_paper_head(tmp_path / "code.pt")
+    torch.save({"weights": weights}, tmp_path / "nested.pt")
+    with pytest.raises(CheckpointError, match="no state dict"):
+        load_paper_head(tmp_path / "nested.pt")
+    with pytest.raises(ModelError, match="5 vectors for a head of 4 layer weights"):
+        load_paper_head(weights, heads=2)(random_states(1, 5, 8))
+
+
+# --- law 1 and law 10: padding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_law_1_side_amount_and_content_of_padding(name):
+    pooling, text = sharpen(make(name)), random_states(TOKENS, WIDTH)
+    alone = pooling(text[None])
+    for left, right in ((0, 0), (3, 0), (0, 5), (2, 9)):
+        for content in (0.0, 1e4, float("nan"), float("inf")):
+            result = pooling(*padded(text, left, right, content))
+            torch.testing.assert_close(result, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_law_1_batch_mates(name):
+    pooling = sharpen(make(name))
+    states = random_states(6, TOKENS if pooling.reads == "tokens" else LAYERS, WIDTH)
+    together = pooling(states)
+    for b in range(6):
+        torch.testing.assert_close(pooling(states[b : b + 1])[0], together[b], rtol=1e-5, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 0.1  # and it does tell texts apart
+
+
+@pytest.mark.parametrize("name", ["m2", "m4", "m2-paper"])
+def test_law_1_presets_over_tokens(name):
+    pooling, text = sharpen(make_preset(name)), random_states(TOKENS, WIDTH)
+    torch.testing.assert_close(pooling(*padded(text, 4, 3)), pooling(text[None]), rtol=1e-5, atol=1e-5)
+
+
+def test_law_1_m4_paper_attends_to_padding():
+    pooling, text = sharpen(make_preset("m4-paper")), random_states(TOKENS, WIDTH)
+    alone = pooling(text[None])
+    assert cosine_similarity(pooling(*padded(text, 5, 0, 0.0)), alone).item() < 0.99
+    assert pooling(*padded(text, 5, 0)).isnan().any()  # it reads whatever stands there
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [*((name, {}) for name in READS_TOKENS), ("cross_attention", {"tokens": "last"})]
+)
+def test_an_all_zero_mask_gives_numbers_and_gradients(name, args):
+    pooling = sharpen(make(name, **args))
+    states = random_states(2, TOKENS, WIDTH)
+    states.requires_grad_()
+    mask = torch.tensor([[0] * TOKENS, [1] * TOKENS])
+    result = pooling(states, mask)
+    result.square().sum().backward()
+    assert result.isfinite().all()
+    assert states.grad.isfinite().all()
+    assert states.grad[0].count_nonzero() == 0
+    assert all(parameter.grad.isfinite().all() for parameter in pooling.parameters())
+    torch.testing.assert_close(result[1], pooling(states[1:])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_law_10_masked_positions_have_no_weight_at_all(name):
+    """Also in the middle of a text; and the last token is the last index with mask 1, not the number of ones."""
+    pooling = sharpen(make(name))
+    states = random_states(1, TOKENS, WIDTH).requires_grad_()
+    mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0]])
+    pooling(states, mask).sum().backward()
+    touched = states.grad[0].abs().sum(dim=1) > 0
+    expected = [False] * 5 + [True, False] if name.startswith("last_token") else mask[0].bool().tolist()
+    assert touched.tolist() == expected
+    for kind in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
+        assert torch.equal(pooling(states, mask.to(kind)), pooling(states, mask))
+
+
+# --- law 4: first weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["identity", "paper"])
+def test_law_4_equal_names_and_shapes_start_equal_in_all_poolings(init):
+    weights = {name: make(name, seed=3, init=init).state_dict() for name in TRAINABLE}
+    reference = weights["cross_attention"]
+    for name in TRAINABLE:
+        shared = [key for key in weights[name] if key in reference and weights[name][key].shape == reference[key].shape]
+        assert {"latents", "ffn_in.weight", "ffn_out.weight"} <= set(shared)
+        assert all(torch.equal(weights[name][key], reference[key]) for key in shared), name
+    assert set(weights["layer_cross_attention"]) - set(reference) == {"layer_weights"}
+    other = make("cross_attention", seed=4, init=init).state_dict()
+    assert not torch.equal(other["latents"], reference["latents"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_first_weights_come_from_the_generator_alone(name):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    pooling = make(name)
+    torch.manual_seed(0)
+    pooling.reset_parameters(torch.Generator().manual_seed(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    first = copy.deepcopy(pooling.state_dict())
+    sharpen(pooling).reset_parameters(torch.Generator().manual_seed(5))
+    assert all(torch.equal(first[key], value) for key, value in pooling.state_dict().items())
+    torch.manual_seed(7)
+    pooling.reset_parameters()
+    drawn = copy.deepcopy(pooling.state_dict())
+    torch.manual_seed(7)
+    pooling.reset_parameters()
+    assert all(torch.equal(drawn[key], value) for key, value in pooling.state_dict().items())
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 8), (4, 8), (1, 16)])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_an_untrained_head_is_nearly_the_mean_of_the_normalised_states(heads, head_dim, norm):
+    states = random_states(5, LAYERS, 16) + 3 * torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(9))
+    normed = layer_norm(states, (16,)) if norm == "layer_norm" else torch.nn.functional.rms_norm(states, (16,))
+    for name, target in (
+        ("cross_attention", normed.mean(dim=1)),
+        ("layer_cross_attention", normed.mean(dim=1)),
+        ("last_token_ffn", normed[:, -1]),
+    ):
+        result = make(name, heads=heads, head_dim=head_dim, norm=norm)(states)
+        assert cosine_similarity(result, target).min() > 0.99, name
+    paper = make("cross_attention", heads=heads, head_dim=head_dim, norm=norm, init="paper")(states)
+    assert cosine_similarity(paper, normed.mean(dim=1)).max() < 0.9  # the published first weights are noise
+
+
+def test_a_narrow_head_starts_as_a_projection():
+    """Heads together narrower than the model keep angles as a random projection does: not exactly, but clearly."""
+    states = random_states(30, 1, 64)
+    pooling = make("cross_attention", width=64, heads=4, head_dim=8)
+    result = pooling(states) - pooling.latents.mean(dim=0)
+    projected = layer_norm(states[:, 0], (64,)) @ pooling.to_v.weight.T @ pooling.to_v.weight
+    torch.testing.assert_close(result, projected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_control_starts_as_the_head_it_controls():
+    """One token: attention is constant, so control and head must give the same vector, latents and all."""
+    states, mask = random_states(3, TOKENS, WIDTH), torch.tensor([[1] * TOKENS, [1] * 4 + [0] * 3, [0] * 3 + [1] * 4])
+    head = make("cross_attention", tokens="last")
+    torch.testing.assert_close(make("last_token_ffn")(states, mask), head(states, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_control_lacks_the_norm_of_the_queries_and_nothing_else(norm):
+    def count(name: str) -> int:
+        return sum(p.numel() for p in make(name, norm=norm).parameters())
+
+    missing = 2 * WIDTH if norm == "layer_norm" else WIDTH
+    for control in ("last_token_ffn", "mean_ffn"):
+        assert count("cross_attention") - count(control) == missing
+        assert count("layer_cross_attention") - count(control) == missing + LAYERS * WIDTH
+
+
+# --- law 5: gradients -------------------------------------------------------------------------------------------------
+
+
+def gradients_seen(pooling: torch.nn.Module, steps: int = 2) -> dict[str, bool]:
+    """Which parameters had a gradient that is not zero in `steps` steps of a contrastive loss."""
+    optimizer = torch.optim.AdamW(pooling.parameters(), lr=1e-3, weight_decay=0.0)
+    tokens = TOKENS if pooling.reads == "tokens" else LAYERS
+    mask = torch.ones(8, tokens, dtype=torch.long)
+    mask[::2, :2] = 0
+    seen = dict.fromkeys((name for name, _ in pooling.named_parameters()), False)
+    for step in range(steps):
+        queries, documents = (
+            torch.nn.functional.normalize(pooling(random_states(8, tokens, WIDTH, seed=seed), mask), dim=-1)
+            for seed in (2 * step, 2 * step + 1)
+        )
+        loss = torch.nn.functional.cross_entropy(queries @ documents.T / 0.05, torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in pooling.named_parameters():
+            seen[name] |= parameter.grad is not None and bool(parameter.grad.count_nonzero())
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_law_5_every_tensor_gets_a_gradient_within_two_steps(name, norm):
+    seen = gradients_seen(make(name, norm=norm))
+    assert seen
+    assert all(seen.values()), [key for key, value in seen.items() if not value]
+
+
+@pytest.mark.parametrize("name", ["m2", "m3", "m4", "m5", "m3-paper", "m4-paper", "m5-paper"])
+def test_law_5_presets(name):
+    assert all(gradients_seen(make_preset(name)).values())
+
+
+def test_law_5_m2_paper_leaves_queries_and_keys_without_a_gradient():
+    for pooling in (make_preset("m2-paper"), sharpen(make_preset("m2-paper"))):
+        seen = gradients_seen(pooling, steps=3)
+        dead = {"to_q.weight", "to_k.weight", "norm_latents.weight", "norm_latents.bias"}
+        assert {name for name, value in seen.items() if not value} == dead
+    weights = random_weights(heads=2, head_dim=5, rows=None)
+    head = load_paper_head(weights, heads=2)
+    head(random_states(3, 1, 8))[:, 0].sum().backward()
+    assert head.pooling.to_q.weight.grad.count_nonzero() == head.pooling.to_k.weight.grad.count_nonzero() == 0
+    assert head.pooling.to_v.weight.grad.count_nonzero() > 0
+
+
+# --- law 9: precision -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALL)
+def test_law_9_states_of_any_dtype_are_pooled_in_fp32(name, dtype):
+    pooling = sharpen(make(name))
+    length = 3000 if pooling.reads == "tokens" else LAYERS
+    states = (random_states(2, length, WIDTH) + 1).to(dtype)
+    result = pooling(states)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, pooling(states.float()))
+    if name == "mean":  # the sum of 3,000 numbers in bf16 would be off by far more
+        torch.testing.assert_close(result.double(), states.double().mean(dim=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_law_9_weights_or_autocast_in_bf16_change_the_products_only(name):
+    pooling = sharpen(make(name), scale=1.0)
+    states = random_states(4, 600 if pooling.reads == "tokens" else LAYERS, WIDTH)
+    exact = pooling(states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = pooling(states)
+    low = copy.deepcopy(pooling).bfloat16()(states)
+    for result in (cast, low):
+        assert result.dtype == torch.float32
+        assert cosine_similarity(result, exact).min() > 0.999
+
+
+def test_law_9_attention_sums_in_fp32_under_autocast():
+    """Weights of 1/N over N = 3,000 equal logits: softmax and sum in bf16 would miss the mean."""
+    pooling = make("cross_attention")
+    with torch.no_grad():
+        pooling.to_q.weight.zero_()
+    states = random_states(1, 3000, WIDTH) + 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = pooling.to_v(pooling.norm_states(states))
+        gathered = pooling.attend(states, None)
+    torch.testing.assert_close(gathered[:, 0], values.mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+# --- the modules and their arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_modules_and_designs_agree(name):
+    assert POOLINGS_READ[name] == POOLINGS[name].reads
+    assert list(POOLINGS) == list(POOLING_ARGS) == list(POOLINGS_READ)
+    config = tiny_config("llama")
+    args = resolve_args(name, {}, config)
+    assert json.loads(json.dumps(args)) == args
+    assert set(args) == set(POOLING_ARGS[name])
+    for key, arg in POOLING_ARGS[name].items():
+        assert type(args[key]) is arg.type
+        assert arg.allowed is None or {args[key], arg.default} <= set(arg.allowed)
+    pooling = POOLINGS[name](config.hidden_size, config.num_hidden_layers, **args)
+    parameters = inspect.signature(POOLINGS[name]).parameters
+    assert list(parameters)[:2] == ["hidden_size", "n_layers"]
+    states = random_states(2, 2, config.hidden_size)
+    for twin in (copy.deepcopy(pooling), pickle.loads(pickle.dumps(pooling))):
+        assert torch.equal(twin(states), pooling(states))
+
+
+def test_presets_are_complete():
+    for name, design in PRESETS.items():
+        config = tiny_config("mistral")
+        args = resolve_args(design["pooling"], design["pooling_args"], config)
+        assert {key: args[key] for key in design["pooling_args"]} == design["pooling_args"], name
+        assert design["attention"] in ("causal", "bidirectional")
+    assert set(ALIASES.values()) == {"m1", "m2", "m3", "m4", "m5"}
+
+
+def test_resolve_args_fills_in_sizes_from_the_base():
+    config = tiny_config("llama", hidden_size=48, num_attention_heads=4, num_hidden_layers=5)
+    args = resolve_args("layer_cross_attention", {"tokens": "mean"}, config)
+    assert (args["heads"], args["head_dim"], args["layer_weights"], args["tokens"]) == (4, 12, 5, "mean")
+    config = tiny_config("gemma", hidden_size=32, num_attention_heads=6)  # 6 does not divide 32, 4 does
+    assert (resolve_args("mean_ffn", {}, config)["heads"], resolve_args("mean_ffn", {}, config)["head_dim"]) == (4, 8)
+    for given_args, sizes in (
+        ({"heads": 2}, (2, 16)),
+        ({"head_dim": 4}, (8, 4)),
+        ({"heads": 3, "head_dim": 5}, (3, 5)),
+    ):
+        args = resolve_args("cross_attention", {**given_args, "latents": 6}, config)
+        assert (args["heads"], args["head_dim"], args["latents"]) == (*sizes, 6)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "args", "message"),
+    [
+        ("crossattention", {}, "did you mean 'cross_attention'"),
+        (
+            "cross_attention",
+            {"latent": 4, "head": 2},
+            "(?s)latent: .*did you mean 'latents'.*head: .*did you mean 'heads'",
+        ),
+        ("mean", {"latents": 4}, "mean takes no arguments"),
+        (
+            "cross_attention",
+            {"heads": 5},
+            r"heads = 5: does not divide the hidden size 32; give head_dim too, or heads = 4",
+        ),
+        ("cross_attention", {"head_dim": 5}, r"head_dim = 5: does not divide .* give heads too, or head_dim = 4"),
+        ("layer_cross_attention", {"layer_weights": 1}, "the base model has 2 layers"),
+    ],
+)
+def test_resolve_args_teaches(pooling, args, message):
+    with pytest.raises(StudyError, match=message):
+        resolve_args(pooling, args, tiny_config("llama"))
+
+
+def test_layer_weights_can_be_left_out_and_must_suffice():
+    states = random_states(2, LAYERS, WIDTH)
+    without, zero = make("layer_cross_attention", layer_weights=0), make("layer_cross_attention")
+    assert without.layer_weights is None
+    torch.testing.assert_close(without(states), zero(states))  # W starts at zero
+    with torch.no_grad():
+        zero.layer_weights.add_(random_states(LAYERS, WIDTH, seed=5))
+    assert (without(states) - zero(states)).abs().max() > 0.1
+
+
+def test_heads_can_be_built_on_the_meta_device_and_filled_later():
+    with torch.device("meta"):
+        pooling = POOLINGS["layer_cross_attention"](WIDTH, LAYERS, **SIZES)
+    pooling.to_empty(device="cpu").reset_parameters(torch.Generator().manual_seed(0))
+    wanted = make("layer_cross_attention").state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in pooling.state_dict().items())

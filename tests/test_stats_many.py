@@ -1,0 +1,159 @@
+"""Families of comparisons and factor studies: equal to statsmodels and scipy, and checkable by hand."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
+
+from poolwise.errors import StatisticsError
+from poolwise.stats import bh, contrast, crossed, factor_effects, friedman, holm
+
+p_values = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.01, 0.5, 1.0])), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(p_values)
+def test_holm_and_bh_equal_statsmodels_in_input_order(p):
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1], abs=1e-12)
+    assert bh(p) == pytest.approx(multipletests(p, method="fdr_bh")[1], abs=1e-12)
+
+
+def test_holm_and_bh_by_hand():
+    p = [0.04, 0.01, 0.03]
+    assert holm(p) == pytest.approx([0.06, 0.03, 0.06])  # .01 x 3, .03 x 2, then .04 x 1 raised to .06
+    assert bh(p) == pytest.approx([0.04, 0.03, 0.04])  # .04 x 3/3; .03 x 3/2 = .045 lowered to .04; .01 x 3/1
+    assert len(holm([])) == len(bh([])) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(p_values, st.integers(0, 19), st.sampled_from([holm, bh]))
+def test_an_untestable_comparison_keeps_its_place_in_the_family(p, place, adjust):
+    place = min(place, len(p))
+    with_gap = [*p[:place], np.nan, *p[place:]]
+    as_one = adjust([*p[:place], 1.0, *p[place:]])
+    adjusted = adjust(with_gap)
+    assert np.isnan(adjusted[place])
+    assert np.delete(adjusted, place) == pytest.approx(np.delete(as_one, place))
+
+
+def test_wrong_p_values_are_named():
+    with pytest.raises(StatisticsError, match=r"holm: p\[1\] = .*1\.2"):
+        holm([0.1, 1.2])
+    with pytest.raises(StatisticsError, match="one flat list"):
+        bh([[0.1]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 15), st.integers(3, 6), st.booleans())
+def test_friedman_equals_scipy(seed, tasks, designs, ties):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 4, (tasks, designs)) / 10 if ties else rng.normal(size=(tasks, designs))
+    if all(len(set(row)) == 1 for row in table.tolist()):
+        assert friedman(table).p_value == 1.0
+        return
+    expected = scipy.stats.friedmanchisquare(*table.T).statistic
+    result = friedman(table)
+    assert result.chi2 == pytest.approx(expected, abs=1e-12, rel=1e-12)
+    if np.isfinite(result.f):
+        f = (tasks - 1) * expected / (tasks * (designs - 1) - expected)
+        p = scipy.stats.f.sf(f, designs - 1, (designs - 1) * (tasks - 1))
+        assert (result.f, result.p_value) == (pytest.approx(f, rel=1e-9, abs=1e-12), pytest.approx(p, abs=1e-9))
+
+
+def test_friedman_by_hand():
+    # Ranks 1 2 3 / 1 2 3 / 1 3 2 / 2 1 3: rank sums 5 8 11, chi2 = 12 / (4*3*4) * 210 - 48 = 4.5, F = 3 * 4.5 / 3.5.
+    result = friedman([[1, 2, 3], [1, 2, 3], [1, 3, 2], [2, 1, 3]])
+    assert result.chi2 == pytest.approx(4.5)
+    assert result.f == pytest.approx(27 / 7)
+    assert result.mean_ranks == (1.25, 2.0, 2.75)
+    assert friedman([[1, 2, 3]] * 4).p_value == 0.0
+    with pytest.raises(StatisticsError, match="task index 0, design index 1"):
+        friedman([[1.0, np.nan], [1.0, 2.0]])
+
+
+def factorial(rng, attention=0.0, pooling=0.0, both=0.0, tasks=8, seeds=3):
+    """Scores (designs, seeds, tasks) of a 2 x 2 factorial with known effects, and its table of levels."""
+    designs = [{"attention": a, "pooling": p} for a in ("causal", "bidirectional") for p in ("last_token", "mean")]
+    effects = np.array([0, pooling, attention, attention + pooling + both])
+    noise = rng.normal(0, 0.1, (4, seeds, 1)) + rng.normal(0, 0.2, (4, seeds, tasks))
+    return effects[:, None, None] + rng.normal(0, 5, tasks) + noise, designs
+
+
+def test_main_effects_and_interaction_are_the_marginal_differences():
+    y, designs = factorial(np.random.default_rng(0), attention=2, pooling=-1, both=3)
+    study = factor_effects(y, designs)
+    means = y.mean(axis=(1, 2)).reshape(2, 2)  # attention x pooling
+    found = {effect.factors: effect.result.difference for effect in study.effects}
+    assert found == {
+        ("attention",): pytest.approx((means[1] - means[0]).mean()),
+        ("pooling",): pytest.approx((means[:, 1] - means[:, 0]).mean()),
+        ("attention", "pooling"): pytest.approx(means[1, 1] - means[0, 1] - means[1, 0] + means[0, 0]),
+    }
+    assert study.confounded == ()
+    assert [effect.matched for effect in study.effects] == [2, 2, 1]
+    assert all(effect.result.p_value < 0.01 for effect in study.effects)
+    assert all(effect.result.ci_low < effect.result.difference < effect.result.ci_high for effect in study.effects)
+
+
+def test_a_main_effect_rests_on_twice_the_runs_of_one_pair():
+    y, designs = factorial(np.random.default_rng(1))
+    effect = factor_effects(y, designs).effects[0]
+    pair = crossed(y[0], y[2], [y[1], y[3]])
+    assert effect.coefficients == (-0.5, -0.5, 0.5, 0.5)
+    assert effect.result.mean_squares.unit == pytest.approx(pair.mean_squares.unit / 2)
+
+
+def test_factors_that_never_change_alone_are_reported_as_confounded():
+    rng = np.random.default_rng(2)
+    designs = [
+        {"attention": "causal", "pooling": "last_token"},
+        {"attention": "causal", "pooling": "cross_attention"},
+        {"attention": "bidirectional", "pooling": "cross_attention"},
+        {"attention": "bidirectional", "pooling": "mean"},
+    ]
+    study = factor_effects(rng.normal(size=(4, 3, 6)), designs)
+    assert study.confounded == ("pooling: mean vs last_token",)
+    assert [(effect.factors, effect.levels, effect.matched) for effect in study.effects] == [
+        (("attention",), ("bidirectional",), 1),
+        (("pooling",), ("cross_attention",), 1),
+    ]
+    against_head = factor_effects(rng.normal(size=(4, 3, 6)), designs, references={"pooling": "cross_attention"})
+    assert against_head.confounded == ()
+
+
+def test_a_factor_that_does_not_apply_is_never_compared():
+    designs = [{"pooling": "mean", "layers": None}, {"pooling": "head", "layers": "last"}, {"pooling": "head", "layers": "all"}]
+    study = factor_effects(np.random.default_rng(3).normal(size=(3, 3, 6)), designs)
+    assert [effect.factors for effect in study.effects] == [("layers",)]
+    assert study.confounded == ("pooling: head vs mean",)
+
+
+def test_factor_effects_keep_their_level():
+    """400 null studies: main effect and interaction each reject about 5 % (sd of a rate 1.1 %)."""
+    rng = np.random.default_rng(4)
+    p = [[e.result.p_value for e in factor_effects(*factorial(rng)).effects] for _ in range(400)]
+    rates = (np.array(p) < 0.05).mean(axis=0)
+    assert (rates > 0.01).all()
+    assert (rates < 0.085).all()
+
+
+def test_a_contrast_of_two_designs_is_crossed():
+    y = np.random.default_rng(5).normal(size=(4, 3, 7))
+    assert contrast(y, [0, -1, 0, 1]).p_value == pytest.approx(crossed(y[1], y[3], [y[0], y[2]]).p_value, abs=1e-14)
+
+
+def test_wrong_factor_tables_teach():
+    y = np.random.default_rng(6).normal(size=(2, 3, 4))
+    two = [{"pooling": "mean"}, {"pooling": "last_token"}]
+    with pytest.raises(StatisticsError, match="3 rows of levels"):
+        factor_effects(y, [*two, {"pooling": "x"}])
+    with pytest.raises(StatisticsError, match="different factors"):
+        factor_effects(y, [{"pooling": "mean"}, {"attention": "causal"}])
+    with pytest.raises(StatisticsError, match="same levels"):
+        factor_effects(y, [two[0], two[0]])
+    with pytest.raises(StatisticsError, match="reference 'maen'"):
+        factor_effects(y, two, references={"pooling": "maen"})
+    with pytest.raises(StatisticsError, match="sum to 0"):
+        contrast(y, [1, 1])
