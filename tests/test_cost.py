@@ -9,6 +9,7 @@ from transformers import MistralConfig, MixtralConfig, Qwen2Config
 
 from poolwise import cost
 from poolwise.designs import POOLING_ARGS, PRESETS
+from poolwise.errors import ModelError
 from poolwise.pooling import POOLINGS, resolve_args
 from tiny import FAMILIES, tiny_config, tiny_model
 
@@ -160,6 +161,11 @@ def test_control_costs_fewer_flops_but_as_many_parameters():
     assert cost.head_flops("mean_ffn", control, MISTRAL_7B, 32) < cost.head_flops(
         "cross_attention", full, MISTRAL_7B, 32
     )
+
+
+def test_a_base_without_attention_is_refused():
+    with pytest.raises(ModelError, match="MambaConfig has no attention heads"):
+        cost.base_flops(tiny_config("mamba"), 32)
 
 
 def test_meta_device_only():

@@ -50,7 +50,7 @@ def make_preset(name: str) -> torch.nn.Module:
 
 
 def sharpen(pooling: torch.nn.Module, scale: float = 2.0) -> torch.nn.Module:
-    """All weights random, matrices large: attention that is sharp but not one-hot, feed-forward and biases that count."""
+    """All weights random, matrices large: attention sharp but not one-hot, feed-forward and biases that count."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in pooling.parameters():
@@ -79,6 +79,7 @@ def test_plain_poolings_by_hand():
     states = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [99.0, -99.0]]])
     mask = torch.tensor([[1, 1, 1, 0]])
     assert make("last_token")(states, mask).tolist() == [[4.0, 40.0]]
+    assert make("first_token")(states, torch.tensor([[0, 1, 1, 0]])).tolist() == [[2.0, 20.0]]
     assert make("mean")(states, mask)[0] == pytest.approx([7 / 3, 70 / 3])
     assert make("weighted_mean")(states, mask)[0] == pytest.approx([(1 + 4 + 12) / 6, (10 + 40 + 120) / 6])
     assert make("weighted_mean")(states, torch.tensor([[0, 1, 0, 1]]))[0] == pytest.approx(
@@ -95,11 +96,16 @@ def test_plain_poolings_equal_loops(rows):
     for b, row in enumerate(rows):
         kept = [states[b, t] for t, keep in enumerate(row) if keep]
         zero = torch.zeros(3)
-        last = kept[-1] if kept else zero
+        first, last = (kept[0], kept[-1]) if kept else (zero, zero)
         mean = sum(kept, zero) / max(len(kept), 1)
         places = range(1, len(kept) + 1)
         weighted = sum((i * h for i, h in zip(places, kept, strict=True)), zero) / max(sum(places), 1)
-        for name, expected in (("last_token", last), ("mean", mean), ("weighted_mean", weighted)):
+        for name, expected in (
+            ("first_token", first),
+            ("last_token", last),
+            ("mean", mean),
+            ("weighted_mean", weighted),
+        ):
             torch.testing.assert_close(make(name)(states, mask)[b], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -244,8 +250,10 @@ def test_law_1_presets_over_tokens(name):
 def test_law_1_m4_paper_attends_to_padding():
     pooling, text = sharpen(make_preset("m4-paper")), random_states(TOKENS, WIDTH)
     alone = pooling(text[None])
-    assert cosine_similarity(pooling(*padded(text, 5, 0, 0.0)), alone).item() < 0.99
-    assert pooling(*padded(text, 5, 0)).isnan().any()  # it reads whatever stands there
+    states, mask = padded(text, 5, 0)
+    states[0, :5] = random_states(WIDTH, seed=8)
+    assert cosine_similarity(pooling(states, mask), alone).item() < 0.98
+    assert cosine_similarity(sharpen(make_preset("m4"))(states, mask), sharpen(make_preset("m4"))(text[None])) > 0.9999
 
 
 @pytest.mark.parametrize(
@@ -263,6 +271,10 @@ def test_an_all_zero_mask_gives_numbers_and_gradients(name, args):
     assert states.grad[0].count_nonzero() == 0
     assert all(parameter.grad.isfinite().all() for parameter in pooling.parameters())
     torch.testing.assert_close(result[1], pooling(states[1:])[0], rtol=1e-5, atol=1e-5)
+    if name == "cross_attention" and not args:  # nothing is attended to, not even a bias
+        assert pooling.attend(states, mask)[0].count_nonzero() == 0
+    elif name not in TRAINABLE:
+        assert result[0].count_nonzero() == 0
 
 
 @pytest.mark.parametrize("name", READS_TOKENS)
@@ -273,7 +285,8 @@ def test_law_10_masked_positions_have_no_weight_at_all(name):
     mask = torch.tensor([[0, 1, 1, 0, 0, 1, 0]])
     pooling(states, mask).sum().backward()
     touched = states.grad[0].abs().sum(dim=1) > 0
-    expected = [False] * 5 + [True, False] if name.startswith("last_token") else mask[0].bool().tolist()
+    only = {"first_token": 1, "last_token": 5, "last_token_ffn": 5}
+    expected = [index == only[name] for index in range(TOKENS)] if name in only else mask[0].bool().tolist()
     assert touched.tolist() == expected
     for kind in (torch.bool, torch.int32, torch.float32, torch.bfloat16):
         assert torch.equal(pooling(states, mask.to(kind)), pooling(states, mask))

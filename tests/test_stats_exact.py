@@ -69,12 +69,13 @@ def test_signed_rank_golden_by_hand():
 
 
 def test_the_two_rules_for_zeros_differ_as_they_should():
-    # |d| = 0 1 2 3, the 1 negative. wilcox: ranks 1 2 3, W- = 1, p = 2 * 2 / 8. pratt: ranks 2 3 4, W- = 2, the same count.
-    assert signed_rank([0, -1, 2, 3]).p_value == 0.5
-    assert signed_rank([0, -1, 2, 3], zeros="pratt").w_minus == 2.0
-    # Two zeros: pratt gives 3 4 5 with 4 negative; {}, {3}, {4} are at most 4, while wilcox has {}, {1}, {2}, {...}.
-    assert signed_rank([0, 0, 1, -2, 3], zeros="pratt").p_value == 0.75
-    assert signed_rank([0, 0, 1, -2, 3]).p_value == 0.75
+    # 0 -1 -2 3, wilcox: ranks 1 2 3, both sums 3: p = 1. pratt: ranks 2 3 4, W+ = 4; {}, {2}, {3}, {4} of 8, doubled.
+    assert signed_rank([0, -1, -2, 3]).p_value == 1.0
+    assert signed_rank([0, -1, -2, 3], zeros="pratt").w_plus == 4.0
+    # 0 0 -1 -2 3 4 5, negatives 1 2: wilcox counts sums <= 3: {} 1 2 3 12, p = 2 * 5 / 32. pratt shifts the ranks to
+    # 3..7, W- = 7: {} 3 4 5 6 7 34, p = 2 * 7 / 32.
+    assert signed_rank([0, 0, -1, -2, 3, 4, 5]).p_value == 10 / 32
+    assert signed_rank([0, 0, -1, -2, 3, 4, 5], zeros="pratt").p_value == 14 / 32
 
 
 @pytest.mark.parametrize("zeros", ["wilcox", "pratt"])

@@ -50,7 +50,12 @@ def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by:
         raise CheckpointError(f"{study.name}: no design has been scored at its last step yet; run the study first")
     # a study that still runs is compared on what all designs have: an interim picture, said to be one
     comparison = compare_scores(
-        frame, baseline or study.baseline, by, controls=controls, margin=study.margin, missing="drop" if dropped else missing
+        frame,
+        baseline or study.baseline,
+        by,
+        controls=controls,
+        margin=study.margin,
+        missing="drop" if dropped else missing,
     )
     return comparison
 
@@ -119,7 +124,7 @@ def evaluate(
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
     Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
     """
-    from poolwise.evaluation import evaluate as score
+    from poolwise.evaluate import evaluate as score
     from poolwise.references import reference
     from poolwise.tasks import resolve_tasks
 
@@ -135,3 +140,22 @@ def evaluate(
             model = reference(str(model))
     rows = score(model, resolved, identity=identity, batch_size=batch_size, items=False)
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
+
+
+def export_design(study: Study, design: str, to: str | Path, seed: int | None = None) -> Path:
+    """Export a trained design of a study: its run of `seed` (the first by default) at the last step."""
+    from poolwise.checkpoint import load
+    from poolwise.exporting import export
+    from poolwise.runner import trials
+
+    study.design(design)
+    wanted = study.seeds[0] if seed is None else seed
+    if wanted not in study.seeds:
+        raise CheckpointError(f"--seed {wanted} is not in this study; it has {', '.join(map(str, study.seeds))}")
+    for trial in trials(study):
+        if (trial["label"], trial["role"], trial["seed"]) == (design, "design", wanted):
+            folder = study.folder / "trials" / trial["name"] / "training" / f"step-{study.recipe.steps}"
+            if not folder.exists():
+                raise CheckpointError(f"{design} with seed {wanted} is not trained yet; run the study first")
+            return export(load(folder), to)
+    raise CheckpointError(f"{design} with seed {wanted} has not been started; run the study first")

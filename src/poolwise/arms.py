@@ -145,7 +145,7 @@ def _check_steps(scores: pl.DataFrame) -> None:
 
     last = scores.group_by("design", "seed").agg(pl.col("step").max()).drop_nulls("step").sort("step", "design", "seed")
     if last["step"].n_unique() > 1:
-        top = last["step"].max()
+        top = max(last["step"].to_list())
         behind = [f"{d} seed {s} (step {step})" for d, s, step in last.filter(pl.col("step") < top).iter_rows()]
         raise StatisticsError(
             f"runs that stopped early cannot be compared with runs of {top} steps: {_listed(behind)}; "

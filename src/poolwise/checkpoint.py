@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from poolwise.encoder import Backbone, PoolingHead, base_path, build
+from poolwise.base import base_path
+from poolwise.encoder import Backbone, PoolingHead, build
 from poolwise.errors import CheckpointError
 from poolwise.study import Design, Recipe
 
@@ -79,7 +80,7 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
 
 
 def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
-    """Save a built encoder; `info` (step, trial, ...) is added to `run.json`. The folder appears whole or not at all."""
+    """Save a built encoder; `info` (step, ...) is added to `run.json`. The folder appears whole or not at all."""
     folder = Path(folder)
     spec = getattr(encoder, "poolwise", None)
     if spec is None:

@@ -22,6 +22,9 @@ app = typer.Typer(
 )
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
+Source = Annotated[
+    str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 
 
@@ -103,7 +106,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    source: Annotated[str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")],
+    source: Source,
     baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
     missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
@@ -119,7 +122,7 @@ def compare(
 
 @app.command()
 def report(
-    source: Annotated[str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")],
+    source: Source,
     to: Annotated[Path | None, typer.Option(help="Folder for report.md and report.html.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
 ) -> None:
@@ -132,7 +135,7 @@ def report(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A sentence-transformers model (name or folder), or a poolwise run folder.")],
+    model: Annotated[str, typer.Argument(help="A sentence-transformers model, by name or folder, or a run folder.")],
     tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     as_json: Json = False,
@@ -153,7 +156,7 @@ def probe(
 ) -> None:
     """Show which tokens see which, and whether the model takes both attention modes."""
     _quiet()
-    from poolwise.encoder import load_base
+    from poolwise.base import load_base
     from poolwise.screen import show_verdict
 
     found = _probe(load_base(model))

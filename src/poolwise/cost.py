@@ -22,6 +22,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from poolwise.errors import ModelError
+
 SHARE = 0.05
 """A default head takes less than this share of the base's FLOPs …"""
 SHARE_TOKENS = 32
@@ -46,9 +48,12 @@ def base_flops(config: Any, tokens: int) -> int:
     """FLOPs of one forward of the base over a text of `tokens` tokens.
 
     2 × weights × tokens for every matrix but the embeddings (of a mixture of experts only those that a token visits),
-    and 4 × tokens² × heads × head width for the scores and sums of each layer.
+    and 4 × tokens² × heads × head width for the scores and sums of each layer. Raises `ModelError` for a base without
+    attention heads (Mamba).
     """
     config = config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        raise ModelError(f"{type(config).__name__} has no attention heads: give a decoder with attention as base model")
     model = skeleton(config)
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     weights = 0
@@ -56,7 +61,7 @@ def base_flops(config: Any, tokens: int) -> int:
         if id(parameter) in looked_up or parameter.ndim < 2:
             continue
         if parameter.ndim == 3:  # experts, outputs, inputs
-            weights += parameter[0].numel() * config.num_experts_per_tok
+            weights += parameter[0].numel() * getattr(config, "num_experts_per_tok", len(parameter))
         else:
             weights += parameter.numel()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

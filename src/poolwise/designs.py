@@ -43,6 +43,7 @@ _SIZES: dict[str, Arg] = {
 }
 
 POOLING_ARGS: dict[str, dict[str, Arg]] = {
+    "first_token": {},
     "last_token": {},
     "mean": {},
     "weighted_mean": {},
@@ -65,6 +66,7 @@ POOLING_ARGS: dict[str, dict[str, Arg]] = {
 """Pooling -> argument -> what it may be."""
 
 POOLINGS_READ: dict[str, str] = {
+    "first_token": "tokens",
     "last_token": "tokens",
     "mean": "tokens",
     "weighted_mean": "tokens",

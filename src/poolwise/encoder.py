@@ -7,16 +7,16 @@ layer, (B, L, D) one vector per layer, (B, D) embeddings.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize, Transformer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from poolwise.attention import check_window, position_ids, set_attention, takes_position_ids, verify
+from poolwise.base import base_identity, base_path, cannot_load, ensure_eos, torch_dtype
 from poolwise.designs import POOLINGS_READ
 from poolwise.errors import ModelError
 from poolwise.layers import LayerCollector
@@ -30,7 +30,8 @@ class Backbone(Transformer):
     """A decoder whose attention is declared, probed and stored: token states, and one vector per layer if asked.
 
     `attention`: `causal` or `bidirectional`. `collect`: None, `last` or `mean`; what stands for each layer's tokens.
-    `include_prompt`: False leaves the prompt's tokens out of pooling. Position ids always come from the mask, so the
+    `include_prompt`: False leaves the prompt's tokens out of pooling, `skip_start` so many tokens at the start (BOS).
+    `pad_by_id`: the padding token's id decides what is pooled, as in the paper's code, instead of the mask. Position ids always come from the mask, so the
     side of the padding does not matter.
     """
 
@@ -40,6 +41,7 @@ class Backbone(Transformer):
         "collect",
         "include_prompt",
         "pad_by_id",
+        "skip_start",
     ]
 
     def __init__(
@@ -50,6 +52,7 @@ class Backbone(Transformer):
         collect: str | None = None,
         include_prompt: bool = True,
         pad_by_id: bool = False,
+        skip_start: int = 0,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("modality_config", TEXT)
@@ -60,6 +63,7 @@ class Backbone(Transformer):
         self.collect = collect
         self.include_prompt = include_prompt
         self.pad_by_id = pad_by_id
+        self.skip_start = skip_start
         self.model.config.use_cache = False
         self.takes_position_ids = takes_position_ids(self.model)
         set_attention(self.model, attention)
@@ -91,10 +95,11 @@ class Backbone(Transformer):
         mask = features["attention_mask"]
         if self.pad_by_id:  # the paper's code: whatever has the padding token's id counts as padding
             mask = (features["input_ids"] != self.tokenizer.pad_token_id).to(mask.dtype)
-        length = features.get("prompt_length")
-        if self.include_prompt or length is None:
+        length = None if self.include_prompt else features.get("prompt_length")
+        length = int(length.reshape(-1)[0]) if isinstance(length, torch.Tensor) else int(length or 0)
+        length = max(length, self.skip_start)
+        if not length:
             return mask
-        length = int(length.reshape(-1)[0]) if isinstance(length, torch.Tensor) else int(length)
         content = mask * (mask.cumsum(1) > length)
         # a text that the prompt fills to the limit keeps its last token: an embedding of nothing helps nobody
         return torch.where(content.any(1, keepdim=True), content, mask)
@@ -154,118 +159,6 @@ def derived_seed(recipe: Recipe, part: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{part}:{varied}".encode()).digest()[:4], "big") & 0x7FFFFFFF
 
 
-def base_path(name: str, base_dir: Path | None = None) -> str:
-    """Where `recipe.base_model` is loaded from: the built-in folder, a folder, or a Hub name as it stands."""
-    if name == "nano":
-        from poolwise.demo import nano_path
-
-        return str(nano_path())
-    folder = Path(name).expanduser()
-    for candidate in (folder, (base_dir or Path.cwd()) / folder):
-        if (candidate / "config.json").is_file():
-            return str(candidate.resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"recipe.base_model = {name!r}: no such model folder (one with a config.json)")
-    return name
-
-
-def base_identity(path: str, commit: str | None = None) -> str:
-    """What a base model is: its Hub commit, or the hash of its folder's configuration, tokenizer and weights.
-
-    Of weight files beyond 64 MiB the size and the first and last MiB are hashed.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return f"{path}@{commit or 'unknown'}"
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in {".json", ".safetensors", ".bin", ".model"} or file.name == "generation_config.json":
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as stream:
-            if size <= 1 << 26:
-                digest.update(stream.read())
-            else:
-                digest.update(stream.read(1 << 20))
-                stream.seek(-(1 << 20), os.SEEK_END)
-                digest.update(stream.read())
-    return f"sha256:{digest.hexdigest()[:24]}"
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """`auto`: bf16 where a GPU computes in it, fp32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    return cast(torch.dtype, getattr(torch, name))
-
-
-def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokenizer end every text with its EOS token, also where it truncates; checked, not assumed.
-
-    Raises ModelError where the tokenizer has no EOS token or will not append it.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} has no EOS token; "
-            "set append_eos = false (the last token is then the last word piece)"
-        )
-    if not _ends_with_eos(tokenizer):
-        from tokenizers.processors import TemplateProcessing
-
-        prefix = tokenizer("")["input_ids"]
-        prefix = [i for i in prefix if i != tokenizer.eos_token_id]
-        names = [tokenizer.convert_ids_to_tokens(i) for i in prefix]
-        special = {tokenizer.eos_token: tokenizer.eos_token_id, **dict(zip(names, prefix, strict=True))}
-        template = [*names, "$A", tokenizer.eos_token]
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=" ".join(template),
-            pair=" ".join([*template, "$B:1", f"{tokenizer.eos_token}:1"]),
-            special_tokens=list(special.items()),
-        )
-    if not _ends_with_eos(tokenizer):
-        raise ModelError(
-            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} will not append "
-            f"{tokenizer.eos_token!r}; set append_eos = false or give the model a tokenizer.json with a post-processor"
-        )
-
-
-def _ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    for text in ("a text", "a much longer text " * 20):
-        ids = tokenizer(text, truncation=True, max_length=8)["input_ids"]
-        if not ids or ids[-1] != tokenizer.eos_token_id or ids.count(tokenizer.eos_token_id) != 1:
-            return False
-    return True
-
-
-def load_base(name: str, base_dir: Path | None = None, **options: Any) -> PreTrainedModel:
-    """The base model alone, without its language-model head. Raises ModelError where it cannot be loaded."""
-    from transformers import AutoModel
-
-    try:
-        return cast(PreTrainedModel, AutoModel.from_pretrained(base_path(name, base_dir), **options))
-    except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("model", name, error) from error
-
-
-def load_config(name: str, path: str) -> Any:
-    """The configuration of the base model at `path`, named `name` in the study. Raises ModelError."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError) as error:
-        raise _cannot_load("recipe.base_model", name, error) from error
-
-
-def _cannot_load(field: str, name: str, error: Exception) -> ModelError:
-    reason = str(error).strip().split("\n")[0]
-    return ModelError(
-        f"{field} = {name!r} cannot be loaded ({reason}); "
-        "give 'nano' (built in), a model folder, or a name on the Hub that this machine can reach"
-    )
-
-
 def build(
     recipe: Recipe, design: Design, seed: int, *, base_dir: Path | None = None, device: str | None = None
 ) -> SentenceTransformer:
@@ -295,7 +188,7 @@ def build(
             },
         )
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load("recipe.base_model", recipe.base_model, error) from error
+        raise cannot_load("recipe.base_model", recipe.base_model, error) from error
     model, tokenizer = backbone.model, backbone.tokenizer
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -308,6 +201,8 @@ def build(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if recipe.append_eos:
         ensure_eos(tokenizer)
+    if design.pooling == "first_token":  # a BOS is the same in every text
+        backbone.skip_start = len([i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id])
     _adapt(backbone, recipe, seed)
     arguments = resolve_args(design.pooling, design.pooling_args, config)
     head = PoolingHead(design.pooling, arguments, config.hidden_size, config.num_hidden_layers)
@@ -316,7 +211,7 @@ def build(
     head.float()  # SentenceTransformer casts every module to the first one's dtype
     encoder.prompts = {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
     verify(backbone.model, design.attention)
-    resolved = {**design.model_dump(mode="json"), "pooling_args": arguments}
+    resolved = {**design.model_dump(mode="json", exclude={"preset"}), "pooling_args": arguments}
     local = Path(path).is_dir()
     encoder.poolwise = {  # type: ignore[assignment]
         "recipe": recipe.model_dump(mode="json"),

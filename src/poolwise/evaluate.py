@@ -17,32 +17,32 @@ A task whose embeddings are all equal scores 0 (and so do its items), with "cons
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import random
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import mteb
 import numpy as np
-import scipy.sparse as sparse
 import torch
-from mteb.models import ModelMeta
-from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
-from poolwise.errors import ModelError, PoolwiseError, TaskError
+from poolwise.adapters import adapt
+from poolwise.errors import PoolwiseError, TaskError
 from poolwise.items import Item, item_scores
-from poolwise.tasks import Task, document_text
+from poolwise.tasks import Task
 
-SEARCH_TYPES = ("Retrieval", "Reranking")
-SPARSE_TYPES = ("STS", "Classification", "Clustering")
-"""Task types whose mteb evaluators take scipy's sparse rows as they are."""
-SIDES = {"query": "query", "document": "document", None: "text"}
+SEED = 42
 CONSTANT = "constant embedding"
+UNTOLD = ("_name_or_path", "transformers_version")
+"""What a model's configuration holds that does not change its embeddings."""
 
 Progress = Callable[[str, int, int], None]
 """Called before each task with its name, its number from 0 and the number of tasks; with ("", n, n) at the end."""
@@ -65,8 +65,8 @@ def evaluate(
             texts into (B, D) vectors.
         identity: what the model is, e.g. the hash of its trial or `model_identity(model)`; stored in every row.
         items: also per-item rows.
-        prompts: text put before inputs, by "TASK-query", "TASK-document", "TASK", then the same with the task type, then
-            "query" or "document" (mteb's order; texts of symmetric tasks have no side). None: the model's own.
+        prompts: text put before inputs, by "TASK-query", "TASK-document", "TASK", then the same with the task type,
+            then "query" or "document" (mteb's order; texts of symmetric tasks have no side). None: the model's own.
 
     A model with `task_types` (BM25) is evaluated on these alone. Scores depend neither on the order of the tasks nor on
     the state of the random generators, which are left as they were found.
@@ -86,17 +86,23 @@ def evaluate(
 
 
 def model_identity(model: Any) -> str:
-    """Content hash of a model: every weight, every module's class, prompts and length limit. A reference states its own.
+    """Content hash of a sentence-transformers model: weights, modules and their settings, tokenizer, prompts, limit.
 
-    Two models of one identity give equal embeddings; a renamed or moved folder keeps its identity.
+    Models of one identity give equal embeddings; a renamed or moved folder keeps its own. References state theirs.
     """
-    import hashlib
-
     if hasattr(model, "identity"):
         return str(model.identity)
-    digest = hashlib.sha256()
-    settings = [getattr(model, "prompts", None), getattr(model, "max_seq_length", None), [type(m).__name__ for m in model]]
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings: list[Any] = [model.prompts, model.max_seq_length, model.similarity_fn_name]
+    for module in model:
+        keys = [key for key in getattr(module, "config_keys", ()) if hasattr(module, key)]
+        settings.append([type(module).__name__, {key: getattr(module, key) for key in keys}])
+        for part in module.modules():
+            if isinstance(part, PreTrainedModel):
+                content = part.config.to_dict()
+                settings.append({key: content[key] for key in content if key not in UNTOLD})
+    tokenizer = getattr(model.tokenizer, "backend_tokenizer", None)
+    settings.append(tokenizer.to_str() if tokenizer is not None else model.tokenizer.get_vocab())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -107,7 +113,7 @@ def _evaluate_task(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     try:
-        with _quiet(), _own_randomness():
+        with _quiet(), _own_randomness(model):
             return _rows(model, task, identity, batch_size, items, prompts)
     except PoolwiseError as error:
         raise type(error)(str(error) if task.name in str(error) else f"task {task.name!r}: {error}") from error
@@ -119,19 +125,19 @@ def _rows(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     started = time.perf_counter()
-    results, found, used = [], [], {}
+    results: list[Any] = []
+    found: list[Item] = []
+    used: dict[str, str] = {}
     constant = True
     for part in task.parts():
         part.load()
         if hasattr(model, "prepare"):
             model.prepare(part.texts())
-        adapter = (_Ranker if hasattr(model, "rank") and part.task_type in SEARCH_TYPES else _Encoder)(
-            model, part, identity, batch_size, prompts
-        )
+        adapter = adapt(model, part, identity, batch_size, prompts)
         with tempfile.TemporaryDirectory() as folder:
             _reseed(part.mteb)
             result = mteb.evaluate(
-                adapter,
+                cast(Any, adapter),
                 part.mteb,
                 co2_tracker=False,
                 cache=None,  # a cache hands one model another's scores where two share a name
@@ -161,13 +167,11 @@ def _rows(
         "batch_size": batch_size,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    rows = [
-        {**common, **_main(task, split, scores, constant)} for split, by_subset in combined.scores.items() for scores in by_subset
-    ]
-    return rows + [{**common, **_item_row(item, constant)} for item in found]
+    main = [_main_row(task, split, scores, constant) for split in combined.scores for scores in combined.scores[split]]
+    return [{**common, **row} for row in [*main, *(_item_row(item, constant) for item in found)]]
 
 
-def _main(task: Task, split: str, scores: Mapping[str, Any], constant: bool) -> dict[str, Any]:
+def _main_row(task: Task, split: str, scores: Mapping[str, Any], constant: bool) -> dict[str, Any]:
     metric = task.mteb.metadata.main_score
     score = 0.0 if constant else float(scores["main_score"])
     if not np.isfinite(score):
@@ -190,55 +194,52 @@ def _item_row(item: Item, constant: bool) -> dict[str, Any]:
     return row
 
 
-class _Adapter:
-    """What mteb asks of a model: who it is, and `constant`: whether all texts got the same vector."""
-
-    def __init__(self, model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None):
-        self.model, self.task, self.batch_size, self.prompts = model, task, batch_size, prompts
-        self.used_prompts: dict[str, str] = {}
-        self.constant = False
-        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "poolwise/model", "revision": identity})
-
-
-class _Ranker(_Adapter):
-    """mteb's search protocol for a model that ranks documents by itself (`rank`: (Q, N) sparse scores)."""
-
-    def index(self, corpus: Any, **_: Any) -> None:
-        self.ids, self.documents = list(corpus["id"]), [document_text(document) for document in corpus]
-
-    def search(self, queries: Any, *, top_k: int, top_ranked: Any = None, **_: Any) -> dict[str, dict[str, float]]:
-        scores = self.model.rank(list(queries["text"]), self.documents)
-        place = {name: i for i, name in enumerate(self.ids)}
-        results = {}
-        for row, query in enumerate(queries["id"]):
-            values = scores[[row]].toarray().ravel()
-            if top_ranked is None:
-                chosen = np.argsort(-values, kind="stable")[:top_k]
-            else:
-                chosen = np.array([place[name] for name in top_ranked[query]])
-            results[query] = {self.ids[i]: float(values[i]) for i in chosen}
-        return results
+def _dtype(model: Any) -> str | None:
+    """The type most of a model's numbers have: the base's, whatever the adapters and the head are kept in."""
+    counts: dict[str, int] = {}
+    for parameter in model.parameters() if isinstance(model, torch.nn.Module) else ():
+        name = str(parameter.dtype).removeprefix("torch.")
+        counts[name] = counts.get(name, 0) + parameter.numel()
+    return max(counts, key=lambda name: counts[name]) if counts else None
 
 
-class _Encoder(_Adapter):
-    """mteb's encoder protocol around `encode(texts)`; embeddings are fp32, and so is every similarity."""
+def _reseed(task: Any) -> None:
+    """mteb's fast clustering draws from a generator that lives as long as the task: wind it back."""
+    task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._constant_calls: list[bool] = []
 
-    @property
-    def constant(self) -> bool:  # type: ignore[override]
-        return bool(self._constant_calls) and all(self._constant_calls)
+@contextlib.contextmanager
+def _own_randomness(model: Any) -> Iterator[None]:
+    """Seeded inside; outside, the generators and the model's training mode are as if nothing had happened."""
+    python, numpy = random.getstate(), np.random.get_state()
+    training = getattr(model, "training", False)
+    with torch.random.fork_rng():
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            if training:
+                model.train()
 
-    @constant.setter
-    def constant(self, value: bool) -> None:
-        pass
 
-    def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
-        """(N, D) fp32, or sparse rows from a lexical reference where mteb's evaluator takes them."""
-        texts = [text for batch in inputs for text in batch["text"]]
-        side = prompt_type.value if prompt_type is not None else None
-        vectors = self._vectors(texts, side)
-        self._check(texts, vectors)
-        return vectors
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets` and what mteb and scikit-learn say about newer versions of tasks, models
+    without a name and labels that are not in a sample."""
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    logger = logging.getLogger("mteb")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -199,6 +199,10 @@ class _Reader:
             )
             return None
         columns = self.columns(split)
+        if not columns:
+            reasons = [f"line {line}: {reason}" for line, reason in _rows(path)]
+            self.problem(path.name, reasons[0] if reasons else "holds no row")
+            return None
         for kind in ("reranking", "pair_classification", "sts", "clustering"):
             if set(COLUMNS[kind]) <= columns:
                 return kind

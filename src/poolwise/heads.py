@@ -17,8 +17,8 @@ Norms, softmax, residuals and sums are taken in fp32; projections run in the dty
 
 - `identity`: W_v is a random matrix with orthonormal columns (rows, if the heads together are narrower than the model),
   W_o its transpose, W_2 and W are zero, the queries small. An untrained head is then nearly the mean of the normalised
-  states, and training starts from a pooling that works instead of from noise; it needs no more than the rates and steps
-  usual for LoRA. A fixed rotation and zeros lose nothing: every weight gets a gradient from the second step on.
+  states: training starts from a pooling that works instead of from noise, which matters at the rates usual for LoRA.
+  Zeros and the shared rotation block nothing: every weight has a gradient by the second step and goes its own way.
 - `paper`: as in the published code. Latents and W from N(0, 1), W_q, W_k, W_v, W_o, W_1, W_2 and biases uniform in
   ±1/√(inputs).
 """
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from poolwise.errors import ModelError
 
-LATENT_STD = 0.02
-QUERY_SCALE = 0.1
+LATENT_STD = 0.02  # of `identity`: small beside the attended states, whose entries are about 1 after their norm
+QUERY_SCALE = 0.1  # of `identity`: attention logits start with a standard deviation of about 0.1, nearly uniform
 
 
 class Pooling(nn.Module):

@@ -50,7 +50,7 @@ def forest(comparison: Comparison) -> list[Panel]:
 
     The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
     """
-    ends = [value for row in comparison.rows for value in _span(row) if value is not None]
+    ends = [100 * value for row in comparison.rows for value in _span(row) if value is not None]
     limits = _limits([0.0, *ends])
     panels = []
     for group in comparison.groups:
@@ -132,10 +132,10 @@ def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, 
     if row.verdict:
         reach = 100 * row.verdict.detectable
         axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
-    bounded = low is not None and high is not None
-    ends = (100 * low, 100 * high) if low is not None and high is not None else limits
-    style: Any = "-" if bounded else (0, (1, 2.2))
-    axes.plot(ends, (place, place), color=edge, linewidth=1.6, linestyle=style, solid_capstyle="butt", zorder=2)
+    if low is not None and high is not None:
+        axes.plot((100 * low, 100 * high), (place, place), color=edge, linewidth=1.6, solid_capstyle="butt", zorder=2)
+    elif row.p_value is not None:  # too few tasks to bound the difference
+        axes.plot(limits, (place, place), color=edge, linewidth=1.4, linestyle=(0, (1, 2.2)), zorder=2)
     axes.plot(
         [100 * middle],
         [place],
@@ -196,7 +196,7 @@ def _panel(
     return Panel(group, _inline(buffer.getvalue(), alt), alt)
 
 
-def _tick(value: float, ticks: Sequence[float], sign: bool) -> str:
+def _tick(value: float, ticks: Any, sign: bool) -> str:
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
     digits = next((d for d in range(4) if abs(round(step, d) - step) < 1e-9), 3)
     return "0" if abs(value) < 1e-9 else number(value, digits, sign)

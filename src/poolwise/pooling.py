@@ -33,6 +33,17 @@ from poolwise.heads import (
 )
 
 
+class FirstToken(Pooling):
+    """The first pooled token. Under causal attention it has seen nothing but itself: the broken arm of every study."""
+
+    def __init__(self, hidden_size: int, n_layers: int):
+        super().__init__()
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        counted = attended(states, mask)
+        return weighted_mean(states, counted * (counted.cumsum(dim=1) == 1))
+
+
 class LastToken(Pooling):
     """The last token: the state at the last index where the mask is 1 (the EOS token where the recipe appends one)."""
 
@@ -68,6 +79,7 @@ class WeightedMean(Pooling):
 
 
 POOLINGS: dict[str, type[Pooling]] = {
+    "first_token": FirstToken,
     "last_token": LastToken,
     "mean": Mean,
     "weighted_mean": WeightedMean,

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from poolwise.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
-from poolwise.data import effective_negatives
+from poolwise.batches import effective_negatives
 from poolwise.pooling import resolve_args
 from poolwise.stats import min_reachable_p
 from poolwise.study import Lora, Study
@@ -15,6 +15,9 @@ from poolwise.trial import AA_SEEDS, base_config
 
 LENGTHS = (32, 128, 512)
 """Tokens a text at which FLOPs are quoted."""
+
+HEAD_SHARE = 0.05
+"""The share of the base's FLOPs at 32 tokens that a head of default size is to stay below."""
 
 
 def costs(study: Study, config: Any) -> list[dict[str, Any]]:
@@ -89,11 +92,11 @@ def check(study: Study) -> dict[str, Any]:
         "effective_negatives": effective_negatives(study.recipe),
         "contrasts": contrasts,
         "tasks": groups,
-        "warnings": _warnings(study, groups),
+        "warnings": _warnings(study, designs, groups),
     }
 
 
-def _warnings(study: Study, groups: list[dict[str, Any]]) -> list[str]:
+def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:
     warnings = []
     if len(study.seeds) == 1:
         warnings.append("One seed: differences between designs cannot be told from luck of the run; give at least two.")
@@ -101,6 +104,10 @@ def _warnings(study: Study, groups: list[dict[str, Any]]) -> list[str]:
         warnings.append("No tasks: the designs are trained but not scored.")
     if study.controls and any(seed >= AA_SEEDS for seed in study.seeds):
         warnings.append(f"Seeds from {AA_SEEDS} on are used by the A/A arm.")
+    for row in designs:
+        share = row["head_flops_32"] / row["base_flops_32"]
+        if share > HEAD_SHARE and study.design(row["design"]).pooling_args.get("latents", "auto") == "auto":
+            warnings.append(f"{row['design']}: this base is so small that even 4 latents cost {share:.1%} of its FLOPs.")
     for group in groups:
         if group["min_reachable_p_holm"] > 0.05 and len(study.designs) > 1:
             warnings.append(

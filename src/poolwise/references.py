@@ -19,8 +19,8 @@ from sklearn.random_projection import SparseRandomProjection
 from poolwise.errors import ModelError, suggest
 
 LEXICAL = ("tfidf", "tfidf_chars", "bm25")
-DENSE_LIMIT = 2**28
-"""Numbers in the dense rows of one task (a gigabyte in fp32); beyond it `encode_dense` approximates."""
+DENSE_LIMIT = 2**27
+"""Numbers in the dense rows of one task (half a gigabyte in fp32); beyond it `encode_dense` approximates."""
 DENSE_SIZE = 2048
 _WORD = re.compile(r"(?u)\b\w+\b")
 

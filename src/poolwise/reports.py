@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from poolwise import tables
 from poolwise.comparison import Comparison
 from poolwise.results import write_atomic
-from poolwise.wording import count, group_words, headline, listing, outcome, points, sentences
+from poolwise.wording import alarms, count, group_words, headline, listing, outcome, points, sentences
 
 if TYPE_CHECKING:
     import polars as pl
@@ -53,29 +53,33 @@ def show(
 ) -> None:
     """Print the comparison as tables: means, contrasts of designs, contrasts of checkpoints, cost."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = console or Console()
-    if not console.is_terminal:
-        console.width = 120
+    console = console or Console(highlight=False)
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
+
     if comparison.banner:
         console.print(Text(comparison.banner, style="bold yellow"))
     for group in comparison.groups:
         console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
     for table in _tables(comparison, tables.priced(costs or [], comparison.baseline)):
-        grid = Table(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
-        grid.show_edge = False
-        for index, column in enumerate(table.columns):
-            words = index < table.text or column == "Verdict"
-            grid.add_column(Text(column), justify="left" if words else "right", header_style="dim", no_wrap=words)
+        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+        words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
+
+        def cells(row: Sequence[str], widths: list[int] = widths, words: list[bool] = words) -> str:
+            padded = zip(row, widths, words, strict=True)
+            return "  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in padded).rstrip()
+
+        line()
+        line((table.title, "bold"))
+        line((cells(table.columns), "dim"))
         for heading, rows in table.sections:
             if heading:
-                grid.add_row(Text(heading, style="italic", overflow="ignore"))
+                line((heading, "italic"))
             for row in rows:
-                grid.add_row(*(Text(cell) for cell in row))
-        console.print()
-        console.print(grid)
+                line(cells(row))
         if table.note:
             console.print(Text(table.note, style="dim"))
     for note in (*comparison.notes, *comparison.excluded):
@@ -100,7 +104,8 @@ def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
     seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
     tasks = count(len(comparison.tasks), "task")
     kinds = count(len(comparison.groups), "group") if comparison.by != "task_type" else _types(comparison)
-    return f"{named}; {count(len(comparison.designs), 'design')}, {seeds}, {tasks} ({kinds}); baseline {comparison.baseline}."
+    designs = count(len(comparison.designs), "design")
+    return f"{named}; {designs}, {seeds}, {tasks} ({kinds}); baseline {comparison.baseline}."
 
 
 def _types(comparison: Comparison) -> str:
@@ -112,19 +117,19 @@ def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
     """The methods paragraph of a paper: which estimator, which family, which scope."""
     family = f"Holm's correction over the {len(comparison.rows)} contrasts with {comparison.baseline}"
     wilcoxon = (
-        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann estimate "
-        "and its exact 95 % interval and the matched-pairs rank-biserial correlation"
+        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
+        "estimate, its exact 95 % interval and the matched-pairs rank-biserial correlation"
     )
     start = opening(info, comparison)
     if comparison.scope == "checkpoints":
         return (
-            f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was trained "
-            "once, the tests do not separate designs from the luck of a run."
+            f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was "
+            "trained once, the tests do not separate designs from the luck of a run."
         )
     return (
-        f"{start} Differences between designs were estimated over random runs and random tasks (crossed random effects, "
-        "null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source averaged "
-        f"first), with {family}; equivalence was tested by two one-sided tests within "
+        f"{start} Differences between designs were estimated over random runs and random tasks (crossed random "
+        "effects, null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source "
+        f"averaged first), with {family}; equivalence was tested by two one-sided tests within "
         f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {CLAIM}"
     )
 
@@ -156,7 +161,7 @@ def _facts(
                 "sentences": [text for _, text in members],
             }
         )
-    recipe = tables.recipe(info)
+    roles = tables.roles(frame, controls)
     versions = [(name, str(version)) for name, version in (info.get("versions") or {}).items()]
     for label, key in (("machine", "machine"), ("study fingerprint", "fingerprint")):
         if info.get(key):
@@ -173,9 +178,10 @@ def _facts(
         "task_scores": tables.task_scores(comparison),
         "run_scores": tables.run_scores(comparison),
         "costs": tables.costs(priced) if priced else None,
-        "controls": tables.controls(comparison, tables.roles(frame, controls)),
+        "controls": tables.controls(comparison, roles),
+        "alarms": alarms(comparison, roles),
         "tasks": tables.tasks(frame, comparison),
-        "recipe": recipe,
+        "recipe": tables.recipe(info),
         "versions": tables.Table("Versions", ("What", "Which"), (("", tuple(versions)),), text=2) if versions else None,
         "command": info.get("command"),
         "notes": [*(info.get("notes") or []), *comparison.notes, *comparison.excluded],
@@ -183,7 +189,6 @@ def _facts(
         "forest": plots.forest(comparison),
         "dots": plots.task_dots(comparison),
         "strip": plots.run_strip(comparison),
-        "details_open": len(comparison.designs) <= 3,
     }
 
 
@@ -201,19 +206,22 @@ def _templates() -> Environment:
             re.sub(r"^([▲▼≈]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
         )  # escaped above
 
+    def glue(text: str) -> str:
+        """No line break inside ±.5, 95 % or 3 seeds, nor before a number that starts with its point."""
+        kept = re.sub(r" (?=[.−]|%)|(?<=\d) (?=(?:task|seed|source|point)s?\b)", "\u00a0", text)
+        return kept.replace("±", "±\u2060")
+
     def markdown(text: object) -> str:
         """Text as text in Markdown: no tags, no table cells, no emphasis."""
         return re.sub(r"([\\`*_\[\]|])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;"))
 
     def latex(text: object) -> str:
         """Text as text in LaTeX."""
-        special = {
-            "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-            "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$", "∞": r"$\infty$",
-            "×": r"$\times$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "≈": r"$\approx$", "<": r"$<$",
-            ">": r"$>$", "–": "--",
-        }  # fmt: skip
-        return re.sub(r"[\\&%$#_{}~^−±∞×▲▼≈<>–]", lambda m: special[m[0]], str(text))
+        special = dict.fromkeys("&%$#_{}", r"\%s")
+        special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+        special |= {"−": "$-$", "±": r"$\pm$", "∞": r"$\infty$", "×": r"$\times$", "≈": r"$\approx$", "<": "$<$"}
+        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
+        return "".join(special.get(letter, letter).replace("%s", letter) for letter in str(text))
 
     environment = Environment(
         loader=PackageLoader("poolwise"),
@@ -222,5 +230,5 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(dress=dress, md=markdown, tex=latex)
+    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex)
     return environment

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,9 @@ def read_mteb(folder: str | Path) -> pl.DataFrame:
     """Read `<model>/<revision>/<Task>.json` below a folder, as mteb writes and publishes it.
 
     The model's name is the design (`org__name` reads `org/name`); its revision folders, in alphabetical order, are its
-    seeds. Tasks that mteb knows keep their evaluation splits only, and a part of an aggregate task whose aggregate is
-    there is left out; results copied from model cards (`external`) count only where a model has no other.
+    seeds, but folders without a task in common are parts of one run. Tasks that mteb knows keep their evaluation splits
+    only, and a part of an aggregate task whose aggregate is there is left out; results copied from model cards
+    (`external`) count only where a model has no other.
 
     Raises:
         DataError: no result file below the folder, or a file that mteb cannot read.
@@ -70,7 +71,13 @@ def read_mteb(folder: str | Path) -> pl.DataFrame:
     rows = []
     for model, revisions in runs.items():
         own = [name for name in revisions if name != "external"] or list(revisions)
-        for seed, revision in enumerate(sorted(own)):
+        taken: list[set[str]] = []  # tasks of each seed so far
+        for revision in sorted(own):
+            tasks = {path.name for path in revisions[revision]}
+            seed = next((seed for seed, names in enumerate(taken) if not names & tasks), len(taken))
+            if seed == len(taken):
+                taken.append(set())
+            taken[seed] |= tasks
             for row in _task_rows(revisions[revision]):
                 rows.append({"design": model, "seed": seed, "revision": revision, **row})
     return table(rows, str(folder))
@@ -207,7 +214,7 @@ def write(frame: pl.DataFrame, path: str | Path) -> Path:
     import io
 
     path = Path(path)
-    writers = {
+    writers: dict[str, Callable[[Any], object]] = {
         ".parquet": frame.write_parquet,
         ".csv": frame.write_csv,
         ".tsv": lambda file: frame.write_csv(file, separator="\t"),

@@ -112,7 +112,7 @@ class Rows:
         texts = self.exact[:, :, 0]
         known = np.unique(mix(texts[:, :2]))
         pairs = [np.isin(mix(texts[:, [0, column]]), known) for column in range(2, texts.shape[1])]
-        return np.stack(pairs, axis=1) & (self.near[:, 2:] != 0) if pairs else self.filled
+        return np.stack(pairs, axis=1) if pairs else self.filled
 
     def without_negatives(self, drop: np.ndarray) -> Rows:
         """The rows with the negatives of the mask `drop` (n, k) missing."""

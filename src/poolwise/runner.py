@@ -58,7 +58,7 @@ def run(
 
 
 def guard(study: Study) -> None:
-    """Refuse a study that is no longer the one whose results lie in its folder; designs, seeds and tasks may be added."""
+    """Refuse a study that is no longer the one whose results lie in its folder; designs, seeds, tasks may be added."""
     path = study.folder / "study.json"
     if not path.exists():
         return

@@ -39,7 +39,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of strings under `columns`, in sections with a heading (or one without); the first `text` columns are words."""
+    """Rows of strings under `columns`, in sections with a heading or without; the first `text` columns are words."""
 
     title: str
     columns: tuple[str, ...]
@@ -94,18 +94,16 @@ def verdicts(comparison: Comparison) -> Table | None:
             sections.append((f"{group} · {sample}, {count(first.seeds, 'seed')}", tuple(rows)))
     if not sections:
         return None
-    notes = sorted(
-        {
-            f"{row.design}, {row.group}: {row.verdict.note}."
-            for row in comparison.rows
-            if row.verdict and row.verdict.note
-        }
-    )
+    noted: dict[str, list[str]] = {}
+    for row in comparison.rows:
+        if row.verdict and row.verdict.note:
+            noted.setdefault(row.verdict.note, []).append(f"{row.design} ({row.group})")
+    notes = "".join(f" Own run variance, as {why}: {', '.join(who)}." for why, who in noted.items())
     note = (
-        f"Points against {comparison.baseline}, for runs and tasks like these. Holm over {len(comparison.rows)} contrasts. "
-        "Run effect: sd of one run. Detectable: true difference found with 80 % power at Holm's first step. "
-        f"Equivalent: 90 % interval inside ±{points(comparison.margin, 1)}. {' '.join(notes)}"
-    ).strip()
+        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over {len(comparison.rows)} "
+        "contrasts. Run effect: sd of one run. Detectable: true difference found with 80 % power at Holm's first step. "
+        f"Equivalent: 90 % interval inside ±{points(comparison.margin, 1)}.{notes}"
+    )
     columns = ("Design", "Difference", "95 % interval", "p", "p Holm", "Run effect", "Detectable", "Verdict")
     return Table("Differences between designs", columns, tuple(sections), note)
 
@@ -118,9 +116,9 @@ def checkpoints(comparison: Comparison) -> Table:
         title = f"{group} · {count(rows[0].n, 'task')}, smallest reachable p {probability(rows[0].min_reachable_p)}"
         sections.append((title, tuple(_checkpoint_row(row) for row in rows)))
     note = (
-        f"Points against {comparison.baseline}; seeds averaged, tasks as the sample: this speaks about these checkpoints. "
-        f"Hodges–Lehmann difference with exact interval, exact Wilcoxon p, Holm over {len(comparison.rows)} contrasts, "
-        "matched-pairs rank-biserial effect size, wins/ties/losses."
+        f"Points against {comparison.baseline}; seeds averaged, tasks as the sample: this speaks about these "
+        "checkpoints. Hodges–Lehmann difference with exact interval, exact Wilcoxon p, Holm over "
+        f"{len(comparison.rows)} contrasts, matched-pairs rank-biserial effect size, wins/ties/losses."
     )
     columns = ["Design", "Difference", "95 % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if any(row.tipping_run_sd is not None for row in comparison.rows):
@@ -209,18 +207,21 @@ def controls(comparison: Comparison, roles: Mapping[str, str]) -> Table | None:
             rows.append(
                 (row.group, mean, difference, interval(shown.ci_low, shown.ci_high), probability(shown.p_value), scope)
             )
-        sections.append((f"{design} · {roles[design]}" if design in roles else design, tuple(rows)))
-    note = f"Points against {comparison.baseline}, outside the family: no correction. Means over the tasks each was scored on."
+        role = roles.get(design)
+        sections.append((f"{design} · {ROLES.get(role, role)}" if role else design, tuple(rows)))
+    note = (
+        f"Points against {comparison.baseline}, outside the family, uncorrected; means over the tasks each was given."
+    )
     columns = ("Group", "Mean", "Difference", "95 % interval", "p", "Scope")
     return Table("Controls and references", columns, tuple(sections), note)
 
 
 def roles(frame: pl.DataFrame, given: Mapping[str, str] | None) -> dict[str, str]:
-    """What each control is, in words: from `given`, else from the table's column `role`."""
+    """The role of each control: from `given`, else from the table's column `role`."""
     found: dict[str, str] = {}
     if "role" in frame.columns:
-        found = {d: ROLES.get(r, r) for d, r in frame.select("design", "role").unique().drop_nulls().iter_rows()}
-    return {**found, **{design: ROLES.get(role, role) for design, role in (given or {}).items()}}
+        found = dict(frame.select("design", "role").unique().drop_nulls().iter_rows())
+    return {**found, **(given or {})}
 
 
 def tasks(frame: pl.DataFrame, comparison: Comparison) -> Table:

@@ -22,7 +22,7 @@ from typing import Any
 
 from poolwise.errors import PoolwiseError, TaskError, suggest
 from poolwise.folders import read_folder
-from poolwise.in_memory import TaskData, content_identity, mteb_task
+from poolwise.in_memory import TaskData, content_identity, mteb_task, read_columns_whole
 
 __all__ = ["PAPER_TASKS", "Task", "TaskData", "resolve_tasks", "task_from_data"]
 
@@ -137,6 +137,8 @@ class Task:
 
     def load(self) -> None:
         """Load the data, once. Raises `TaskError` naming the task, its dataset and what the loader said."""
+        if self.mteb.data_loaded:
+            return
         try:
             self.mteb.load_data()
         except Exception as error:  # whatever a hub client, a parser or a transform may raise
@@ -144,6 +146,8 @@ class Task:
                 f"task {self.name!r}: its data ({self.identity}) cannot be loaded: {type(error).__name__}: {error}. "
                 "Check the connection (or HF_ENDPOINT, HF_HUB_OFFLINE and the cache)"
             ) from error
+        if self.task_type == "Classification":
+            read_columns_whole(self.mteb.dataset)
 
     def split_data(self, split: str, subset: str) -> Any:
         """The loaded data of one split, as mteb's evaluators get it."""

@@ -32,7 +32,8 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from poolwise import checkpoint
-from poolwise.encoder import derived_seed, torch_dtype
+from poolwise.base import torch_dtype
+from poolwise.encoder import derived_seed
 from poolwise.errors import TrainingError
 from poolwise.study import Recipe
 

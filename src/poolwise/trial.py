@@ -27,10 +27,12 @@ import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
 from poolwise import checkpoint
-from poolwise.data import Pairs, decontaminate, load_pairs, plan, training_dataset
-from poolwise.encoder import base_identity, base_path, build, load_config
+from poolwise.base import base_identity, base_path, load_config
+from poolwise.batches import plan, training_dataset
+from poolwise.data import Pairs, decontaminate, load_pairs
+from poolwise.encoder import build
 from poolwise.errors import PoolwiseError, TrainingError
-from poolwise.evaluation import evaluate
+from poolwise.evaluate import evaluate
 from poolwise.pooling import resolve_args
 from poolwise.references import reference
 from poolwise.study import Design, Recipe, Study, content_hash

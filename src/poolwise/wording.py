@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from poolwise import stats
 from poolwise.comparison import Comparison, Row, Verdict
 
 MTEB_TYPES = (
@@ -44,7 +45,9 @@ def probability(p: float | None) -> str:
     """`.031`, `<.001`, `–` where nothing was tested."""
     if p is None:
         return "–"
-    return "<.001" if p < 0.001 else "1" if p > 0.9995 else number(p, 3)
+    if p < 0.001 or p > 0.9995:
+        return "<.001" if p < 0.001 else "1"
+    return number(p, 3 if round(p, 3) != 0.05 else 4)  # .0498 must not read as .050
 
 
 def count(n: int, noun: str) -> str:
@@ -63,7 +66,7 @@ def listing(names: Sequence[str]) -> str:
 
 
 def outcome(comparison: Comparison, row: Row) -> str:
-    """`better`, `worse`, `equivalent`, `inconclusive`, `untested` (one task); of checkpoints where no verdict exists."""
+    """`better`, `worse`, `equivalent`, `inconclusive` or `untested` (one task); of checkpoints without a verdict."""
     if row.verdict:
         return row.verdict.verdict
     if row.p_holm is None:
@@ -77,13 +80,14 @@ def headline(comparison: Comparison, group: str) -> str:
     """The answer for one group of tasks in one line, e.g. "m4 scores above m1; m2 and m3 are inconclusive."."""
     rows = [row for row in comparison.rows if row.group == group]
     rows.sort(key=lambda row: -abs(row.verdict.difference if row.verdict else row.difference))
+    if all(outcome(comparison, row) == "untested" for row in rows):
+        return f"One task only, {comparison.arm(group, comparison.baseline).tasks[0]}: nothing to test over tasks."
     base, parts = comparison.baseline, []
     for word, one, many in (
         ("better", f"scores above {base}", f"score above {base}"),
         ("worse", f"scores below {base}", f"score below {base}"),
         ("equivalent", f"is equivalent to {base}", f"are equivalent to {base}"),
         ("inconclusive", "is inconclusive", "are inconclusive"),
-        ("untested", "cannot be tested on one task", "cannot be tested on one task"),
     ):
         chosen = [row.design for row in rows if outcome(comparison, row) == word]
         if word not in ("better", "worse"):
@@ -109,6 +113,39 @@ def sentences(
     tail = "".join(f"; {word} {name}" for word, name in (("recipe", recipe), ("base", base)) if name)
     priced = list(costs or ())
     return [_sentence(comparison, row, tail, priced) for row in comparison.rows]
+
+
+def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
+    """What the controls say against the study: an A/A arm that differs, a broken arm that nobody notices.
+
+    Args:
+        roles: `aa` or `broken` for those of `comparison.control_designs`; other roles raise no alarm.
+    """
+    said = []
+    for design in comparison.control_designs:
+        rows = [
+            row for row in comparison.control_rows if row.design == design and (row.verdict or row.p_value is not None)
+        ]
+        shown = [row.verdict or row for row in rows]
+        p = stats.holm([1.0 if found.p_value is None else found.p_value for found in shown]).tolist()
+        told = [(row.group, q, found) for row, q, found in zip(rows, p, shown, strict=True) if q <= comparison.alpha]
+        if roles.get(design) == "aa" and told:
+            where = listing(
+                [
+                    f"{group_words(group)} ({points(found.difference, 2, True)} points, Holm p {probability(q)})"
+                    for group, q, found in told
+                ]
+            )
+            said.append(
+                f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design under "
+                "other seeds. Something besides the design is at work: read every claim here as exploratory."
+            )
+        if roles.get(design) == "broken" and rows and not any(found.difference < 0 for _, _, found in told):
+            said.append(
+                f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not notice "
+                "a design that does not work."
+            )
+    return said
 
 
 def _sentence(comparison: Comparison, row: Row, tail: str, costs: Sequence[Mapping[str, Any]]) -> str:
@@ -140,11 +177,9 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
             f"{row.design} scores {_by(verdict.difference, digits)} {row.baseline} (95 % interval {span}; {context})."
         )
     if verdict.verdict == "equivalent":
-        inner = interval(
-            verdict.equivalence_low,
-            verdict.equivalence_high,
-            _digits(verdict.equivalence_low, verdict.equivalence_high),
-        )
+        low, high = verdict.equivalence_low, verdict.equivalence_high
+        ends = (low, high, comparison.margin - max(-low, high))  # an end inside the margin must not read as on it
+        inner = interval(low, high, _digits(*ends))
         margin = points(comparison.margin, 1)
         pair = f"{row.design} and {row.baseline}"
         return f"{pair} are equivalent within ±{margin} points (90 % interval {inner}; {context})."
@@ -155,7 +190,16 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
             f" The interval leaves out 0, but not after Holm over {len(comparison.rows)} contrasts "
             f"(p {probability(verdict.p_holm)})."
         )
-    return f"{claim} A true difference of {points(verdict.detectable, 1)} points would be found with 80 % power."
+    margin = points(comparison.margin, 1)
+    needed = "more tasks, as no number of seeds up to 50 would do"
+    if verdict.settle_low is not None:
+        fewest, most = verdict.settle_low, verdict.settle_high
+        needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
+        needed = count(fewest, "seed") if fewest == most else needed
+    return (
+        f"{claim} A true difference of {points(verdict.detectable, 1)} points would be found with 80 % power; "
+        f"one of {margin} points would need {needed}."
+    )
 
 
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
@@ -206,7 +250,8 @@ def _cost(row: Row, costs: Sequence[Mapping[str, Any]]) -> str:
     for key in ENCODE_COSTS:
         if mine and base and mine.get(key) and base.get(key):
             change = mine[key] / base[key] - 1
+            unit = ", in FLOPs" if key.endswith("flops") else ""
             if abs(change) < 0.005:
-                return " It costs the same to encode."
-            return f" It costs {abs(100 * change):.0f} % {'more' if change > 0 else 'less'} to encode."
+                return f" It costs the same to encode{unit}."
+            return f" It costs {abs(100 * change):.0f} % {'more' if change > 0 else 'less'} to encode{unit}."
     return ""

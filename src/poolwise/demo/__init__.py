@@ -1,16 +1,56 @@
-"""The built-in base model and the mechanism tasks: a study that needs nothing but the package."""
+"""The built-in base model and the mechanism tasks: a study that needs nothing but the package.
+
+    from poolwise import demo
+    demo.nano_path()              # a model folder: a 3.8M-parameter causal LM
+    demo.training_pairs(seed=0)   # [{"query", "positive", "negatives": [...], "mechanism"}]
+    demo.task_names()             # ["demo/overlap-sts", ...]
+    demo.task_data("demo/roles-retrieval")
+
+Every task is made from one planted mechanism (`poolwise.demo.mechanisms`), the training pairs from the same ones with
+other words and other templates. Importing this imports neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
 from poolwise.demo import forms
+from poolwise.demo.mechanisms import MECHANISMS
+from poolwise.errors import TaskError, suggest
+from poolwise.folders import TaskData
+
+__all__ = ["MECHANISMS", "nano_path", "task_data", "task_names", "training_pairs"]
+
+PREFIX = "demo/"
+PAIRS_PER_MECHANISM = 400
+
 
 def nano_path() -> Path:
+    """Folder of the built-in base model (weights, tokenizer, card)."""
     return Path(__file__).parent / "nano"
 
+
 def training_pairs(seed: int = 0) -> list[dict[str, Any]]:
-    return forms.pairs(300, seed)
+    """4,000 rows of query, positive, one hard negative and the mechanism they teach, mechanisms in turn.
+
+    A function of `seed` alone; no content word and no template of it occurs in an evaluation task.
+    """
+    return forms.pairs(PAIRS_PER_MECHANISM, seed)
+
 
 def task_names() -> list[str]:
-    return [f"demo/{name}-{kind}" for name, kinds in forms.SIZES.items() for kind in kinds]
+    """All built-in tasks, `demo/<mechanism>-<kind>`."""
+    return [f"{PREFIX}{mechanism}-{kind}" for mechanism, kinds in forms.SIZES.items() for kind in kinds]
+
+
+def task_data(name: str) -> TaskData:
+    """The data of a built-in task, always the same.
+
+    Raises:
+        TaskError: there is no such task.
+    """
+    if name not in task_names():
+        raise TaskError(f"unknown demo task {name!r} (allowed: {', '.join(task_names())}){suggest(name, task_names())}")
+    mechanism, kind = name.removeprefix(PREFIX).split("-")
+    return TaskData(kind, forms.records(mechanism, kind))

@@ -13,16 +13,16 @@ SEED = 2025  # of every evaluation task: the tasks are fixed, only training vari
 # Items of each form. `sts`: pairs. `retrieval`: groups in the corpus, queries a group. `classification`: training and
 # test texts. `clustering`: sets. A form that says nothing new is left out.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "overlap": {"sts": (200,), "retrieval": (50, 2), "classification": (64, 100), "clustering": (5,)},
-    "roles": {"sts": (200,), "retrieval": (34, 3), "classification": (60, 100), "clustering": (5,)},
-    "negation": {"sts": (200,), "retrieval": (67, 2), "classification": (60, 100), "clustering": (5,)},
-    "number": {"sts": (200,), "retrieval": (34, 3), "clustering": (5,)},
-    "swap": {"sts": (200,), "retrieval": (34, 3), "classification": (60, 100)},
-    "early": {"sts": (100,), "retrieval": (30, 4), "classification": (64, 100)},
-    "late": {"sts": (100,), "retrieval": (30, 4), "classification": (64, 100)},
-    "context": {"sts": (200,), "retrieval": (67, 2), "classification": (60, 100)},
-    "tail": {"retrieval": (50, 3), "classification": (60, 100), "clustering": (4,)},
-    "topic": {"sts": (200,), "retrieval": (1, 16), "classification": (64, 64), "clustering": (8,)},
+    "overlap": {"sts": (100,), "retrieval": (20, 3), "classification": (32, 40), "clustering": (3,)},
+    "roles": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
+    "negation": {"sts": (100,), "retrieval": (15, 4), "classification": (32, 40)},
+    "number": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
+    "swap": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
+    "early": {"sts": (60,), "retrieval": (16, 4), "classification": (32, 40), "clustering": (3,)},
+    "late": {"sts": (60,), "retrieval": (16, 4), "classification": (32, 40), "clustering": (3,)},
+    "context": {"sts": (100,), "retrieval": (15, 4), "classification": (32, 40)},
+    "tail": {"sts": (60,), "retrieval": (30, 3), "classification": (30, 60)},
+    "topic": {"sts": (100,), "retrieval": (3, 2), "classification": (64, 64), "clustering": (3,)},
 }
 
 
@@ -38,7 +38,7 @@ def _sts(mechanism: Mechanism, pairs: int) -> dict[str, list[dict[str, Any]]]:
     """Query and document of the same meaning, and of another one of the same group, in turn."""
     rng = generator("sts", mechanism.name, SEED)
     rows = []
-    for number, group in enumerate(islice(mechanism.groups("eval", "sts", SEED), pairs)):
+    for number, group in enumerate(islice(mechanism.groups("eval", "sts", SEED, most=2), pairs)):
         first = rng.randrange(len(group.codes))
         others = [i for i in range(len(group.codes)) if i != first]
         second = first if number % 2 == 0 else rng.choice(others)
@@ -48,26 +48,31 @@ def _sts(mechanism: Mechanism, pairs: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, list[dict[str, Any]]]:
-    """Every meaning of every group is a document; `per_group` queries for each group."""
+    """Every meaning of every group is a document; `per_group` meanings of each group are asked for.
+
+    A topic has many texts, all of them relevant to each of its queries; elsewhere one document has the meaning.
+    """
     rng = generator("retrieval", mechanism.name, SEED)
+    shared = mechanism.name == "topic"
     corpus: list[dict[str, Any]] = []
     queries: list[dict[str, Any]] = []
-    qrels: list[dict[str, Any]] = []
-    for number, group in enumerate(unique(mechanism.groups("eval", "retrieval", SEED), groups)):
-        every = mechanism.name == "topic"  # the wordings of a topic are different texts, all of them relevant
-        chosen = [(i, k) for i in range(len(group.codes)) for k in range(len(group.queries[i]))]
-        if not every:
-            chosen = [(i, rng.randrange(2)) for i in rng.sample(range(len(group.codes)), per_group)]
-        wording = [rng.randrange(2) for _ in group.codes]
-        for i, texts in enumerate(group.documents):
-            for k, text in enumerate(texts):
-                if every or k == wording[i]:
-                    corpus.append({"_id": f"d{number}-{i}-{k}", "title": "", "text": text})
-        for i, k in chosen:
-            query = f"q{number}-{i}-{k}"
-            queries.append({"_id": query, "text": group.queries[i][k]})
-            found = [f"d{number}-{i}-{j}" for j in range(2) if every or j == wording[i]]
-            qrels.extend({"query-id": query, "corpus-id": document, "score": 1} for document in found)
+    holders: dict[str, list[str]] = {}
+    asked: dict[str, str] = {}
+    for number, group in enumerate(unique(mechanism.groups("eval", "retrieval", SEED, pinned=shared), groups)):
+        chosen = range(len(group.codes)) if shared else rng.sample(range(len(group.codes)), per_group)
+        for i, code in enumerate(group.codes):
+            meaning = "/".join(code) if shared else f"{number}-{i}"
+            for text in group.documents[i] if shared else [rng.choice(group.documents[i])]:
+                holders.setdefault(meaning, []).append(f"d{len(corpus)}")
+                corpus.append({"_id": f"d{len(corpus)}", "title": "", "text": text})
+            for text in (group.queries[i] if shared else [rng.choice(group.queries[i])]) if i in chosen else ():
+                asked[f"q{len(queries)}"] = meaning
+                queries.append({"_id": f"q{len(queries)}", "text": text})
+    qrels = [
+        {"query-id": query, "corpus-id": document, "score": 1}
+        for query, meaning in asked.items()
+        for document in holders[meaning]
+    ]
     rng.shuffle(corpus)
     return {"corpus": corpus, "queries": queries, "qrels": qrels}
 
@@ -94,15 +99,14 @@ def _classification(mechanism: Mechanism, train: int, test: int) -> dict[str, li
 
 
 def _clustering(mechanism: Mechanism, sets: int) -> dict[str, list[dict[str, Any]]]:
-    """Each set holds every wording of the meanings of one group; the meaning is the cluster."""
+    """Each set holds every wording of up to eight meanings of one group; the meaning is the cluster."""
     rng = generator("clustering", mechanism.name, SEED)
     rows = []
-    for group in unique(mechanism.groups("eval", "clustering", SEED), sets):
+    for group in unique(mechanism.groups("eval", "clustering", SEED, most=8), sets):
         items = [
             (text, "/".join(code))
-            for code, *sides in zip(group.codes, group.queries, group.documents, strict=True)
-            for wordings in sides
-            for text in wordings
+            for code, queries, documents in zip(group.codes, group.queries, group.documents, strict=True)
+            for text in (documents if len(documents) > len(queries) else (*queries, *documents))
         ]
         rng.shuffle(items)
         rows.append({"sentences": [text for text, _ in items], "labels": [label for _, label in items]})
@@ -115,7 +119,7 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
     The negative is another meaning of the same group: the same words where the mechanism is about their binding.
     """
     rng = generator("pairs", seed)
-    streams = {name: mechanism.groups("train", "pairs", seed) for name, mechanism in MECHANISMS.items()}
+    streams = {name: mechanism.groups("train", "pairs", seed, most=2) for name, mechanism in MECHANISMS.items()}
     rows = []
     for _ in range(count):
         for name, stream in streams.items():

@@ -60,13 +60,14 @@ class Picker:
     """Draws words of one split: `pick("things", 3)` gives three different ones.
 
     `pinned` categories always give the same words in the same order, so that a meaning keeps its name from group to
-    group and can be a class label.
+    group and can be a class label. `most` is the largest number of meanings that anybody will look at.
     """
 
-    def __init__(self, split: Split, rng: random.Random, pinned: Sequence[str] = ()):
+    def __init__(self, split: Split, rng: random.Random, pinned: Sequence[str] = (), most: int = 24):
         self.split: Split = split
         self.rng = rng
         self.pinned = frozenset(pinned)
+        self.most = most
 
     def pick(self, category: str, count: int) -> list[str]:
         """`count` different words of a category."""
@@ -116,11 +117,14 @@ FILLER = Templates(
 )
 
 
-def filler(picker: Picker, count: int) -> str:
-    """`count` sentences that say nothing of note, joined by full stops."""
+SENTENCES = {"train": 2, "eval": 4}  # neutral sentences a padding: long where it counts, short where it costs
+
+
+def filler(picker: Picker) -> str:
+    """Sentences that say nothing of note, joined by full stops."""
     templates = FILLER.side(picker.split, "documents")
     lines = []
-    for _ in range(count):
+    for _ in range(SENTENCES[picker.split]):
         first, second = picker.rng.sample(WORDS[picker.split]["papers"], 2)
         state = picker.rng.choice(WORDS[picker.split]["states"])
         lines.append(picker.rng.choice(templates).format(p=first, q=second, s=state))

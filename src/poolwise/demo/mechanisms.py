@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 
-from poolwise.demo.grammar import Group, Picker, Split, Templates, build, filler, generator, sentence
+from poolwise.demo.grammar import Group, Picker, Split, Templates, build, filler, generator, sentence, write
 from poolwise.demo.words import TOPICS
 
 
@@ -31,11 +31,11 @@ class Mechanism:
     pinned: tuple[str, ...]
     label: int = 0
 
-    def groups(self, split: Split, *key: object, pinned: bool = False) -> Iterator[Group]:
-        """An endless stream of groups, a function of split and key alone."""
+    def groups(self, split: Split, *key: object, pinned: bool = False, most: int = 24) -> Iterator[Group]:
+        """An endless stream of groups, a function of the arguments alone; `most` bounds the meanings of a group."""
         rng = generator(self.name, split, pinned, *key)
         while True:
-            yield self.make(Picker(split, rng, self.pinned if pinned else ()))
+            yield self.make(Picker(split, rng, self.pinned if pinned else (), most))
 
 
 FACT = Templates(
@@ -62,18 +62,19 @@ def overlap(picker: Picker) -> Group:
 
 
 def _padded(picker: Picker, place: str) -> Group:
+    """Four unrelated facts; each document wording stands beside two different paddings of neutral sentences."""
     codes, fields = _facts(picker, 4)
     group = build(codes, FACT, picker.split, lambda i: fields[i])
-    padding = sentence(filler(picker, 6))
+    paddings = [sentence(filler(picker)) for _ in range(2)]
     documents = tuple(
-        tuple(f"{text} {padding}" if place == "first" else f"{padding} {text}" for text in wordings)
+        tuple(f"{text} {pad}" if place == "first" else f"{pad} {text}" for text in wordings for pad in paddings)
         for wordings in group.documents
     )
     return Group(group.codes, group.queries, documents)
 
 
 def early(picker: Picker) -> Group:
-    """Four unrelated facts; in the documents each is followed by the same six neutral sentences."""
+    """Four unrelated facts; in the documents neutral sentences follow each."""
     return _padded(picker, "first")
 
 
@@ -82,93 +83,161 @@ def late(picker: Picker) -> Group:
     return _padded(picker, "last")
 
 
-def _arrangements(
-    picker: Picker, templates: Templates, values: Sequence[str], fields: Callable[[Sequence[str]], Mapping[str, str]]
-) -> Group:
-    """All orders of `values` over the slots of a template: the same words, bound differently."""
+def _arrangements(picker: Picker, templates: Templates, values: Sequence[str], fixed: Mapping[str, str]) -> Group:
+    """Orders of `values` over the slots a, b, c, d of a template, all 24 or `most` of them."""
     codes = list(permutations(values))
-    return build(codes, templates, picker.split, lambda i: fields(codes[i]))
+    if picker.most < len(codes):
+        codes = picker.rng.sample(codes, picker.most)
+    return build(codes, templates, picker.split, lambda i: {**fixed, **dict(zip("abcd", codes[i], strict=True))})
 
 
 ROLES = Templates(
-    train_queries=("the {a} {v} the {b} to the {c}", "it was the {a} who {v} the {b} to the {c}"),
-    train_documents=("the {b} was {v} to the {c} by the {a}", "to the {c} the {b} had been {v} by the {a}"),
-    eval_queries=("here the {a} {v} the {b} to the {c}", "the {a} is the one who {v} the {b} to the {c}"),
-    eval_documents=("the {b} , {v} by the {a} , came to the {c}", "by the {a} the {b} has been {v} to the {c}"),
+    train_queries=(
+        "the {a} {v} the {b} with the {c} to the {d}",
+        "it was the {a} who {v} the {b} with the {c} to the {d}",
+    ),
+    train_documents=(
+        "so the {a} had {v} the {b} , with the {c} , to the {d}",
+        "by the {a} was the {b} with the {c} {v} to the {d}",
+    ),
+    eval_queries=(
+        "here the {a} {v} the {b} and with it the {c} to the {d} too",
+        "the {a} is the one who {v} the {b} with the {c} to the {d} then",
+    ),
+    eval_documents=(
+        "from the {a} came the {b} who with the {c} was {v} to the {d} there",
+        "by the {a} the {b} and the {c} had been {v} to the {d} there",
+    ),
 )
 
 
 def roles(picker: Picker) -> Group:
-    """Who sent whom to whom: three people in all six orders."""
-    people, (verb,) = picker.pick("people", 3), picker.pick("transfers", 1)
-    return _arrangements(picker, ROLES, people, lambda code: dict(zip("abc", code, strict=True), v=verb))
-
-
-NEGATION = Templates(
-    train_queries=("the {x} is {a} and {b} but not {c}", "not {c} is the {x} , but {a} and {b}"),
-    train_documents=("being {a} and {b} , the {x} was never {c}", "no {c} {x} was it ; it was {a} and {b}"),
-    eval_queries=("{a} and {b} is the {x} , yet not {c}", "this {x} has never been {c} ; it has been {a} and {b}"),
-    eval_documents=("it is not a {c} {x} , it is a {a} , {b} one", "the {x} does not have to be {c} , being {a} and {b}"),
-)
-
-
-def negation(picker: Picker) -> Group:
-    """Three qualities of a thing, one of them denied."""
-    qualities, (thing,) = picker.pick("qualities", 3), picker.pick("things", 1)
-    codes = [(denied,) for denied in qualities]
-
-    def fields(i: int) -> dict[str, str]:
-        first, second = (quality for quality in qualities if quality != qualities[i])
-        return {"x": thing, "a": first, "b": second, "c": qualities[i]}
-
-    return build(codes, NEGATION, picker.split, fields)
+    """Who sent whom with whom to whom: four people in all orders."""
+    people, (verb,) = picker.pick("people", 4), picker.pick("transfers", 1)
+    return _arrangements(picker, ROLES, people, {"v": verb})
 
 
 NUMBER = Templates(
-    train_queries=("the {p} had {a} {x} , {b} {y} and {c} {z}", "{a} {x} , {b} {y} and {c} {z} were in the {p}"),
-    train_documents=("in the {p} the {x} were {a} , the {y} {b} , the {z} {c}", "{p} : {x} {a} ; {y} {b} ; {z} {c}"),
-    eval_queries=("there are {a} {x} , {b} {y} and {c} {z} at the {p}", "the {p} has {a} {x} , {b} {y} , {c} {z}"),
-    eval_documents=("of the {p} : {x} ( {a} ) , {y} ( {b} ) , {z} ( {c} )", "at the {p} {x} are {a} , {y} {b} and {z} {c}"),
+    train_queries=(
+        "the {p} had {a} {x} , {b} {y} , {c} {z} and {d} {w}",
+        "{a} {x} , {b} {y} , {c} {z} and {d} {w} were in the {p}",
+    ),
+    train_documents=(
+        "in the {p} the {x} were {a} , the {y} {b} , the {z} {c} , the {w} {d}",
+        "{p} : {x} {a} ; {y} {b} ; {z} {c} ; {w} {d}",
+    ),
+    eval_queries=(
+        "there are {a} {x} and {b} {y} and {c} {z} and {d} {w} at the {p} here",
+        "the {p} has {a} {x} with {b} {y} and {c} {z} and {d} {w} in it",
+    ),
+    eval_documents=(
+        "at the {p} {x} are {a} and {y} {b} while {z} are {c} and {w} {d} in all",
+        "of {x} {a} and of {y} {b} and of {z} {c} and of {w} {d} are at the {p} there",
+    ),
 )
 
 
 def number(picker: Picker) -> Group:
-    """How many of what: three numbers over three kinds of things."""
-    numbers, plurals, (place,) = picker.pick("numbers", 3), picker.pick("plurals", 3), picker.pick("places", 1)
-    fixed = dict(zip("xyz", plurals, strict=True), p=place)
-    return _arrangements(picker, NUMBER, numbers, lambda code: {**dict(zip("abc", code, strict=True)), **fixed})
+    """How many of what: four numbers over four kinds of things."""
+    numbers, plurals, (place,) = picker.pick("numbers", 4), picker.pick("plurals", 4), picker.pick("places", 1)
+    return _arrangements(picker, NUMBER, numbers, dict(zip("xyzw", plurals, strict=True), p=place))
 
 
 SWAP = Templates(
-    train_queries=("{a} had the {x} , {b} the {y} and {c} the {z}", "with {a} was the {x} , with {b} the {y} , with {c} the {z}"),
-    train_documents=("the {x} was for {a} , the {y} for {b} , the {z} for {c}", "the {x} of {a} , the {y} of {b} and the {z} of {c}"),
-    eval_queries=("{a} has a {x} , {b} a {y} , {c} a {z}", "here is {a} with the {x} , {b} with the {y} and {c} with the {z}"),
-    eval_documents=("a {x} is from {a} , a {y} from {b} , a {z} from {c}", "to the {x} came {a} , to the {y} {b} and to the {z} {c}"),
+    train_queries=(
+        "{a} had the {x} , {b} the {y} , {c} the {z} and {d} the {w}",
+        "with {a} was the {x} , with {b} the {y} , with {c} the {z} , with {d} the {w}",
+    ),
+    train_documents=(
+        "the {x} was for {a} , the {y} for {b} , the {z} for {c} , the {w} for {d}",
+        "the {x} of {a} , the {y} of {b} , the {z} of {c} and the {w} of {d}",
+    ),
+    eval_queries=(
+        "{a} has a {x} and {b} a {y} while {c} has a {z} and {d} a {w} too",
+        "here is {a} with the {x} and {b} with the {y} and {c} with the {z} and {d} with the {w} too",
+    ),
+    eval_documents=(
+        "a {x} is from {a} and a {y} from {b} while a {z} is from {c} and a {w} from {d} here",
+        "to the {x} came {a} and to the {y} {b} and to the {z} {c} and to the {w} {d} too",
+    ),
 )
 
 
 def swap(picker: Picker) -> Group:
-    """Whose is what: three names over three things."""
-    names, things = picker.pick("names", 3), picker.pick("things", 3)
-    fixed = dict(zip("xyz", things, strict=True))
-    return _arrangements(picker, SWAP, names, lambda code: {**dict(zip("abc", code, strict=True)), **fixed})
+    """Whose is what: four names over four things."""
+    names, things = picker.pick("names", 4), picker.pick("things", 4)
+    return _arrangements(picker, SWAP, names, dict(zip("xyzw", things, strict=True)))
+
+
+def _marked(
+    picker: Picker, templates: Templates, marks: Mapping[str, tuple[str, str]], fixed: Mapping[str, str]
+) -> Group:
+    """Four things, two of which are marked: all six choices.
+
+    marks: for each marker field of the templates, what it says of a thing that is meant and of one that is not. A
+    field name is a letter for the kind of mark and the slot, `m0` to `m3`.
+    """
+    chosen = [frozenset(pair) for pair in combinations(range(4), 2)]
+    codes = [tuple("yes" if slot in pair else "no" for slot in range(4)) for pair in chosen]
+
+    def fields(i: int) -> dict[str, str]:
+        filled = {f"{kind}{slot}": words[slot not in chosen[i]] for kind, words in marks.items() for slot in range(4)}
+        return {**fixed, **filled}
+
+    return build(codes, templates, picker.split, fields)
+
+
+NEGATION = Templates(
+    train_queries=(
+        "the {p} had {m0} {x} , {m1} {y} , {m2} {z} , {m3} {w}",
+        "there was {m0} {x} , {m1} {y} , {m2} {z} , {m3} {w} in the {p}",
+    ),
+    train_documents=(
+        "in the {p} , the {x} was {n0} , the {y} {n1} , the {z} {n2} , the {w} {n3}",
+        "{m0} {x} and {m1} {y} were in the {p} , and {m2} {z} and {m3} {w}",
+    ),
+    eval_queries=(
+        "at the {p} there is {m0} {x} and {m1} {y} and {m2} {z} and {m3} {w} here",
+        "{m0} {x} and {m1} {y} has the {p} , and {m2} {z} and {m3} {w} too",
+    ),
+    eval_documents=(
+        "{m0} {x} or {m1} {y} is there , {m2} {z} or {m3} {w} is there , at the {p} too",
+        "of the {p} this is all , {m0} {x} and {m1} {y} , then {m2} {z} and {m3} {w} too",
+    ),
+)
+
+
+def negation(picker: Picker) -> Group:
+    """Four things in a place, two of them denied."""
+    things, (place,) = picker.pick("things", 4), picker.pick("places", 1)
+    marks = {"m": ("a", "no"), "n": ("there", "not")}
+    return _marked(picker, NEGATION, marks, dict(zip("xyzw", things, strict=True), p=place))
 
 
 CONTEXT = Templates(
-    train_queries=("only {a} {v} in the {p}", "it was {a} who {v} , in the {p}"),
-    train_documents=("{x} , {y} and {z} were in the {p} , and the {o} one {v}", "{x} , {y} , {z} : the {o} of them {v} in the {p}"),
-    eval_queries=("{a} {v} at the {p}", "at the {p} {a} was the one who {v}"),
-    eval_documents=("at the {p} there are {x} , {y} and {z} ; of these the {o} {v}", "of {x} , {y} and {z} the {o} {v} at the {p}"),
+    train_queries=("{a} and {b} {v} in the {p}", "only {a} {v} in the {p} , and {b}"),
+    train_documents=(
+        "in the {p} , {v} {x} ? {m0} . {y} ? {m1} . {z} ? {m2} . {w} ? {m3}",
+        "{x} was {m0} , {y} was {m1} , {z} was {m2} , {w} was {m3} of those who {v} in the {p}",
+    ),
+    eval_queries=("at the {p} {a} {v} and {b} too", "here {a} and also {b} {v} at the {p} then"),
+    eval_documents=(
+        "at the {p} who {v} ? is it {x} then {m0} and is it {y} then {m1} and {z} then {m2} and {w} then {m3} too",
+        "of those who {v} at the {p} {x} is {m0} and {y} is {m1} and {z} is {m2} and {w} is {m3} too",
+    ),
 )
 
 
 def context(picker: Picker) -> Group:
-    """Three names, and only then the ordinal that says which of them is meant."""
-    names, (deed,), (place,) = picker.pick("names", 3), picker.pick("deeds", 1), picker.pick("places", 1)
-    picker.rng.shuffle(names)
-    fixed = dict(zip("xyz", names, strict=True), v=deed, p=place)
-    codes = [(name,) for name in names]
-    return build(codes, CONTEXT, picker.split, lambda i: {**fixed, "a": names[i], "o": ("first", "second", "third")[i]})
+    """Four names, each followed by the word that says whether it is meant."""
+    names, (deed,), (place,) = picker.pick("names", 4), picker.pick("deeds", 1), picker.pick("places", 1)
+    fixed = dict(zip("xyzw", names, strict=True), v=deed, p=place)
+    group = _marked(picker, CONTEXT, {"m": ("one", "none")}, {**fixed, "a": "", "b": ""})
+    queries = []
+    for code in group.codes:
+        first, second = (name for name, mark in zip(names, code, strict=True) if mark == "yes")
+        queries.append(write(CONTEXT.side(picker.split, "queries"), a=first, b=second, v=deed, p=place))
+    return Group(group.codes, tuple(queries), group.documents)
 
 
 TAIL = Templates(
@@ -177,10 +246,10 @@ TAIL = Templates(
         "in the {p} the {a} {u} . {f} . then there was a {b} that {v} and a {c} that {w}",
         "there {u} a {a} in the {p} . as for the {b} , it {v} , and the {c} {w} . {f}",
     ),
-    eval_queries=("a {a} {u} at the {p}", "at the {p} {u} the {a}"),
+    eval_queries=("a {a} {u} at the {p} here", "at the {p} there {u} the {a} too"),
     eval_documents=(
-        "the {a} at the {p} {u} . {f} . the {b} also {v} , the {c} also {w}",
-        "at the {p} a {a} {u} . while a {b} {v} , there {w} a {c} . {f}",
+        "the {a} at the {p} {u} first . {f} . the {b} also {v} and the {c} also {w} there",
+        "at the {p} a {a} {u} then . while a {b} {v} there the {c} {w} too . {f}",
     ),
 )
 
@@ -188,7 +257,7 @@ TAIL = Templates(
 def tail(picker: Picker) -> Group:
     """Three facts; the first is what the text is about, the others trail behind it in neutral sentences."""
     things, motions, (place,) = picker.pick("things", 3), picker.pick("motions", 3), picker.pick("places", 1)
-    padding = filler(picker, 3)
+    padding = filler(picker)
 
     def fields(i: int) -> dict[str, str]:
         order = [i, *(j for j in range(3) if j != i)]
@@ -215,7 +284,10 @@ def topic(picker: Picker) -> Group:
     topics = TOPICS[picker.split]
     sides: dict[str, list[tuple[str, ...]]] = {"queries": [], "documents": []}
     for words in topics.values():
-        dealt = picker.rng.sample(words, 12)
+        if "topics" in picker.pinned:  # the same six words on the query side in every group
+            dealt = [*picker.rng.sample(words[:6], 6), *picker.rng.sample(words[6:], 6)]
+        else:
+            dealt = picker.rng.sample(words, 12)
         for number_of_side, (side, texts) in enumerate(sides.items()):
             templates = TOPIC.side(picker.split, side)
             texts.append(
@@ -232,13 +304,13 @@ MECHANISMS: dict[str, Mechanism] = {
     for mechanism in (
         Mechanism("overlap", "shared words, graded", FACT, overlap, ("places",)),
         Mechanism("roles", "who did what to whom", ROLES, roles, ("people",)),
-        Mechanism("negation", "which quality is denied", NEGATION, negation, ("qualities",)),
+        Mechanism("negation", "which quality is denied", NEGATION, negation, ("things",)),
         Mechanism("number", "how many of what", NUMBER, number, ("numbers", "plurals")),
         Mechanism("swap", "whose is what", SWAP, swap, ("names", "things")),
         Mechanism("early", "a fact before neutral sentences", FACT, early, ("places",)),
         Mechanism("late", "a fact after neutral sentences", FACT, late, ("places",)),
         Mechanism("context", "a later ordinal says which name is meant", CONTEXT, context, ("names",)),
         Mechanism("tail", "the first of three facts, with a long tail", TAIL, tail, ("things",)),
-        Mechanism("topic", "one topic, no shared content word", TOPIC, topic, ()),
+        Mechanism("topic", "one topic, no shared content word", TOPIC, topic, ("topics",)),
     )
 }

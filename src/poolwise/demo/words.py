@@ -7,22 +7,24 @@ an evaluation text. All words and sentences of this package were written for it.
 
 from __future__ import annotations
 
-FUNCTION_WORDS = frozenset(
-    """a an the this that these it its they them he she who whom whose which what one ones
+_FUNCTION = """
+    a an the this that these those it its they them he she who whom whose which what one ones
     is was were be been being are has have had did does do
     and or but yet nor so as if than then when while because though
     not no never neither nobody nothing none without
     of in on at to from by for with about into near after before behind beside under over between
     only also too both each all every other others same there here still even just
-    first second third last former latter""".split()
-)
+    first second third last former latter
+"""
 
 Lists = dict[str, tuple[str, ...]]
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(word.replace("_", " ") for word in text.split())
+    return tuple(text.split())
 
+
+FUNCTION_WORDS = frozenset(_split(_FUNCTION))
 
 _TRAIN: Lists = {
     "people": _split(
@@ -44,13 +46,14 @@ _TRAIN: Lists = {
 
 _EVAL: Lists = {
     "people": _split(
-        "doctor teacher captain butcher driver poet merchant guard king queen actor pilot shepherd widow thief neighbour"
+        "doctor teacher captain butcher driver poet merchant guard "
+        "king queen actor pilot shepherd widow thief neighbour"
     ),
     "names": _split("Mary Thomas Rose George Susan Robert Jane Edward Kate Philip Ruth Albert Lucy Arthur Grace Hugh"),
     "transfers": _split("brought recommended presented delivered guided"),
     "deeds": _split("danced smiled lost spoke cried escaped wrote swam"),
     "motions": _split("lay stayed moved arrived shone disappeared"),
-    "things": _split("table box bell sword book ring hat pipe cup spoon violin saddle pillow umbrella"),
+    "things": _split("table box bell sword book ring hat pipe cup spoon violin saddle pillow bucket"),
     "plurals": _split("stones bowls sheep boats letters chairs nails trees gloves maps birds jars"),
     "numbers": _split("three five seven nine eleven thirty forty fifty"),
     "qualities": _split("small dark new warm strong black dry wide sharp rich red smooth thick pale"),
@@ -83,6 +86,8 @@ TOPICS: dict[str, Lists] = {
             "president election parliament senate vote party governor law congress reform mayor treaty"
         ),
         "body": _split("arm leg shoulder finger knee throat chest elbow skin bone foot neck"),
-        "railway": _split("train track locomotive passenger tunnel freight engine platform signal carriage junction rail"),
+        "railway": _split(
+            "train track locomotive passenger tunnel freight engine platform signal carriage junction rail"
+        ),
     },
 }

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import bdtr
 
 from poolwise.errors import StatisticsError, suggest
 
@@ -141,7 +140,7 @@ def hodges_lehmann(differences: ArrayLike, level: float = 0.95) -> HodgesLehmann
     n = len(d)
     rows, columns = np.triu_indices(n)
     walsh = np.sort((d[rows] + d[columns]) / 2)
-    outside = _largest_rejected_sum(n, 1 - level)
+    outside = largest_rejected_sum(n, 1 - level)
     low, high = (None, None) if outside < 0 else (float(walsh[outside]), float(walsh[-1 - outside]))
     return HodgesLehmann(estimate=float(np.median(walsh)), ci_low=low, ci_high=high, level=level, n=n)
 
@@ -155,8 +154,12 @@ def mcnemar(b: int, c: int) -> McNemar:
     for name, value in (("b", b), ("c", c)):
         if value != int(value) or value < 0:
             raise StatisticsError(f"mcnemar: {name}={value!r}; give a count, 0 or more")
-    b, c = int(b), int(c)
-    return McNemar(p_value=min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5))), b=b, c=c)
+    n, heads = int(b) + int(c), 1
+    count = 1  # patterns of n coins with at most min(b, c) heads
+    for k in range(int(min(b, c))):
+        heads = heads * (n - k) // (k + 1)
+        count += heads
+    return McNemar(p_value=min(1.0, 2 * count / 2**n), b=int(b), c=int(c))
 
 
 def wins_ties_losses(differences: ArrayLike) -> WinsTiesLosses:
@@ -167,6 +170,18 @@ def wins_ties_losses(differences: ArrayLike) -> WinsTiesLosses:
     """
     signs = np.sign(_rounded(differences, "wins_ties_losses"))
     return WinsTiesLosses(wins=int((signs > 0).sum()), ties=int((signs == 0).sum()), losses=int((signs < 0).sum()))
+
+
+@lru_cache(maxsize=512)
+def largest_rejected_sum(n: int, alpha: float) -> int:
+    """Largest rank sum w with 2 P(W <= w) <= alpha for n untied differences; -1 when there is none."""
+    counts = _subset_counts(range(1, n + 1), n * (n + 1) // 4)
+    total, half = 0, 2 ** (n - 1)
+    for w, count in enumerate(counts.tolist()):
+        total += count
+        if total / half > alpha * (1 + 1e-12):  # 1 - .95 is a little more or less than .05
+            return w - 1
+    return len(counts) - 1
 
 
 def midranks(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -222,15 +237,3 @@ def _subset_counts(ranks: Sequence[int] | NDArray[np.int64], limit: int) -> NDAr
         reach = min(top, reach + value)
         counts[value : reach + 1] = counts[value : reach + 1] + counts[: reach + 1 - value]
     return counts
-
-
-@lru_cache(maxsize=512)
-def _largest_rejected_sum(n: int, alpha: float) -> int:
-    """Largest rank sum w with 2 P(W <= w) <= alpha for n untied differences; -1 when there is none."""
-    counts = _subset_counts(range(1, n + 1), n * (n + 1) // 4)
-    total, half = 0, 2 ** (n - 1)
-    for w, count in enumerate(counts.tolist()):
-        total += count
-        if total / half > alpha * (1 + 1e-12):  # 1 - .95 is a little more or less than .05
-            return w - 1
-    return len(counts) - 1

@@ -159,7 +159,7 @@ def null_distribution(estimates: MeanSquares) -> Null:
     components = (*m.runs, m.tasks, m.error)
     dfs = (*m.run_dfs, m.task_df, m.error_df)
     points = GRID_POOLED if len(m.runs) == 1 else GRID_ARMS
-    draws = [ms * _chi_square_over_df(df, count) for ms, df, count in zip(components, dfs, points, strict=True)]
+    draws = [ms * chi_square_over_df(df, count) for ms, df, count in zip(components, dfs, points, strict=True)]
     *runs, tasks, error = np.meshgrid(*draws, indexing="ij", sparse=True)
     run = sum(runs[1:], start=runs[0])
     redrawn = np.maximum(np.maximum(run, tasks), run + tasks - error)
@@ -254,6 +254,14 @@ def satterthwaite(parts: Sequence[float], dfs: Sequence[float]) -> tuple[float, 
     return total, float(sum(dfs)) if len(parts) == 1 or spread == 0 else float(total**2 / spread)
 
 
+@lru_cache(maxsize=256)
+def chi_square_over_df(df: float, points: int) -> Array:
+    """Chi-square quantiles over their degrees of freedom at the middles of `points` equal slices of probability."""
+    quantiles = 2 * gammaincinv(df / 2, (np.arange(points) + 0.5) / points) / df
+    quantiles.setflags(write=False)
+    return quantiles
+
+
 def _noisier(runs: Array, compared: int, seeds: int) -> bool:
     """Guard before pooling: is one of the first `compared` run mean squares too large for the others (F test)?"""
     dfs = (seeds - 1, (len(runs) - 1) * (seeds - 1))
@@ -272,11 +280,3 @@ def _task_mean_square(
 
 def _centred(values: Array, axis: int) -> Array:
     return values - values.mean(axis=axis, keepdims=True)
-
-
-@lru_cache(maxsize=256)
-def _chi_square_over_df(df: float, points: int) -> Array:
-    """Chi-square quantiles over their degrees of freedom at the middles of `points` equal slices of probability."""
-    quantiles = 2 * gammaincinv(df / 2, (np.arange(points) + 0.5) / points) / df
-    quantiles.setflags(write=False)
-    return quantiles

@@ -1,0 +1,140 @@
+"""Models as mteb wants them: prompts by task and side, fp32, embeddings checked, an identity no two models share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sparse
+from mteb.models import ModelMeta
+from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from sentence_transformers import SentenceTransformer
+
+from poolwise.errors import ModelError
+from poolwise.tasks import Task, document_text
+
+SEARCH_TYPES = ("Retrieval", "Reranking")
+SPARSE_TYPES = ("STS", "Classification", "Clustering")
+"""Task types whose mteb evaluators take scipy's sparse rows as they are."""
+CONSTANT_TOLERANCE = 1e-5
+"""Vectors are equal if no number differs by more than this share of the largest one."""
+
+
+def adapt(model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None) -> Adapter:
+    """`model` in the shape in which mteb evaluates it on `task`."""
+    kind = Ranker if hasattr(model, "rank") and task.task_type in SEARCH_TYPES else Encoder
+    return kind(model, task, identity, batch_size, prompts)
+
+
+class Adapter:
+    """Who the model is, and what was seen of it: `used_prompts` by side, `constant` if all texts got one vector."""
+
+    def __init__(
+        self, model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None
+    ) -> None:
+        self.model, self.task, self.batch_size, self.prompts = model, task, batch_size, prompts
+        self.used_prompts: dict[str, str] = {}
+        self.calls_constant: list[bool] = []
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites={"name": "poolwise/model", "revision": identity})
+
+    @property
+    def constant(self) -> bool:
+        """Whether every call with two different texts or more got equal vectors (and there was one)."""
+        return bool(self.calls_constant) and all(self.calls_constant)
+
+
+class Ranker(Adapter):
+    """mteb's search protocol for a model that ranks documents itself: `rank(queries, documents)` -> (Q, N) sparse."""
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Keep the documents."""
+        self.ids = list(corpus["id"])
+        self.documents = [document_text(document) for document in corpus]
+
+    def search(self, queries: Any, *, top_k: int, top_ranked: Any = None, **_: Any) -> dict[str, dict[str, float]]:
+        """The `top_k` best documents of each query, or its candidates, with their scores (documents of score 0 too: a
+        query that finds nothing must count as 0, not be left out)."""
+        scores = self.model.rank(list(queries["text"]), self.documents)
+        place = {name: number for number, name in enumerate(self.ids)}
+        found = {}
+        for row, query in enumerate(queries["id"]):
+            values = scores[[row]].toarray().ravel()
+            if top_ranked is None:
+                chosen = np.argsort(-values, kind="stable")[:top_k].tolist()
+            else:
+                chosen = [place[name] for name in top_ranked[query]]
+            found[query] = {self.ids[number]: float(values[number]) for number in chosen}
+        return found
+
+
+class Encoder(Adapter):
+    """mteb's encoder protocol around `encode(texts)`."""
+
+    def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
+        """(N, D) fp32 vectors of the texts; sparse rows of a lexical reference where mteb's evaluator takes them.
+
+        Raises `ModelError` for vectors that are not finite.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        side = None if prompt_type is None else str(prompt_type.value)
+        prompt = self._prompt(side)
+        if prompt:
+            self.used_prompts[side or "text"] = prompt
+        vectors = self._vectors(texts, side, prompt)
+        self._check(texts, vectors)
+        return vectors
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """(N, M) in fp32: the model's own function if it has one, else the cosine."""
+        function = getattr(self.model, "similarity", None)
+        return function(embeddings1, embeddings2) if callable(function) else cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """(N,) in fp32, likewise."""
+        if sparse.issparse(embeddings1):  # a reference's rows, of unit length
+            return np.asarray(embeddings1.multiply(embeddings2).sum(axis=1)).ravel()
+        function = getattr(self.model, "similarity_pairwise", None)
+        return function(embeddings1, embeddings2) if callable(function) else pairwise_cos_sim(embeddings1, embeddings2)
+
+    def _prompt(self, side: str | None) -> str:
+        """mteb's order: task and side, task, task type and side, task type, side; then the model's own defaults."""
+        own = getattr(self.model, "prompts", None) or {}
+        prompts = own if self.prompts is None else self.prompts
+        names: list[str] = []
+        for word in (self.task.name, self.task.task_type):
+            names += [f"{word}-{side}", word] if side else [word]
+        names += [side] if side else []
+        if self.prompts is None:
+            names += ["passage", "corpus"] if side == "document" else []
+            default = None if side else getattr(self.model, "default_prompt_name", None)
+            names += [default] if default else []
+        return next((prompts[name] for name in names if prompts.get(name) is not None), "")
+
+    def _vectors(self, texts: Sequence[str], side: str | None, prompt: str) -> Any:
+        if isinstance(self.model, SentenceTransformer):
+            by_side = {"query": self.model.encode_query, "document": self.model.encode_document}
+            encode = by_side.get(side or "", self.model.encode)  # a Router sends the sides through different modules
+            vectors = encode(
+                texts, prompt=prompt, batch_size=self.batch_size, show_progress_bar=False, convert_to_numpy=True
+            )
+        elif hasattr(self.model, "encode_dense"):
+            if self.task.task_type in SPARSE_TYPES:
+                return self.model.encode(texts)
+            vectors = self.model.encode_dense(texts)
+        else:
+            vectors = self.model.encode([prompt + text for text in texts])
+        return np.asarray(vectors, dtype=np.float32)
+
+    def _check(self, texts: Sequence[str], vectors: Any) -> None:
+        values = vectors.data if sparse.issparse(vectors) else vectors
+        if not np.isfinite(values).all():
+            bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1)) if vectors is values else [0]
+            raise ModelError(
+                f"task {self.task.name!r}: {len(bad)} of {len(texts)} embeddings are not finite, the first of the text "
+                f"{texts[bad[0]][:60]!r}; the model has diverged or overflows in its dtype (try bfloat16 or float32)"
+            )
+        if len(set(texts)) > 1:
+            spread = (vectors.max(axis=0) - vectors.min(axis=0)).max()
+            largest = max(vectors.max(), -vectors.min())
+            self.calls_constant.append(bool(spread <= CONSTANT_TOLERANCE * largest))

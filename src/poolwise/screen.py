@@ -1,0 +1,232 @@
+"""What the command line shows: the live grid of trials on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from poolwise.engines import Event
+from poolwise.runner import run
+from poolwise.study import Study
+
+SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
+"""Where a stage begins and ends in a trial's bar."""
+
+
+class Grid:
+    """The trials of a study as a table: a row a design, a cell a seed, with the time that is left."""
+
+    def __init__(self) -> None:
+        self.trials: list[dict[str, Any]] = []
+        self.share: dict[str, float] = {}
+        self.states: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.started = time.monotonic()
+        self.skipped = 0.0
+
+    def follow(self, event: Event) -> None:
+        """Take in one event of the engine."""
+        kind, content = event
+        if kind == "trials":
+            self.trials = content
+            self.started = time.monotonic()
+        elif kind == "notes":
+            self.notes = content
+        elif kind == "progress":
+            name, stage, share = content
+            low, high = SHARES[stage]
+            self.states[name] = stage
+            self.share[name] = low + (high - low) * share
+        elif kind == "done":
+            self.skipped += name_was_new(self.share, content)
+            self.states[content], self.share[content] = "done", 1.0
+        elif kind == "failed":
+            self.states[content[0]], self.share[content[0]] = "failed", 1.0
+
+    def line(self) -> str:
+        """Trials done, elapsed, left."""
+        done = sum(self.share.values())
+        elapsed = time.monotonic() - self.started
+        worked = done - self.skipped
+        left = f", about {clock(elapsed / worked * (len(self.trials) - done))} left" if worked > 0.3 else ""
+        finished = sum(state in {"done", "failed"} for state in self.states.values())
+        return f"{finished} of {len(self.trials)} trials, {clock(elapsed)} so far{left}"
+
+    def __rich__(self) -> Any:
+        if not self.trials:
+            return Text(f"reading model, data and tasks ... {clock(time.monotonic() - self.started)}", style="dim")
+        table = grid_table(
+            [{**trial, "state": self.states.get(trial["name"], "waiting")} for trial in self.trials], self.share
+        )
+        table.caption = self.line()
+        return table
+
+
+def name_was_new(share: dict[str, float], name: str) -> float:
+    """1 where a trial was found done: it took no time and must not count for the time that is left."""
+    return 0.0 if name in share else 1.0
+
+
+def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None = None) -> Table:
+    """One row a design, one column a run."""
+    rows: dict[str, list[str]] = {}
+    for trial in trials:
+        state = trial["state"]
+        text = {"done": "[green]done[/]", "failed": "[red]failed[/]", "waiting": "[dim]·[/]"}.get(state)
+        if text is None:
+            part = (share or {}).get(trial["name"])
+            text = f"{state} {part:4.0%}" if part is not None else state
+        rows.setdefault(trial["label"], []).append(text)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("design")
+    for number in range(max(len(cells) for cells in rows.values())):
+        table.add_column(f"run {number + 1}", min_width=11)
+    for label, cells in rows.items():
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[str, str]:
+    """Run a study under a live grid (a line a trial where stderr is no terminal). Returns the failures."""
+    console = Console(stderr=True)
+    grid = Grid()
+    if len(study.seeds) == 1:
+        console.print("One seed: differences between designs cannot be told from luck of the run.", style="yellow")
+    if console.is_terminal:
+        with Live(grid, console=console, refresh_per_second=2):
+            failed = run(study, workers=workers, shard=shard, on_event=grid.follow)
+    else:
+        failed = run(study, workers=workers, shard=shard, on_event=lambda event: _print_line(console, grid, event))
+    for note in grid.notes:
+        console.print(note, style="dim", markup=False)
+    for name, reason in failed.items():
+        console.print(f"failed: {name}: {reason}", style="red", markup=False)
+    return failed
+
+
+def _print_line(console: Console, grid: Grid, event: Event) -> None:
+    grid.follow(event)
+    if event[0] in {"done", "failed"}:
+        name = event[1] if event[0] == "done" else event[1][0]
+        console.print(f"{event[0]} {name}  ({grid.line()})", markup=False, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """3725 -> 1:02:05."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_status(trials: Sequence[dict[str, Any]]) -> None:
+    """The grid as it stands on disk, and why trials failed."""
+    console = Console()
+    console.print(grid_table(trials))
+    for trial in trials:
+        if trial["state"] == "failed":
+            console.print(f"failed: {trial['name']}: {trial['reason']}", markup=False)
+
+
+def amount(number: float) -> str:
+    """1278275584 -> 1.28 B."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def show_check(found: dict[str, Any]) -> None:
+    """What `poolwise check` prints."""
+    console = Console()
+    base = found["base_model"]
+    console.print(
+        f"{found['study']}: base {base['name']} ({amount(base['parameters'])} parameters), {found['steps']} steps, "
+        f"{found['effective_negatives']} negatives a query, fingerprint {found['fingerprint']}",
+        markup=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("design", "attention", "pooling", f"differs from {found['baseline']} in"):
+        table.add_column(name)
+    for name in ("trainable", "of it head", "base FLOPs/32 tok", "head FLOPs", "head share"):
+        table.add_column(name, justify="right")
+    for row in found["designs"]:
+        differs = row["differs_in"]
+        factors = f"{len(differs)} factor{'s' * (len(differs) != 1)}: {', '.join(differs)}" if differs else "-"
+        if row["design"] == found["baseline"]:
+            factors = "(baseline)"
+        table.add_row(
+            Text(row["design"]), row["attention"], row["pooling"], factors,
+            amount(row["trainable_parameters"]), amount(row["head_parameters"]), amount(row["base_flops_32"]),
+            amount(row["head_flops_32"]), f"{row['head_flops_32'] / row['base_flops_32']:.1%}",
+        )  # fmt: skip
+    console.print(table)
+    trials = found["trials"]
+    console.print(
+        f"\n{trials['trained']} trainings ({trials['of which controls']} of them controls), {trials['untuned']} "
+        f"untuned and {trials['references']} other reference rows; results in {found['folder']}",
+        markup=False,
+    )
+    if found["tasks"]:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("task type")
+        for name in ("tasks", "sources", "smallest p", f"after Holm over {found['contrasts']}"):
+            table.add_column(name, justify="right")
+        for group in found["tasks"]:
+            table.add_row(
+                group["task_type"], str(group["tasks"]), str(group["sources"]),
+                f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
+            )  # fmt: skip
+        console.print(table)
+    for warning in found["warnings"]:
+        console.print(f"note: {warning}", style="yellow", markup=False)
+
+
+def show_scores(rows: Sequence[dict[str, Any]]) -> None:
+    """What `poolwise evaluate` prints: scores × 100."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "type", "split", "subset", "metric"):
+        table.add_column(name)
+    table.add_column("score", justify="right")
+    for row in rows:
+        words = [Text(str(row[name])) for name in ("task", "task_type", "split", "subset", "metric")]
+        table.add_row(*words, f"{100 * row['score']:.2f}")
+    Console().print(table)
+
+
+def show_verdict(name: str, found: dict[str, Any]) -> None:
+    """What `poolwise probe` prints: the verdict for each mode and who moves whom."""
+    console = Console()
+    console.print(f"{name}: {found['model']}, {found['backend']}, {found['dtype']}; as it stands: {found['declared']}")
+    for mode, result in found["modes"].items():
+        console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")
+        if result["reason"]:
+            console.print(result["reason"], markup=False)
+        paddings = list(result["influence"])
+        console.print("state i moves when token j changes (row i, column j); " + ", ".join(paddings))
+        size = len(result["influence"][paddings[0]])
+        for i in range(size):
+            cells = ["".join("█" if value > 1e-6 else "·" for value in result["influence"][p][i]) for p in paddings]
+            console.print("   ".join(cells), highlight=False)
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to stderr, at the level of file descriptors."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

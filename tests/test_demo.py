@@ -1,0 +1,245 @@
+"""The built-in tasks and pairs: deterministic, disjoint, planted as they say; the built-in base loads offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from poolwise import demo
+from poolwise.demo.grammar import generator, sentence
+from poolwise.demo.mechanisms import FACT, MECHANISMS
+from poolwise.demo.words import FUNCTION_WORDS, TOPICS, WORDS
+from poolwise.errors import TaskError
+
+BOUND = ("roles", "negation", "number", "swap", "context", "tail")  # same words, bound differently
+KINDS = ("sts", "retrieval", "classification", "clustering")
+ROOT = Path(__file__).parents[1]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Every text of a task, ids and labels left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if key not in ("_id", "query-id", "corpus-id", "label", "labels", "title"):
+                yield from texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts(each)
+
+
+def evaluation_texts() -> list[str]:
+    return [text for name in demo.task_names() for text in texts(demo.task_data(name).records)]
+
+
+def training_texts(seed: int = 0) -> list[str]:
+    return [text for row in demo.training_pairs(seed) for text in (row["query"], row["positive"], *row["negatives"])]
+
+
+FINGERPRINT = """
+import hashlib, json
+from poolwise import demo
+whole = [demo.training_pairs(3), [dict(demo.task_data(name).records) for name in demo.task_names()]]
+print(hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest())
+"""
+
+
+def test_same_data_in_every_process() -> None:
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", FINGERPRINT],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "77")
+    }
+    whole = [demo.training_pairs(3), [dict(demo.task_data(name).records) for name in demo.task_names()]]
+    here = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    assert {line.strip() for line in found} == {here}
+
+
+def test_import_is_light() -> None:
+    code = "import sys, poolwise.demo; print([m for m in ('torch', 'mteb', 'numpy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_training_seed_changes_the_pairs_but_never_the_tasks() -> None:
+    assert demo.training_pairs(0) != demo.training_pairs(1)
+    name = "demo/roles-sts"
+    assert demo.task_data(name) == demo.task_data(name)
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_training_and_evaluation_share_no_content_word(seed: int) -> None:
+    trained = {word for text in training_texts(seed) for word in words(text)}
+    evaluated = {word for text in evaluation_texts() for word in words(text)}
+    assert trained & evaluated <= FUNCTION_WORDS
+    assert len(trained - FUNCTION_WORDS) > 150
+    assert len(evaluated - FUNCTION_WORDS) > 150
+
+
+def test_vocabulary_halves_and_topics_share_nothing() -> None:
+    halves = {
+        split: {word for lists in (WORDS[split], TOPICS[split]) for group in lists.values() for word in group}
+        for split in ("train", "eval")
+    }
+    assert not halves["train"] & halves["eval"]
+    assert not (halves["train"] | halves["eval"]) & FUNCTION_WORDS
+    for split in ("train", "eval"):
+        assert WORDS[split].keys() == WORDS["train"].keys()
+        counts = Counter(word for topic in TOPICS[split].values() for word in topic)
+        assert set(counts.values()) == {1}  # no word belongs to two topics
+        assert all(len(topic) == 12 for topic in TOPICS[split].values())
+
+
+def test_training_and_evaluation_share_no_template() -> None:
+    """Neither as written nor with fields and punctuation taken out."""
+
+    def frames(split: str) -> set[str]:
+        found = set()
+        for mechanism in MECHANISMS.values():
+            for side in ("queries", "documents"):
+                for template in mechanism.templates.side(split, side):  # type: ignore[arg-type]
+                    found.add(" ".join(re.findall(r"[a-z]+|\{", re.sub(r"\{\w+\}", "{", template))))
+        return found
+
+    assert not frames("train") & frames("eval")
+
+
+def test_sizes() -> None:
+    kinds = Counter(name.rsplit("-", 1)[1] for name in demo.task_names())
+    assert set(kinds) == set(KINDS)
+    assert min(kinds.values()) >= 6  # six tasks of a type can reach p = .031 two-sided
+    assert 8 <= len(MECHANISMS) <= 10
+    for mechanism in MECHANISMS:
+        items = 0
+        for kind in KINDS:
+            if f"demo/{mechanism}-{kind}" in demo.task_names():
+                records = demo.task_data(f"demo/{mechanism}-{kind}").records
+                rows = records["queries"] if kind == "retrieval" else records["test"]
+                items += sum(len(row["sentences"]) for row in rows) if kind == "clustering" else len(rows)
+        assert items >= 200, (mechanism, items)
+    pairs = demo.training_pairs()
+    assert Counter(row["mechanism"] for row in pairs) == dict.fromkeys(MECHANISMS, len(pairs) // len(MECHANISMS))
+
+
+def test_records_are_whole() -> None:
+    for name in demo.task_names():
+        data = demo.task_data(name)
+        if data.kind == "retrieval":
+            documents, queries = ([row["_id"] for row in data.records[part]] for part in ("corpus", "queries"))
+            assert len(set(documents)) == len(documents)
+            assert len(set(queries)) == len(queries)
+            assert {row["corpus-id"] for row in data.records["qrels"]} <= set(documents)
+            assert {row["query-id"] for row in data.records["qrels"]} == set(queries)
+            assert len({row["text"] for row in data.records["corpus"]}) == len(documents)
+        elif data.kind == "classification":
+            counts = Counter(row["label"] for row in data.records["train"])
+            assert min(counts.values()) >= 7
+            assert counts.keys() == {row["label"] for row in data.records["test"]}
+            assert not {row["text"] for row in data.records["train"]} & {row["text"] for row in data.records["test"]}
+    for row in demo.training_pairs():
+        assert len({row["query"], row["positive"], *row["negatives"]}) == 3
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_meanings_of_a_group_have_the_same_words(name: str) -> None:
+    """What makes a bag of words blind: wordings from one template differ in nothing but the binding."""
+    for split in ("train", "eval"):
+        stream = MECHANISMS[name].groups(split, "bags")  # type: ignore[arg-type]
+        for _ in range(20):
+            group = next(stream)
+            for wording in range(len(group.documents[0])):
+                assert len({tuple(sorted(words(texts[wording]))) for texts in group.documents}) == 1
+
+
+@pytest.mark.parametrize("name", [*BOUND, "topic"])
+def test_bags_of_words_are_at_chance(name: str) -> None:
+    """TF-IDF of words and of characters within words orders the pairs at random: |Spearman| below its 99.9 % bound."""
+    rows = demo.task_data(f"demo/{name}-sts").records["test"]
+    gold = [row["score"] for row in rows]
+    for options in ({}, {"analyzer": "char_wb", "ngram_range": (3, 5)}):
+        vectorizer = TfidfVectorizer(**options).fit(evaluation_texts())
+        first, second = (vectorizer.transform([row[side] for row in rows]) for side in ("sentence1", "sentence2"))
+        similarity = np.asarray(first.multiply(second).sum(axis=1)).ravel().round(9)
+        assert abs(spearmanr(similarity, gold)[0]) < 3.29 / np.sqrt(len(rows) - 1)
+
+
+@pytest.mark.parametrize("name", ["overlap", "early", "late"])
+def test_shared_words_solve_what_they_should(name: str) -> None:
+    rows = demo.task_data(f"demo/{name}-sts").records["test"]
+    vectorizer = TfidfVectorizer().fit(evaluation_texts())
+    first, second = (vectorizer.transform([row[side] for row in rows]) for side in ("sentence1", "sentence2"))
+    similarity = np.asarray(first.multiply(second).sum(axis=1)).ravel()
+    assert spearmanr(similarity, [row["score"] for row in rows])[0] > 0.7
+
+
+def first_group(name: str) -> Any:
+    return next(MECHANISMS[name].groups("eval", "hand"))
+
+
+def test_predictions_name_every_mechanism_and_two_presets() -> None:
+    predictions = tomllib.loads((ROOT / "studies" / "predictions.toml").read_text(encoding="utf-8"))
+    predictions.pop("written")
+    assert predictions.keys() == MECHANISMS.keys()
+    for prediction in predictions.values():
+        assert prediction["favoured"] != prediction["over"]
+        assert {prediction["favoured"], prediction["over"]} <= {"m1", "m2", "m3", "m4", "m5"}
+        assert prediction["bag_of_words"] in ("solves", "chance")
+        assert len(prediction["why"]) > 30
+
+
+def test_unknown_task_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(TaskError, match="did you mean 'demo/roles-sts'"):
+        demo.task_data("demo/role-sts")
+
+
+def test_generator_and_sentence() -> None:
+    assert generator("a", 1).random() == generator("a", 1).random() != generator("a", 2).random()
+    assert sentence("a old {x} , and it . then on".format(x="lamp")) == "An old lamp, and it. Then on."
+    fact = FACT.eval_queries[0].format(q="red", x="ring", v="lay", p="river")
+    assert sentence(fact) == "A red ring lay near the river."
+
+
+def test_nano_is_small_and_loads_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = demo.nano_path()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12_000_000
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= {
+        path.name for path in folder.iterdir()
+    }
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.num_hidden_layers >= 6
+    text = "The history of the city began in the early years of the century."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]).strip() == text
+    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        losses = [model(each, labels=each).loss.item() for each in (ids, shuffled)]
+    assert losses[0] < 5 < losses[1]  # ln(6144) = 8.7 is chance; it knows English from a heap of words

@@ -1,0 +1,97 @@
+"""The house keeps its floors: a file imports only from its own floor or lower ones, without cycles, and stays short."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "poolwise"
+FLOORS = [
+    "errors designs mistakes study results rows long_table arms comparison stats",
+    "attention layers heads pooling cost sources data batches folders in_memory tasks references "
+    "tables wording plots reports",
+    "base encoder adapters",
+    "checkpoint",
+    "train evaluation items exporting",
+    "trial engines runner preview api starters demo",
+    "screen cli",
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+HEAVY = {"torch", "mteb", "transformers", "sentence_transformers", "peft", "datasets", "polars", "matplotlib", "pandas"}
+LAZY = {("data", "demo"), ("sources", "demo"), ("tasks", "demo"), ("base", "demo"), ("checkpoint", "exporting")}
+"""Imports inside a function that look upstairs on purpose: the built-in data is found by name like any other."""
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at import time) for every import of a file; those for type checkers only are left out."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(block)
+    }
+    typing = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in typing:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" if node.module == "poolwise" else node.module for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found += [(name, id(node) not in lazy) for name in names]
+    return found
+
+
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_file_keeps_its_floor(path: Path) -> None:
+    mine = room(path)
+    assert mine in FLOOR, f"{mine} has no floor: add it to FLOORS"
+    for name, at_import in imports(path):
+        parts = name.split(".")
+        if parts[0] == "poolwise" and len(parts) > 1 and parts[1] != mine and parts[1] in FLOOR:
+            allowed = FLOOR[parts[1]] <= FLOOR[mine] or (not at_import and (mine, parts[1]) in LAZY)
+            assert allowed, f"{mine} (floor {FLOOR[mine]}) imports {parts[1]} (floor {FLOOR[parts[1]]})"
+        if parts[0] in HEAVY and FLOOR[mine] == 0:
+            assert not at_import, f"{mine} is on floor 0 and imports {parts[0]} when it is imported"
+    assert len(path.read_text().splitlines()) <= 350, "too long to read in one sitting"
+
+
+def test_no_cycles() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        mine = room(path)
+        names = {name.split(".")[1] for name, at_import in imports(path) if at_import and name.startswith("poolwise.")}
+        graph.setdefault(mine, set()).update(names & FLOOR.keys() - {mine})
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_importing_is_light() -> None:
+    """`import poolwise` and `poolwise --help` load neither torch nor mteb."""
+    program = (
+        "import sys, poolwise; from poolwise.cli import app; from typer.testing import CliRunner;"
+        "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0 and 'compare' in result.output;"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

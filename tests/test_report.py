@@ -1,0 +1,236 @@
+"""Reports: complete without a study, self-contained, escaped, repeatable; and the truth in the first line."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+from rich.console import Console
+
+from poolwise import reports, tables
+from poolwise.comparison import compare
+from poolwise.results import table
+from test_comparison import rows, study
+
+INFO = {
+    "name": "my study",
+    "base_model": "nano",
+    "base_parameters": 2_560_000,
+    "recipe": {"steps": 1000, "lora": {"rank": 16}},
+    "versions": {"poolwise": "0.1.0"},
+    "command": "poolwise run my-study.toml",
+}
+COSTS = [
+    {
+        "design": "m1",
+        "pooling": "last_token",
+        "trainable_parameters": 10_000,
+        "base_flops_128": 1e9,
+        "head_flops_128": 0,
+    },
+    {"design": "m2", "pooling": "mean", "trainable_parameters": 20_000, "base_flops_128": 1e9, "head_flops_128": 1.2e8},
+]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags, texts of cells and ids; fails on a tag that is not closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if "td" in self.open:
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def full():
+    frame = study({"m1": 0, "m2": 0.02})
+    aa = study({"m1-aa": 0}, seed=5).with_columns(pl.lit("aa").alias("role"))
+    return pl.concat([frame.with_columns(pl.lit("design").alias("role")), aa], how="diagonal_relaxed")
+
+
+def written(folder, frame, info=None, costs=None, controls=(), **options) -> tuple[str, str, str]:
+    comparison = compare(frame, controls=controls, **options)
+    paths = reports.render(info or {}, frame, comparison, costs, None, folder)
+    assert [path.name for path in paths] == ["report.md", "report.html", "report.tex"]
+    assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "report.tex"]
+    markdown, html, tex = (path.read_text(encoding="utf-8") for path in paths)
+    return markdown, html, tex
+
+
+def test_a_full_report_has_every_part_in_order(tmp_path, full):
+    markdown, html, tex = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
+    first = "Base model nano, 2.56 M parameters; 2 designs, 3 seeds, 17 tasks (1 reranking, 10 retrieval and 6 STS)"
+    text = " ".join(Page(html).text)
+    places = [
+        text.index(words)
+        for words in (
+            first, "m2 scores above m1.", "Every claim stops at", "Mean scores", "Differences between designs",
+            "Task by task", "Run by run", "Differences between checkpoints", "Cost", "A/A arm", "Recipe", "lora.rank",
+            "poolwise run my-study.toml",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert markdown.splitlines()[2].startswith(first)
+    assert "| m2 |" in markdown
+    assert "It costs 12 % more to encode, in FLOPs." in markdown
+    assert r"\begin{tabular}" in tex
+    assert "95 \\% interval" in tex
+    assert "crossed random effects" in tex
+
+
+def test_the_html_is_self_contained_and_described(tmp_path, full):
+    _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"])
+    page = Page(html)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "iframe", "img", "object", "embed", "base", "form")
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")]
+        assert attributes.get("href", "#").startswith(("#", "data:"))
+    assert "default-src 'none'" in html
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    images = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert len(images) == 9  # three plots for each of three task types
+    assert all(image["role"] == "img" and "m2" in image["aria-label"] for image in images)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {attributes["href"][1:] for tag, attributes in page.tags if tag == "use"} <= set(ids)
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert not re.search(r"#0\d0\d0\d", html)  # no stand-in colour is left
+
+
+def test_each_design_has_a_cell_of_its_own_and_each_plot_its_table(tmp_path, full):
+    _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"])
+    assert html.count("<td>m1</td>") >= 3
+    assert "<td>m2</td>" in html
+    page = Page(html)
+    row = compare(full, "m1", controls=["m1-aa"]).row("STS", "m2")
+    assert f"{100 * row.verdict.difference:+.2f}" in page.cells
+    assert html.count("<details>") >= 5
+
+
+def test_a_bare_csv_gives_a_report_too(tmp_path):
+    frame = table(rows({"m1": [[0.5] * 6], "m2": [[0.51, 0.52, 0.53, 0.54, 0.55, 0.49]]}))
+    markdown, html, _ = written(tmp_path, frame)
+    text = " ".join(Page(html).text)
+    assert "Base model not stated; 2 designs, 1 seed, 6 tasks" in text
+    assert "One run only." in text
+    assert "> **One run only." in markdown
+    assert "no verdict on designs is possible" in text
+    assert "<h2>Cost</h2>" not in html
+    assert "±" not in markdown  # one run has no spread
+    assert "Checkpoints only: m2 is inconclusive." in text
+    assert ".094" in Page(html).cells  # p = 6/64, as in test_comparison
+
+
+def test_names_are_shown_as_text_everywhere(tmp_path):
+    evil = "<script>alert(1)</script>"
+    frame = study({"m1": 0, evil: 0.02, "a|b_c$x$&": 0.0}, types={"STS": 3, evil: 3})
+    markdown, html, tex = written(
+        tmp_path, frame, {"name": evil, "recipe": {evil: evil}, "command": evil}, baseline="m1"
+    )
+    assert "<script" not in html
+    assert "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td>" in html
+    assert "a|b_c$x$&" in Page(html).cells
+    assert "<script" not in markdown.replace(f"    {evil}", "")  # the command is a code block
+    assert r"a\|b\_c$x$&amp;" in markdown
+    assert r"a|b\_c\$x\$\&" in tex
+
+
+def test_two_reports_of_one_comparison_are_equal_and_replace_each_other(tmp_path, full):
+    assert written(tmp_path, full, INFO, COSTS) == written(tmp_path, full, INFO, COSTS)
+
+
+def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_path):
+    paper = {
+        "STS": (0.8302, {"m2": 0.0129, "m3": 0.0118, "m4": 0.0095, "m5": 0.0166}),
+        "Classification": (0.7244, {"m2": -0.0035, "m3": -0.0033, "m4": -0.0483, "m5": -0.0143}),
+        "Retrieval": (0.5394, {"m2": 0.0102, "m3": 0.0135, "m4": 0.0213, "m5": 0.0226}),
+        "Clustering": (0.4503, {"m2": -0.0076, "m3": -0.0017, "m4": -0.0493, "m5": -0.0246}),
+    }
+    lines = ["design,seed,task,task_type,metric,score"]
+    for kind, (base, deltas) in paper.items():
+        for design, delta in {"m1": 0.0, **deltas}.items():
+            lines.append(f"{design},0,mean of {kind},{kind},mean,{base + delta:.4f}")
+    from poolwise import results
+
+    (tmp_path / "paper.csv").write_text("\n".join(lines))
+    markdown, _, _ = written(tmp_path / "out", results.read(tmp_path / "paper.csv"), baseline="m1")
+    assert "One run only." in markdown
+    assert markdown.count("nothing to test over tasks") >= 4
+    assert "On STS there is one task, mean of STS: m5 scores 1.66 points above m1 there (1 seed)." in markdown
+    assert not re.search(r"significan|scores above m1\.", markdown)
+
+
+def test_the_terminal_shows_the_same_numbers(full):
+    comparison = compare(full, "m1", controls=["m1-aa"])
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    reports.show(comparison, COSTS, console)
+    text = console.file.getvalue()
+    means = tables.means(comparison)
+    for row in [*means.rows, *tables.checkpoints(comparison).rows, *tables.verdicts(comparison).rows]:
+        assert all(cell in text for cell in row)
+    assert "STS · 6 tasks, smallest reachable p .031" in text
+    one = Console(file=io.StringIO(), width=100)
+    reports.show(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"), console=one)
+    assert "One run only." in one.file.getvalue()
+    assert "[red]m1" in one.file.getvalue()
+
+
+def test_cost_rows_are_completed_and_priced():
+    found = tables.priced(COSTS, "m1")
+    assert [row["encode_flops"] for row in found] == [1e9, 1.12e9]
+    assert [row["relative_cost"] for row in found] == [1.0, pytest.approx(1.12)]
+    assert tables.costs(found).rows == [
+        ("m1", "last_token", "10 k", "1 G", "1.000"),
+        ("m2", "mean", "20 k", "1.12 G", "1.120"),
+    ]
+    assert tables.magnitude(2_560_000) == "2.56 M"
+
+
+def test_a_million_item_scores_do_not_slow_the_report(tmp_path):
+    designs, seeds, items = 16, 5, 223
+    types = {
+        "STS": 10,
+        "Classification": 12,
+        "Retrieval": 15,
+        "Clustering": 11,
+        "Pairs": 3,
+        "Reranking": 4,
+        "Summary": 1,
+    }
+    frame = study({f"d{i}": 0.002 * i for i in range(designs)}, seeds, types=types)
+    repeated = frame[np.repeat(np.arange(frame.height), items)]
+    ids = pl.Series("item_id", np.tile(np.arange(items), frame.height)).cast(pl.String)
+    big = pl.concat([frame, repeated.with_columns(ids)])
+    assert big.height > 1_000_000
+    start = time.process_time()
+    written(tmp_path, big, baseline="d0")
+    assert time.process_time() - start < 20
