@@ -165,8 +165,9 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     shutil.rmtree(partial, ignore_errors=True)
     state = {name: tensor.detach().to(torch.float16) for name, tensor in model.state_dict().items()}
     state.pop("lm_head.weight", None)  # tied to the embeddings
-    model.config.dtype = torch.float16
     model.save_pretrained(partial, state_dict=state)
+    config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+    (partial / "config.json").write_text(json.dumps({**config, "dtype": "float16"}, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

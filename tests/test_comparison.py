@@ -37,11 +37,11 @@ def rows(scores: dict[str, list[list[float]]], task_type: str = "Retrieval", **e
 
 
 def study(designs: dict[str, float], seeds: int = 3, run_sd: float = 0.001, seed: int = 0, types=None) -> pl.DataFrame:
-    """A table in which each design lies its given difference above .5, with run effects and noise."""
+    """A table of designs that lie a given difference above their tasks' levels, with run effects and noise."""
     rng = np.random.default_rng(seed)
     found = []
     for kind, n in (types or TYPES).items():
-        level = rng.uniform(0.3, 0.7, n)
+        level = np.random.default_rng(n).uniform(0.3, 0.7, n)  # the same whatever the seed
         for name, shift in designs.items():
             x = level + shift + rng.normal(0, run_sd, (seeds, 1)) + rng.normal(0, 0.002, (seeds, n))
             found += rows({name: x.tolist()}, kind)
@@ -156,6 +156,12 @@ def test_tasks_of_one_source_are_averaged_at_design_scope_only():
     one_source = compare(frame.with_columns(pl.lit("SemEval").alias("source")), "a").rows[0]
     assert one_source.verdict is None
     assert one_source.p_value == row.p_value
+
+
+def test_few_sources_are_said():
+    notes = compare(study({"a": 0, "b": 0.01}, types={"R": 3, "S": 5}), "a").notes
+    assert [note for note in notes if "3 sources" in note and note.startswith("R:")]
+    assert not [note for note in notes if note.startswith("S")]
 
 
 def test_one_run_has_no_verdict_but_a_banner_and_a_tipping_point():

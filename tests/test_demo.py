@@ -196,8 +196,96 @@ def test_shared_words_solve_what_they_should(name: str) -> None:
     assert spearmanr(similarity, [row["score"] for row in rows])[0] > 0.7
 
 
-def first_group(name: str) -> Any:
-    return next(MECHANISMS[name].groups("eval", "hand"))
+# The first group of each mechanism, read through by hand: (wanted code, its query, its document, the document of the
+# next meaning, similarity of the two).
+HAND = {
+    "overlap": (
+        ("hospital", "saddle", "dark", "moved"),
+        "A dark saddle moved near the hospital.",
+        "By the hospital the saddle moved, and it was dark.",
+        "By the hospital the saddle shone, and it was dark.",
+        0.75,
+    ),
+    "roles": (
+        ("guard", "thief", "doctor", "king"),
+        "Here the guard presented the thief and with it the doctor to the king too.",
+        "From the guard came the thief who with the doctor was presented to the king there.",
+        "From the guard came the thief who with the king was presented to the doctor there.",
+        0.5,
+    ),
+    "negation": (
+        ("yes", "yes", "no", "no"),
+        "At the village there is a saddle and a violin and no pillow and no pipe here.",
+        "A saddle or a violin is there, no pillow or no pipe is there, at the village too.",
+        "A saddle or no violin is there, a pillow or no pipe is there, at the village too.",
+        0.5,
+    ),
+    "number": (
+        ("forty", "seven", "fifty", "nine"),
+        "There are forty nails and seven maps and fifty birds and nine gloves at the castle here.",
+        "At the castle nails are forty and maps seven while birds are fifty and gloves nine in all.",
+        "At the castle nails are forty and maps seven while birds are nine and gloves fifty in all.",
+        0.5,
+    ),
+    "swap": (
+        ("Arthur", "Mary", "Ruth", "Edward"),
+        "Arthur has a pillow and Mary a book while Ruth has a saddle and Edward a cup too.",
+        "A pillow is from Arthur and a book from Mary while a saddle is from Ruth and a cup from Edward here.",
+        "A pillow is from Arthur and a book from Mary while a saddle is from Edward and a cup from Ruth here.",
+        0.5,
+    ),
+    "early": (
+        ("village", "spoon", "pale", "lay"),
+        "A pale spoon lay near the village.",
+        "By the village the spoon lay, and it was pale. About the letter nothing was long. About the hearing nothing "
+        "was formal. Then the private hearing went to the minister.",
+        "By the library the bucket arrived, and it was sharp. About the letter nothing was long. About the hearing "
+        "nothing was formal. Then the private hearing went to the minister.",
+        0.0,
+    ),
+    "late": (
+        ("hospital", "pipe", "dark", "arrived"),
+        "A dark pipe arrived near the hospital.",
+        "Then the short journal went to the desk. Every letter had its own clear paper. Then the short record went to "
+        "the minister. By the hospital the pipe arrived, and it was dark.",
+        "Then the short journal went to the desk. Every letter had its own clear paper. Then the short record went to "
+        "the minister. By the house the box stayed, and it was smooth.",
+        0.0,
+    ),
+    "context": (
+        ("yes", "yes", "no", "no"),
+        "It was yes to Arthur and yes to Philip and no to Kate and no to Edward who escaped at the hospital here.",
+        "Who escaped at the hospital then? For Arthur it is yes and for Philip yes and for Kate no and for Edward no "
+        "too.",
+        "Who escaped at the hospital then? For Arthur it is yes and for Philip no and for Kate yes and for Edward no "
+        "too.",
+        0.5,
+    ),
+    "tail": (
+        ("pipe",),
+        "A pipe lay at the school here.",
+        "The pipe at the school lay first. Then the clear council went to the record. Every desk had its own clear "
+        "journal. One record had been clear. The table also moved and the violin also shone there.",
+        "The table at the school moved first. Then the clear council went to the record. Every desk had its own clear "
+        "journal. One record had been clear. The pipe also lay and the violin also shone there.",
+        0.0,
+    ),
+    "topic": (
+        ("war",),
+        "About invasion, enemy and attack.",
+        "On the cannon, on the victory and on the army.",
+        "On the championship, on the tennis and on the cricket.",
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_hand_checked_items(name: str) -> None:
+    group = next(MECHANISMS[name].groups("eval", "hand"))
+    code, query, document, other, similarity = HAND[name]
+    found = (group.codes[0], group.queries[0][0], group.documents[0][0], group.documents[1][0], group.similarity(0, 1))
+    assert found == (code, query, document, other, similarity)
 
 
 def test_predictions_name_every_mechanism_and_two_presets() -> None:

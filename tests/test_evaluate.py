@@ -25,7 +25,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from poolwise.adapters import adapt
 from poolwise.errors import ModelError, TaskError
-from poolwise.evaluate import evaluate, model_identity
+from poolwise.evaluation import evaluate, model_identity
 from poolwise.in_memory import TaskData
 from poolwise.items import item_scores
 from poolwise.references import reference
@@ -394,7 +394,7 @@ def test_bm25_is_evaluated_where_it_applies():
 OFFICIAL = """
 import json, sys
 from pathlib import Path
-from poolwise.evaluate import evaluate
+from poolwise.evaluation import evaluate
 from poolwise.references import reference
 from poolwise.tasks import resolve_tasks
 tasks = resolve_tasks(["STSBenchmark", "AmazonCounterfactualClassification"], Path())

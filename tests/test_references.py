@@ -8,7 +8,7 @@ import pytest
 
 import poolwise.references as references
 from poolwise.errors import ModelError
-from poolwise.evaluate import evaluate
+from poolwise.evaluation import evaluate
 from poolwise.references import Bm25, Tfidf, content_words, reference
 from poolwise.tasks import resolve_tasks
 
@@ -22,9 +22,8 @@ def test_tfidf_by_hand():
     b = 1 * (math.log(3 / 3) + 1)
     assert model.encode(["A b, a"]).toarray()[0] == pytest.approx(np.array([a, b]) / math.hypot(a, b), rel=1e-6)
     assert model.encode(["unknown"]).toarray().tolist() == [[0, 0]]
-    assert model.rank(["a"], ["b", "a", "a b"]).toarray()[0] == pytest.approx(
-        [0, 1, math.hypot(1, 1) and 0.8158], abs=1e-3
-    )
+    both = (math.log(3 / 2) + 1) / math.hypot(math.log(3 / 2) + 1, 1)
+    assert model.rank(["a"], ["b", "a", "a b"]).toarray()[0] == pytest.approx([0, 1, both], rel=1e-6)
 
 
 def test_characters_see_what_words_do_not():

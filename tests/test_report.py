@@ -72,7 +72,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def full():
     frame = study({"m1": 0, "m2": 0.02})
-    aa = study({"m1-aa": 0}, seed=5).with_columns(pl.lit("aa").alias("role"))
+    aa = study({"m1-aa": 0}, seed=3).with_columns(pl.lit("aa").alias("role"))
     return pl.concat([frame.with_columns(pl.lit("design").alias("role")), aa], how="diagonal_relaxed")
 
 
@@ -202,6 +202,26 @@ def test_the_terminal_shows_the_same_numbers(full):
     reports.show(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"), console=one)
     assert "One run only." in one.file.getvalue()
     assert "[red]m1" in one.file.getvalue()
+
+
+def test_controls_that_speak_against_the_study_are_heard(tmp_path):
+    parts = {"aa": study({"m1-aa": 0.02}, seed=5), "broken": study({"broken": 0.0}, seed=6)}
+    arms = [frame.with_columns(pl.lit(role).alias("role")) for role, frame in parts.items()]
+    frame = pl.concat([study({"m1": 0, "m2": 0.02}), *arms], how="diagonal_relaxed")
+    _, html, _ = written(tmp_path, frame, controls=["m1-aa", "broken"], baseline="m1")
+    text = " ".join(Page(html).text)
+    assert "The A/A arm m1-aa differs from m1 on retrieval" in text
+    assert "read every claim here as exploratory" in text
+    assert "The broken arm broken is not found below m1 anywhere" in text
+
+
+def test_controls_that_behave_raise_no_alarm(tmp_path, full):
+    broken = study({"broken": -0.05}, seed=6).with_columns(pl.lit("broken").alias("role"))
+    frame = pl.concat([full, broken], how="diagonal_relaxed")
+    markdown, _, _ = written(tmp_path, frame, controls=["m1-aa", "broken"], baseline="m1")
+    assert "A/A arm: the baseline again" in markdown
+    assert "exploratory" not in markdown
+    assert "would not notice" not in markdown
 
 
 def test_cost_rows_are_completed_and_priced():

@@ -49,15 +49,15 @@ def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by:
     if not frame.height:
         raise CheckpointError(f"{study.name}: no design has been scored at its last step yet; run the study first")
     # a study that still runs is compared on what all designs have: an interim picture, said to be one
-    comparison = compare_scores(
+    return compare_scores(
         frame,
         baseline or study.baseline,
         by,
         controls=controls,
         margin=study.margin,
         missing="drop" if dropped else missing,
+        order=[design.name for design in study.designs],
     )
-    return comparison
 
 
 def last_step(study: Study, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -124,12 +124,12 @@ def evaluate(
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
     Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
     """
-    from poolwise.evaluate import evaluate as score
+    from poolwise.evaluation import evaluate as score
+    from poolwise.evaluation import model_identity
     from poolwise.references import reference
     from poolwise.tasks import resolve_tasks
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
-    identity = str(model)
     if isinstance(model, (str, Path)):
         folder = Path(model)
         if (folder / "run.json").exists():
@@ -138,7 +138,7 @@ def evaluate(
             model = load(folder)
         else:
             model = reference(str(model))
-    rows = score(model, resolved, identity=identity, batch_size=batch_size, items=False)
+    rows = score(model, resolved, identity=model_identity(model), batch_size=batch_size, items=False)
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 

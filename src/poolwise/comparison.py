@@ -224,8 +224,8 @@ def compare(
             notes.append(f"{group}: all tasks come from one source, so there is no verdict on designs over tasks.")
         elif 1 < sources < FEW_SOURCES and len(base.seeds) > 1:
             notes.append(
-                f"{group}: tasks from {sources} sources tell little of the spread over tasks, and p-values far below .05 "
-                f"come out too small; {FEW_SOURCES} sources or more are better."
+                f"{group}: tasks from {sources} sources tell little of the spread over tasks, and p-values far below "
+                f".05 come out too small; {FEW_SOURCES} sources or more are better."
             )
         if len(base.tasks) == 1:
             notes.append(f"{group} has one task: there is nothing to test over tasks, so it has no p-value.")

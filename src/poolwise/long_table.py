@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REQUIRED = ("design", "seed", "task", "task_type", "metric", "score")
 OPTIONAL = ("step", "source", "split", "subset", "item_id")
 KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
-SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr"  # p-MRR and correlations go below zero
+SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
 EXAMPLES = 5  # mistakes of one kind that are spelt out
 
 

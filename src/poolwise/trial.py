@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +31,7 @@ from poolwise.batches import plan, training_dataset
 from poolwise.data import Pairs, decontaminate, load_pairs
 from poolwise.encoder import build
 from poolwise.errors import PoolwiseError, TrainingError
-from poolwise.evaluate import evaluate
+from poolwise.evaluation import evaluate
 from poolwise.pooling import resolve_args
 from poolwise.references import reference
 from poolwise.study import Design, Recipe, Study, content_hash
@@ -214,14 +213,9 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
     missing = _missing(trial, step, prepared, folder)
     for done, task in enumerate(missing):
         report("score", done / len(missing))
-        if trial.label == "bm25" and task.task_type not in {"Retrieval", "Reranking"}:
-            rows = []
-        else:
-            started = time.perf_counter()
-            rows = evaluate(model, [task], identity=f"{trial.id}-{step}", prompts=_prompts(trial, prepared))
-            seconds = time.perf_counter() - started
-            mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
-            rows = [{**row, **mine, "seconds": seconds} for row in rows]
+        rows = evaluate(model, [task], identity=f"{trial.id}-{step}", prompts=_prompts(trial, prepared))
+        mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
+        rows = [{**row, **mine} for row in rows]
         path = score_file(folder, step, task)
         write_rows(path, rows)
 

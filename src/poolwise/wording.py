@@ -137,13 +137,13 @@ def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
                 ]
             )
             said.append(
-                f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design under "
-                "other seeds. Something besides the design is at work: read every claim here as exploratory."
+                f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design "
+                "under other seeds. Something besides the design is at work: read every claim here as exploratory."
             )
         if roles.get(design) == "broken" and rows and not any(found.difference < 0 for _, _, found in told):
             said.append(
-                f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not notice "
-                "a design that does not work."
+                f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not "
+                "notice a design that does not work."
             )
     return said
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
+from random import Random
 from typing import Any
 
 from poolwise.demo.grammar import Group, generator, unique
@@ -10,28 +12,31 @@ from poolwise.demo.mechanisms import MECHANISMS, Mechanism
 
 SEED = 2025  # of every evaluation task: the tasks are fixed, only training varies
 
-# Items of each form. `sts`: pairs. `retrieval`: groups in the corpus, queries a group. `classification`: training and
-# test texts. `clustering`: sets. A form that says nothing new is left out.
+# Items of each form. `sts`: pairs. `retrieval`: groups in the corpus, meanings of each that are asked for, in two
+# wordings. `classification`: training and test texts. `clustering`: sets.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "overlap": {"sts": (100,), "retrieval": (20, 3), "classification": (32, 40), "clustering": (3,)},
-    "roles": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
-    "negation": {"sts": (100,), "retrieval": (15, 4), "classification": (32, 40)},
-    "number": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
-    "swap": {"sts": (100,), "retrieval": (3, 20), "classification": (32, 40), "clustering": (3,)},
-    "early": {"sts": (60,), "retrieval": (16, 4), "classification": (32, 40), "clustering": (3,)},
-    "late": {"sts": (60,), "retrieval": (16, 4), "classification": (32, 40), "clustering": (3,)},
-    "context": {"sts": (100,), "retrieval": (15, 4), "classification": (32, 40)},
-    "tail": {"sts": (60,), "retrieval": (30, 3), "classification": (30, 60)},
-    "topic": {"sts": (100,), "retrieval": (3, 2), "classification": (64, 64), "clustering": (3,)},
+    "overlap": {"sts": (80,), "retrieval": (12, 3), "classification": (32, 40), "clustering": (3,)},
+    "roles": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
+    "negation": {"sts": (80,), "retrieval": (8, 5), "classification": (32, 40)},
+    "number": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
+    "swap": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
+    "early": {"sts": (60,), "retrieval": (10, 3), "classification": (32, 40), "clustering": (3,)},
+    "late": {"sts": (60,), "retrieval": (10, 3), "classification": (32, 40), "clustering": (3,)},
+    "context": {"sts": (80,), "retrieval": (8, 5), "classification": (32, 40)},
+    "tail": {"sts": (80,), "retrieval": (10, 3), "classification": (30, 60)},
+    "topic": {"sts": (80,), "retrieval": (3, 8), "classification": (64, 64), "clustering": (3,)},
 }
 
 
 def records(name: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """The records of one task in the layout of a user's folder (see `poolwise.tasks`)."""
-    mechanism = MECHANISMS[name]
-    return {"sts": _sts, "retrieval": _retrieval, "classification": _classification, "clustering": _clustering}[kind](
-        mechanism, *SIZES[name][kind]
-    )
+    """The records of one task in the layout of `poolwise.folders.TaskData`."""
+    forms: dict[str, Callable[..., dict[str, list[dict[str, Any]]]]] = {
+        "sts": _sts,
+        "retrieval": _retrieval,
+        "classification": _classification,
+        "clustering": _clustering,
+    }
+    return forms[kind](MECHANISMS[name], *SIZES[name][kind])
 
 
 def _sts(mechanism: Mechanism, pairs: int) -> dict[str, list[dict[str, Any]]]:
@@ -59,13 +64,13 @@ def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, l
     holders: dict[str, list[str]] = {}
     asked: dict[str, str] = {}
     for number, group in enumerate(unique(mechanism.groups("eval", "retrieval", SEED, pinned=shared), groups)):
-        chosen = range(len(group.codes)) if shared else rng.sample(range(len(group.codes)), per_group)
+        chosen = rng.sample(range(len(group.codes)), per_group)
         for i, code in enumerate(group.codes):
             meaning = "/".join(code) if shared else f"{number}-{i}"
             for text in group.documents[i] if shared else [rng.choice(group.documents[i])]:
                 holders.setdefault(meaning, []).append(f"d{len(corpus)}")
                 corpus.append({"_id": f"d{len(corpus)}", "title": "", "text": text})
-            for text in (group.queries[i] if shared else [rng.choice(group.queries[i])]) if i in chosen else ():
+            for text in group.queries[i] if i in chosen else ():
                 asked[f"q{len(queries)}"] = meaning
                 queries.append({"_id": f"q{len(queries)}", "text": text})
     qrels = [
@@ -77,25 +82,31 @@ def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, l
     return {"corpus": corpus, "queries": queries, "qrels": qrels}
 
 
-def _labelled(mechanism: Mechanism, side: str, count: int) -> list[dict[str, Any]]:
-    """`count` texts with their classes, as even as can be: the pinned words make a meaning a class."""
-    rng = generator("classification", mechanism.name, side, SEED)
-    rows: list[dict[str, Any]] = []
-    labels: dict[str, int] = {}
-    stream = mechanism.groups("eval", "classification", side, SEED, pinned=True)
-    while len(rows) < count:
-        group = next(stream)
-        wordings = group.queries if mechanism.name == "topic" and side == "train" else group.documents
-        order = rng.sample(range(len(group.codes)), len(group.codes))
-        for name in sorted({code[mechanism.label] for code in group.codes}):
-            labels.setdefault(name, len(labels))
-            i = next(i for i in order if group.codes[i][mechanism.label] == name)
-            rows.append({"text": rng.choice(wordings[i]), "label": labels[name]})
-    return rows[:count]
-
-
 def _classification(mechanism: Mechanism, train: int, test: int) -> dict[str, list[dict[str, Any]]]:
-    return {"train": _labelled(mechanism, "train", train), "test": _labelled(mechanism, "test", test)}
+    """Texts with their classes, as even as can be: the pinned words make a meaning a class.
+
+    No test text is a training text. Topics are trained on the query side's words and tested on the document side's.
+    """
+    sizes = {"train": train, "test": test}
+    rows: dict[str, list[dict[str, Any]]] = {side: [] for side in sizes}
+    seen: set[str] = set()
+    labels: dict[str, int] = {}
+    for side, count in sizes.items():
+        rng = generator("classification", mechanism.name, side, SEED)
+        for group in mechanism.groups("eval", "classification", side, SEED, pinned=True):
+            wordings = group.queries if mechanism.name == "topic" and side == "train" else group.documents
+            order = rng.sample(range(len(group.codes)), len(group.codes))
+            for name in sorted({code[mechanism.label] for code in group.codes}):
+                i = next(i for i in order if group.codes[i][mechanism.label] == name)
+                text = rng.choice(wordings[i])
+                if side == "test" and text in seen:
+                    continue
+                seen.add(text)
+                rows[side].append({"text": text, "label": labels.setdefault(name, len(labels))})
+            if len(rows[side]) >= count:
+                break
+        del rows[side][count:]
+    return rows
 
 
 def _clustering(mechanism: Mechanism, sets: int) -> dict[str, list[dict[str, Any]]]:
@@ -127,7 +138,7 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _pair(group: Group, rng: Any) -> dict[str, Any]:
+def _pair(group: Group, rng: Random) -> dict[str, Any]:
     meaning, other = rng.sample(range(len(group.codes)), 2)
     return {
         "query": rng.choice(group.queries[meaning]),

@@ -16,6 +16,8 @@ from typing import Literal
 from poolwise.demo.words import WORDS
 
 Split = Literal["train", "eval"]
+Side = Literal["queries", "documents"]
+SIDES: tuple[Side, Side] = ("queries", "documents")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Templates:
     eval_queries: tuple[str, ...]
     eval_documents: tuple[str, ...]
 
-    def side(self, split: Split, side: Literal["queries", "documents"]) -> tuple[str, ...]:
+    def side(self, split: Split, side: Side) -> tuple[str, ...]:
         """The templates of one split and side."""
         templates: tuple[str, ...] = getattr(self, f"{split}_{side}")
         return templates
@@ -92,11 +94,13 @@ def build(
     codes: Sequence[tuple[str, ...]], templates: Templates, split: Split, fields: Callable[[int], Mapping[str, str]]
 ) -> Group:
     """The group whose meaning `i` fills the templates of the split with `fields(i)`."""
-    sides = [
-        tuple(write(templates.side(split, side), **fields(i)) for i in range(len(codes)))
-        for side in ("queries", "documents")  # type: ignore[arg-type]
-    ]
-    return Group(tuple(codes), sides[0], sides[1])
+    rows = range(len(codes))
+    queries, documents = (templates.side(split, side) for side in SIDES)
+    return Group(
+        tuple(codes),
+        tuple(write(queries, **fields(i)) for i in rows),
+        tuple(write(documents, **fields(i)) for i in rows),
+    )
 
 
 FILLER = Templates(
@@ -117,7 +121,7 @@ FILLER = Templates(
 )
 
 
-SENTENCES = {"train": 2, "eval": 4}  # neutral sentences a padding: long where it counts, short where it costs
+SENTENCES = {"train": 1, "eval": 3}  # neutral sentences a padding: long where it counts, short where it costs
 
 
 def filler(picker: Picker) -> str:

@@ -215,29 +215,30 @@ def negation(picker: Picker) -> Group:
 
 
 CONTEXT = Templates(
-    train_queries=("{a} and {b} {v} in the {p}", "only {a} {v} in the {p} , and {b}"),
-    train_documents=(
-        "in the {p} , {v} {x} ? {m0} . {y} ? {m1} . {z} ? {m2} . {w} ? {m3}",
-        "{x} was {m0} , {y} was {m1} , {z} was {m2} , {w} was {m3} of those who {v} in the {p}",
+    train_queries=(
+        "who {v} in the {p} : {m0} {x} , {m1} {y} , {m2} {z} , {m3} {w}",
+        "{m0} {x} , {m1} {y} , {m2} {z} and {m3} {w} {v} in the {p}",
     ),
-    eval_queries=("at the {p} {a} {v} and {b} too", "here {a} and also {b} {v} at the {p} then"),
+    train_documents=(
+        "{x} ? {m0} . {y} ? {m1} . {z} ? {m2} . {w} ? {m3} . so they {v} in the {p}",
+        "in the {p} , as they {v} , {x} {m0} , {y} {m1} , {z} {m2} and {w} {m3}",
+    ),
+    eval_queries=(
+        "it was {m0} to {x} and {m1} to {y} and {m2} to {z} and {m3} to {w} who {v} at the {p} here",
+        "at the {p} they {v} and it is {m0} for {x} and {m1} for {y} and {m2} for {z} and {m3} for {w} too",
+    ),
     eval_documents=(
-        "at the {p} who {v} ? is it {x} then {m0} and is it {y} then {m1} and {z} then {m2} and {w} then {m3} too",
-        "of those who {v} at the {p} {x} is {m0} and {y} is {m1} and {z} is {m2} and {w} is {m3} too",
+        "who {v} at the {p} then ? for {x} it is {m0} and for {y} {m1} and for {z} {m2} and for {w} {m3} too",
+        "if {x} {v} at the {p} then {m0} and if {y} then {m1} and if {z} then {m2} and if {w} then {m3} too",
     ),
 )
 
 
 def context(picker: Picker) -> Group:
-    """Four names, each followed by the word that says whether it is meant."""
+    """Four names; in the documents the word that says whether a name is meant comes after it."""
     names, (deed,), (place,) = picker.pick("names", 4), picker.pick("deeds", 1), picker.pick("places", 1)
     fixed = dict(zip("xyzw", names, strict=True), v=deed, p=place)
-    group = _marked(picker, CONTEXT, {"m": ("one", "none")}, {**fixed, "a": "", "b": ""})
-    queries = []
-    for code in group.codes:
-        first, second = (name for name, mark in zip(names, code, strict=True) if mark == "yes")
-        queries.append(write(CONTEXT.side(picker.split, "queries"), a=first, b=second, v=deed, p=place))
-    return Group(group.codes, tuple(queries), group.documents)
+    return _marked(picker, CONTEXT, {"m": ("yes", "no")}, fixed)
 
 
 TAIL = Templates(
@@ -282,21 +283,20 @@ TOPIC = Templates(
 def topic(picker: Picker) -> Group:
     """Every topic of the split, its twelve words dealt out over two queries and two documents."""
     topics = TOPICS[picker.split]
-    sides: dict[str, list[tuple[str, ...]]] = {"queries": [], "documents": []}
+
+    def texts(templates: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
+        triples = [dict(zip("abc", words[start : start + 3], strict=True)) for start in (0, 3)]
+        return tuple(write([template], **triple)[0] for template, triple in zip(templates, triples, strict=True))
+
+    queries, documents = [], []
     for words in topics.values():
         if "topics" in picker.pinned:  # the same six words on the query side in every group
             dealt = [*picker.rng.sample(words[:6], 6), *picker.rng.sample(words[6:], 6)]
         else:
             dealt = picker.rng.sample(words, 12)
-        for number_of_side, (side, texts) in enumerate(sides.items()):
-            templates = TOPIC.side(picker.split, side)
-            texts.append(
-                tuple(
-                    sentence(template.format(**dict(zip("abc", dealt[start : start + 3], strict=True))))
-                    for template, start in zip(templates, (6 * number_of_side, 6 * number_of_side + 3), strict=True)
-                )
-            )
-    return Group(tuple((name,) for name in topics), tuple(sides["queries"]), tuple(sides["documents"]))
+        queries.append(texts(TOPIC.side(picker.split, "queries"), dealt[:6]))
+        documents.append(texts(TOPIC.side(picker.split, "documents"), dealt[6:]))
+    return Group(tuple((name,) for name in topics), tuple(queries), tuple(documents))
 
 
 MECHANISMS: dict[str, Mechanism] = {
@@ -306,10 +306,10 @@ MECHANISMS: dict[str, Mechanism] = {
         Mechanism("roles", "who did what to whom", ROLES, roles, ("people",)),
         Mechanism("negation", "which quality is denied", NEGATION, negation, ("things",)),
         Mechanism("number", "how many of what", NUMBER, number, ("numbers", "plurals")),
-        Mechanism("swap", "whose is what", SWAP, swap, ("names", "things")),
+        Mechanism("swap", "whose is what", SWAP, swap, ("names",)),
         Mechanism("early", "a fact before neutral sentences", FACT, early, ("places",)),
         Mechanism("late", "a fact after neutral sentences", FACT, late, ("places",)),
-        Mechanism("context", "a later ordinal says which name is meant", CONTEXT, context, ("names",)),
+        Mechanism("context", "a later word says which name is meant", CONTEXT, context, ("names",)),
         Mechanism("tail", "the first of three facts, with a long tail", TAIL, tail, ("things",)),
         Mechanism("topic", "one topic, no shared content word", TOPIC, topic, ("topics",)),
     )

@@ -11,7 +11,7 @@ _FUNCTION = """
     a an the this that these those it its they them he she who whom whose which what one ones
     is was were be been being are has have had did does do
     and or but yet nor so as if than then when while because though
-    not no never neither nobody nothing none without
+    yes not no never neither nobody nothing none without
     of in on at to from by for with about into near after before behind beside under over between
     only also too both each all every other others same there here still even just
     first second third last former latter
@@ -55,7 +55,7 @@ _EVAL: Lists = {
     "motions": _split("lay stayed moved arrived shone disappeared"),
     "things": _split("table box bell sword book ring hat pipe cup spoon violin saddle pillow bucket"),
     "plurals": _split("stones bowls sheep boats letters chairs nails trees gloves maps birds jars"),
-    "numbers": _split("three five seven nine eleven thirty forty fifty"),
+    "numbers": _split("three hundred seven million five thousand nine forty"),
     "qualities": _split("small dark new warm strong black dry wide sharp rich red smooth thick pale"),
     "places": _split("house river school hospital castle theatre island valley village prison library farm"),
     "papers": _split("letter council paper desk record journal minister hearing"),

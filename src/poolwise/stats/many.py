@@ -16,7 +16,7 @@ from poolwise.errors import StatisticsError
 from poolwise.stats.exact import DIGITS, midranks
 
 TWO_LOOK_ALPHA = 0.03
-"""Level of each of two looks (say at 3 and at 5 seeds) that keeps the chance of any false alarm at .06 to .07."""
+"""Level of each of two looks, at 3 and at 5 seeds: a false alarm in .03 to .07 (results/type1.md, runs alike)."""
 
 
 @dataclass(frozen=True)
