@@ -221,10 +221,10 @@ HAND = {
         0.5,
     ),
     "number": (
-        ("forty", "seven", "fifty", "nine"),
-        "There are forty nails and seven maps and fifty birds and nine gloves at the castle here.",
-        "At the castle nails are forty and maps seven while birds are fifty and gloves nine in all.",
-        "At the castle nails are forty and maps seven while birds are nine and gloves fifty in all.",
+        ("nine", "seven", "forty", "million"),
+        "There are nine nails and seven maps and forty birds and million gloves at the castle here.",
+        "At the castle nails are nine and maps seven while birds are forty and gloves million in all.",
+        "At the castle nails are nine and maps seven while birds are million and gloves forty in all.",
         0.5,
     ),
     "swap": (

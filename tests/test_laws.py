@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_folder
 
 from poolwise import checkpoint
 from poolwise.encoder import build, derived_seed
@@ -24,6 +23,7 @@ from poolwise.errors import CheckpointError, ModelError
 from poolwise.exporting import export, load_exported
 from poolwise.study import Design, Lora, Recipe
 from poolwise.train import train
+from tiny import tiny_folder
 
 SMALL = {"latents": 4}
 DESIGNS = [
@@ -68,7 +68,7 @@ def recipe(base: str, **changes: Any) -> Recipe:
 
 
 def pairs(rows: int) -> Dataset:
-    words = "cat dog river book water morning people home mat walk".split()
+    words = ["cat", "dog", "river", "book", "water", "morning", "people", "home", "mat", "walk"]
     return Dataset.from_dict(
         {
             "query": [f"the {words[i % 10]} {words[i % 7]} {i}" for i in range(rows)],

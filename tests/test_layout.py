@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "poolwise"
 FLOORS = [
-    "errors designs mistakes study results rows long_table arms comparison stats",
+    "errors designs mistakes study results score_files rows long_table arms comparison stats",
     "attention layers heads pooling cost sources data batches folders in_memory tasks references "
     "tables wording plots reports",
     "base encoder adapters",

@@ -155,7 +155,10 @@ def test_all_mistakes_at_once() -> None:
         ({"tasks": "STS12"}, "tasks = 'STS12': input should be a list"),
         ({"tasks": ["STS12", "STS12"]}, "a task is listed twice"),
         ({"evaluate_at": [0.5]}, "must contain 1.0"),
-        ({"designs": [{"preset": "m1", "attention": "bidirectional"}]}, "preset 'm1' sets attention = 'causal' already"),
+        (
+            {"designs": [{"preset": "m1", "attention": "bidirectional"}]},
+            "preset 'm1' sets attention = 'causal' already",
+        ),
         ({"designs": [{"attention": "causal", "pooling": "men"}]}, "did you mean 'mean'?"),
         ({"designs": []}, "designs = "),
     ],

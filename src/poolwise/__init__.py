@@ -1,13 +1,13 @@
 """poolwise: which pooling and attention should my LLM embedder use, is the difference real, and what does it cost?
 
-    study = poolwise.Study.load("study.toml")
-    poolwise.check(study)                  # sizes, factors, what the statistics can reach
-    poolwise.run(study)                    # trains and scores what is missing
-    print(poolwise.compare(study))         # contrasts against the baseline, by task type
-    poolwise.report(study)                 # Markdown and HTML
+study = poolwise.Study.load("study.toml")
+poolwise.check(study)                  # sizes, factors, what the statistics can reach
+poolwise.run(study)                    # trains and scores what is missing
+print(poolwise.compare(study))         # contrasts against the baseline, by task type
+poolwise.report(study)                 # Markdown and HTML
 
-    encoder = poolwise.build(study.recipe, study.design("m5"), seed=0)    # a SentenceTransformer
-    encoder = poolwise.load("runs/my-study/trials/.../training/step-1000")
+encoder = poolwise.build(study.recipe, study.design("m5"), seed=0)    # a SentenceTransformer
+encoder = poolwise.load("runs/my-study/trials/.../training/step-1000")
 """
 
 from __future__ import annotations

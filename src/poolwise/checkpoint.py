@@ -41,12 +41,15 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
@@ -87,13 +90,16 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
         raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_weights(encoder, temporary)
-    files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-    write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    try:
+        temporary.mkdir(parents=True)
+        save_weights(encoder, temporary)
+        files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -105,7 +111,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete the folder and run the study again") from None
+        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run the study again") from None
     if run.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {run.get('format')}, this version reads {FORMAT}; upgrade poolwise")
     return cast(dict[str, Any], run)
@@ -116,9 +122,9 @@ def verify_files(folder: Path, run: dict[str, Any]) -> None:
     for name, expected in run["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; delete the folder and run the study again")
+            raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
         if sha256(path) != expected:
-            raise CheckpointError(f"{path} is damaged (its hash differs); delete the folder and run the study again")
+            raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -36,9 +37,11 @@ def main() -> None:
     except PoolwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("error: the disk is full; free some space and run the same command to go on", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -82,14 +85,17 @@ def run(
     shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th, for job arrays.")] = "1/1",
 ) -> None:
     """Train and score what is missing, then compare and report."""
+    from poolwise.runner import all_done
     from poolwise.screen import run_with_grid
     from poolwise.study import Study
 
     loaded = Study.load(study)
     failed = run_with_grid(loaded, workers, _shard(shard))
-    if not failed and loaded.tasks and len(loaded.designs) > 1:
+    if all_done(loaded) and loaded.tasks and len(loaded.designs) > 1:
         compare(str(study))
         report(str(study))
+    elif not failed and shard != "1/1":
+        print("this shard is done; `poolwise compare` and `report` when the others are", file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -225,7 +225,7 @@ def compare(
         elif 1 < sources < FEW_SOURCES and len(base.seeds) > 1:
             notes.append(
                 f"{group}: tasks from {sources} sources tell little of the spread over tasks, and p-values far below "
-                f".05 come out too small; {FEW_SOURCES} sources or more are better."
+                f".05 come out too small; a verdict needs {FEW_SOURCES} sources."
             )
         if len(base.tasks) == 1:
             notes.append(f"{group} has one task: there is nothing to test over tasks, so it has no p-value.")
@@ -282,7 +282,7 @@ def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], margin: float, alpha: flo
 
 
 def _holm(rows: Sequence[Row], alpha: float) -> tuple[Row, ...]:
-    """Holm over the family, at each scope by itself, and the word of each verdict.
+    """Holm over the family, at each scope by itself, and the word of each verdict (withheld below `FEW_SOURCES`).
 
     A contrast that could not be tested keeps its place: it never makes the others easier to pass.
     """
@@ -296,6 +296,8 @@ def _holm(rows: Sequence[Row], alpha: float) -> tuple[Row, ...]:
             word = "equivalent" if verdict.p_equivalence <= alpha else "inconclusive"
             if p_designs <= alpha:
                 word = "better" if verdict.difference > 0 else "worse"
+            if verdict.sources < FEW_SOURCES:
+                word = "inconclusive"
             verdict = replace(verdict, p_holm=p_designs, verdict=word)
         done.append(replace(row, p_holm=None if row.p_value is None else p_checkpoints, verdict=verdict))
     return tuple(done)

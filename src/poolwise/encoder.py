@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module, Normalize, Transformer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poolwise.attention import check_window, position_ids, set_attention, takes_position_ids, verify
 from poolwise.base import base_identity, base_path, cannot_load, ensure_eos, torch_dtype
@@ -31,8 +31,8 @@ class Backbone(Transformer):
 
     `attention`: `causal` or `bidirectional`. `collect`: None, `last` or `mean`; what stands for each layer's tokens.
     `include_prompt`: False leaves the prompt's tokens out of pooling, `skip_start` so many tokens at the start (BOS).
-    `pad_by_id`: the padding token's id decides what is pooled, as in the paper's code, instead of the mask. Position ids always come from the mask, so the
-    side of the padding does not matter.
+    `pad_by_id`: the padding token's id decides what is pooled, as in the paper's code, instead of the mask. Position ids
+    always come from the mask, so the side of the padding does not matter.
     """
 
     config_keys = [  # noqa: RUF012 (as in the parent)
@@ -69,6 +69,11 @@ class Backbone(Transformer):
         set_attention(self.model, attention)
         self.collector = LayerCollector(self.model, reduce=collect) if collect else None
 
+    @property
+    def words(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, which every text model has."""
+        return cast(PreTrainedTokenizerBase, self.tokenizer)
+
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings` (B, T, D), `pooling_mask` (B, T) and, if collected, `layer_embeddings` (B, L, D)."""
         mask = features["attention_mask"]
@@ -94,7 +99,7 @@ class Backbone(Transformer):
         """Which tokens are pooled (B, T): the attended ones, less the prompt's where the recipe excludes it."""
         mask = features["attention_mask"]
         if self.pad_by_id:  # the paper's code: whatever has the padding token's id counts as padding
-            mask = (features["input_ids"] != self.tokenizer.pad_token_id).to(mask.dtype)
+            mask = (features["input_ids"] != self.words.pad_token_id).to(mask.dtype)
         length = None if self.include_prompt else features.get("prompt_length")
         length = int(length.reshape(-1)[0]) if isinstance(length, torch.Tensor) else int(length or 0)
         length = max(length, self.skip_start)
@@ -107,7 +112,7 @@ class Backbone(Transformer):
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
         """Tokens that belong to the prompt whatever follows it (a trailing space may merge with the next word)."""
         if prompt not in self._prompt_length_mapping:
-            ids = [self.tokenizer(prompt + text)["input_ids"] for text in ("a", "The", "zebra", "7", '"', "(")]
+            ids = [self.words(prompt + text)["input_ids"] for text in ("a", "The", "zebra", "7", '"', "(")]
             shared = 0
             while all(len(row) > shared and row[shared] == ids[0][shared] for row in ids):
                 shared += 1
@@ -146,7 +151,7 @@ class PoolingHead(Module):
         self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs: Any) -> PoolingHead:
+    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> PoolingHead:  # type: ignore[override]
         """Read a folder written by `save`."""
         hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "token", "cache_folder", "revision")}
         head = cls(**cls.load_config(model_name_or_path, **hub))
@@ -189,7 +194,7 @@ def build(
         )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("recipe.base_model", recipe.base_model, error) from error
-    model, tokenizer = backbone.model, backbone.tokenizer
+    model, tokenizer = backbone.model, backbone.words
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.max_length > limit:
@@ -256,4 +261,4 @@ def _adapt(backbone: Backbone, recipe: Recipe, seed: int) -> None:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    backbone.model = adapted
+    backbone.model = cast(PreTrainedModel, adapted)

@@ -7,6 +7,7 @@ was faster than one trial with two threads); with GPUs there is one trial per GP
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -80,6 +81,7 @@ def _engine(
 
         gpus = torch.cuda.device_count()
         torch.set_num_threads(1)
+        from poolwise.checkpoint import write_json
         from poolwise.trial import prepare
 
         prepared = prepare(study)
@@ -104,14 +106,15 @@ def _engine(
                 child.start()
                 writer.close()
                 running[reader] = (child, trial, slot)
-            for reader in wait(list(running)):
-                assert isinstance(reader, Connection)
+            for reader in [connection for connection in wait(list(running)) if isinstance(connection, Connection)]:
                 child, trial, slot = running[reader]
                 try:
                     kind, content = reader.recv()
-                except EOFError:  # the child is gone without a last word
+                except (EOFError, OSError):  # the child is gone without a last word
                     child.join()
                     kind, content = "failed", f"its process died (exit code {child.exitcode}); out of memory?"
+                    with contextlib.suppress(OSError):
+                        write_json(folder / "trials" / trial.name / "failed.json", {"reason": content})
                 if kind == "progress":
                     events.send(("progress", (trial.name, *content)))
                     continue
@@ -140,11 +143,11 @@ def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: int
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     from poolwise.trial import run_trial
 
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)  # what libraries print goes to the trial's log, not between the user's tables
-    os.dup2(log, 2)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)  # what libraries print goes to the trial's log, not between the user's tables
+        os.dup2(log, 2)
         run_trial(trial, prepared, folder, lambda stage, share: events.send(("progress", (stage, share))))
         events.send(("done", None))
     except Exception as error:
@@ -159,3 +162,6 @@ def _die_with_parent() -> None:
     """On Linux: be killed when the parent process ends, however it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it ended before this was asked for
+        os._exit(1)

@@ -95,7 +95,7 @@ def _merged(encoder: SentenceTransformer) -> SentenceTransformer:
     backbone = cast(Backbone, encoder[0])
     if isinstance(backbone.model, PeftModel):
         backbone.model = cast(Any, backbone.model).merge_and_unload()
-    backbone.tokenizer.padding_side = "right"  # models without rotary positions count them from the left
+    backbone.words.padding_side = "right"  # models without rotary positions count them from the left
     return encoder
 
 
@@ -103,7 +103,7 @@ def _save_standard(encoder: SentenceTransformer, folder: Path) -> None:
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
     with tempfile.TemporaryDirectory() as scratch:
         backbone.model.save_pretrained(scratch)
-        backbone.tokenizer.save_pretrained(scratch)
+        backbone.words.save_pretrained(scratch)
         plain = Transformer(
             scratch,
             max_seq_length=backbone.max_seq_length,
@@ -112,6 +112,8 @@ def _save_standard(encoder: SentenceTransformer, folder: Path) -> None:
         )
         pooling = Pooling(head.hidden_size, pooling_mode=STANDARD[head.pooling])
         standard = SentenceTransformer(
-            modules=[plain, pooling, Normalize()], prompts=encoder.prompts, similarity_fn_name="cosine"
+            modules=[plain, pooling, Normalize()],
+            prompts=cast(dict[str, str], encoder.prompts),
+            similarity_fn_name="cosine",
         )
         standard.save(str(folder), create_model_card=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from poolwise.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
 from poolwise.batches import effective_negatives
+from poolwise.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
 from poolwise.pooling import resolve_args
 from poolwise.stats import min_reachable_p
 from poolwise.study import Lora, Study
@@ -107,7 +107,9 @@ def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str
     for row in designs:
         share = row["head_flops_32"] / row["base_flops_32"]
         if share > HEAD_SHARE and study.design(row["design"]).pooling_args.get("latents", "auto") == "auto":
-            warnings.append(f"{row['design']}: this base is so small that even 4 latents cost {share:.1%} of its FLOPs.")
+            warnings.append(
+                f"{row['design']}: this base is so small that even 4 latents cost {share:.1%} of its FLOPs."
+            )
     for group in groups:
         if group["min_reachable_p_holm"] > 0.05 and len(study.designs) > 1:
             warnings.append(

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from poolwise import score_files
 from poolwise.engines import Event, run_local
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError
 from poolwise.study import Study
@@ -40,15 +42,15 @@ def run(
 
     def follow(event: Event) -> None:
         kind, content = event
-        if kind == "trials":
+        if kind == "trials":  # the study could be prepared: from now on it may only grow
+            _write(folder / "study.json", study.model_dump(mode="json"))
             _write(folder / "trials.json", content)
         if kind == "failed":
             failed[content[0]] = content[1]
         on_event(event)
 
-    with _only_one(folder):
+    with _only_one(folder, shard):
         guard(study)
-        _write(folder / "study.json", study.model_dump(mode="json"))
         try:
             run_local(study, workers=workers, shard=shard, on_event=follow)
         finally:
@@ -62,12 +64,14 @@ def guard(study: Study) -> None:
     path = study.folder / "study.json"
     if not path.exists():
         return
-    old, new = json.loads(path.read_text(encoding="utf-8")), study.model_dump(mode="json")
+    old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    new = study.model_dump(mode="json")
     problems = []
     for key in old.keys() | new.keys():
         if key in GROWS or key in {"name", "output"}:
             continue
-        before, after = old.get(key), new.get(key)
+        before: Any = old.get(key)
+        after: Any = new.get(key)
         if key == "recipe":
             fields = [f for f in {**before, **after} if f not in {"report_to", "save_steps"}]
             changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
@@ -93,6 +97,11 @@ def trials(study: Study) -> list[dict[str, Any]]:
     for row in rows:
         row.update(_state(folder / "trials" / row["name"]))
     return rows  # type: ignore[no-any-return]
+
+
+def all_done(study: Study) -> bool:
+    """Whether nothing is missing: False after one shard of several."""
+    return all(trial["state"] == "done" for trial in trials(study))
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -121,25 +130,39 @@ def gather(folder: Path) -> None:
 
     names = [row["name"] for row in json.loads((folder / "trials.json").read_text(encoding="utf-8"))]
     files = [path for name in names for path in sorted((folder / "trials" / name).glob("scores/*/*.parquet"))]
-    frames = [frame for path in files if (frame := pl.read_parquet(path)).height]
-    if not frames:
+    tables = [table for path in files if (table := score_files.read(path)) is not None and table.num_rows]
+    if not tables:
         return
-    temporary = folder / ".results.parquet.tmp"
-    pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
-    temporary.replace(folder / "results.parquet")
+    temporary = folder / f".results.parquet.{os.getpid()}.tmp"
+    try:
+        frames = [pl.DataFrame(pl.from_arrow(table)) for table in tables]
+        pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
+        temporary.replace(folder / "results.parquet")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PoolwiseError(f"another process is running the study in {folder}; wait for it or stop it") from None
+def _only_one(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """A whole run shares its folder with no other, a shard only with the other shards (of the same number)."""
+    number, of = shard
+    locks = {".lock": fcntl.LOCK_EX} if of == 1 else {".lock": fcntl.LOCK_SH, f".lock-{number}": fcntl.LOCK_EX}
+    with ExitStack() as stack:
+        for name, kind in locks.items():
+            lock = stack.enter_context((folder / name).open("a"))
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            except OSError:
+                raise PoolwiseError(
+                    f"another process is running the study in {folder}; wait for it or stop it"
+                ) from None
         yield
 
 
 def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

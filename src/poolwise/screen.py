@@ -101,11 +101,15 @@ def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[st
     grid = Grid()
     if len(study.seeds) == 1:
         console.print("One seed: differences between designs cannot be told from luck of the run.", style="yellow")
-    if console.is_terminal:
-        with Live(grid, console=console, refresh_per_second=2):
-            failed = run(study, workers=workers, shard=shard, on_event=grid.follow)
-    else:
-        failed = run(study, workers=workers, shard=shard, on_event=lambda event: _print_line(console, grid, event))
+    try:
+        if console.is_terminal:
+            with Live(grid, console=console, refresh_per_second=2):
+                failed = run(study, workers=workers, shard=shard, on_event=grid.follow)
+        else:
+            failed = run(study, workers=workers, shard=shard, on_event=lambda event: _print_line(console, grid, event))
+    except KeyboardInterrupt:
+        console.print("stopped; what is done is kept, run the same command to go on", soft_wrap=True)
+        raise SystemExit(130) from None
     for note in grid.notes:
         console.print(note, style="dim", markup=False)
     for name, reason in failed.items():

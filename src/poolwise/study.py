@@ -118,7 +118,7 @@ def _wrong_arguments(pooling: str, given: dict[str, Any]) -> list[str]:
             problems.append(
                 f"pooling_args.{name} = {value!r}: allowed: {', '.join(arg.allowed)}{suggest(value, arg.allowed)}"
             )
-        elif arg.minimum is not None and value < arg.minimum:
+        elif arg.minimum is not None and isinstance(value, int) and value < arg.minimum:
             problems.append(f"pooling_args.{name} = {value!r}: must be at least {arg.minimum} ({arg.help})")
     return problems
 

@@ -131,11 +131,11 @@ class _Trainer(SentenceTransformerTrainer):
     """sentence-transformers' trainer; its checkpoints hold what was tuned, not the base."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir or str(self.args.output_dir))
         target.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self.model, target)
 
-    def _load_from_checkpoint(self, checkpoint_path: str) -> None:
+    def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         checkpoint.load_weights(self.model, Path(checkpoint_path))
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

@@ -4,16 +4,17 @@
     FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
     FOLDER/train.json               losses, seconds; there only when the training is done
     FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
+    FOLDER/done                     there only while nothing is missing
     FOLDER/failed.json              why it stopped, if it did
 
 Everything is written atomically: whatever is there is whole, and a trial that is run again does only what is missing.
+What was damaged since is found by its checksum: scores are made anew, weights are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
 
-from poolwise import checkpoint
+from poolwise import checkpoint, score_files
 from poolwise.base import base_identity, base_path, load_config
 from poolwise.batches import plan, training_dataset
 from poolwise.data import Pairs, decontaminate, load_pairs
@@ -148,28 +147,63 @@ def _trials(study: Study, config: Any, base: dict[str, Any], pairs: Pairs) -> li
 def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
     """Train and score one trial, as far as that is not done yet.
 
-    Raises TrainingError, ModelError or TaskError; the reason is also left in `failed.json`.
+    Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also left in
+    `failed.json`.
     """
     report = progress or (lambda stage, share: None)
-    folder.mkdir(parents=True, exist_ok=True)
+    if _is_done(trial, prepared, folder):
+        return
     try:
-        (folder / "failed.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for marker in ("done", "failed.json"):
+            (folder / marker).unlink(missing_ok=True)
+        _sweep(folder)
         checkpoint.write_json(folder / "spec.json", {"label": trial.label, "role": trial.role, **trial.spec})
         if trial.role == "reference":
-            model: Any = reference(trial.label)
-            _score(model, trial, 0, prepared, folder, report)
-            return
-        encoder = _encoder(trial, prepared)
-        if trial.role != "untuned":
-            _train(encoder, trial, prepared, folder, report)
-        for step in trial.steps:
-            if _missing(trial, step, prepared, folder):
-                if step:
-                    checkpoint.load_weights(encoder, folder / "training" / f"step-{step}")
-                _score(encoder, trial, step, prepared, folder, report)
+            _score(reference(trial.label), trial, 0, prepared, folder, report)
+        else:
+            encoder = _encoder(trial, prepared)
+            if _is_trained(trial):
+                _train(encoder, trial, prepared, folder, report)
+            for step in trial.steps:
+                if _missing(step, prepared, folder):
+                    if step:
+                        weights = _milestone(folder, step)
+                        checkpoint.verify_files(weights, checkpoint.read_run(weights))
+                        checkpoint.load_weights(encoder, weights)
+                    _score(encoder, trial, step, prepared, folder, report)
+        (folder / "done").touch()
     except Exception as error:
-        _leave_reason(error, folder)
+        reason = _leave_reason(error, folder)
+        if not isinstance(error, PoolwiseError) and _disk_is_full(error, folder):
+            raise TrainingError(reason) from error
         raise
+
+
+def _is_trained(trial: Trial) -> bool:
+    return trial.role not in {"untuned", "reference"}
+
+
+def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
+    return (
+        (folder / "done").exists()
+        and (not _is_trained(trial) or _training_is_done(trial, folder))
+        and not any(_missing(step, prepared, folder) for step in trial.steps)
+    )
+
+
+def _training_is_done(trial: Trial, folder: Path) -> bool:
+    return (folder / "train.json").exists() and all(_milestone(folder, step).is_dir() for step in trial.steps)
+
+
+def _milestone(folder: Path, step: int) -> Path:
+    return folder / "training" / f"step-{step}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for path in list(folder.rglob(".*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
@@ -178,8 +212,13 @@ def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
 
 
 def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
-    if (folder / "train.json").exists():
-        return
+    if not _training_is_done(trial, folder):
+        _train_on(encoder, trial, prepared, folder, report)
+    for path in (folder / "training").glob("checkpoint-*"):  # only now: half of one must never be resumed from
+        shutil.rmtree(path)
+
+
+def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
     recipe: Recipe = prepared.study.recipe
     order = plan(cast(Pairs, prepared.pairs), recipe, trial.seed)
     if order.fingerprint != trial.spec["data"]:
@@ -194,8 +233,6 @@ def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folde
         progress=lambda step, loss: report("train", step / recipe.steps),
         stop_at_chance=trial.role != "broken",
     )
-    for path in (folder / "training").glob("checkpoint-*"):
-        shutil.rmtree(path)
     checkpoint.write_json(folder / "train.json", {**result, "order": order.fingerprint})
 
 
@@ -205,29 +242,17 @@ def score_file(folder: Path, step: int, task: Task) -> Path:
     return folder / "scores" / f"step-{step}" / f"{safe}-{content_hash(task.identity, 8)}.parquet"
 
 
-def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:
-    return [task for task in prepared.tasks if not score_file(folder, step, task).exists()]
+def _missing(step: int, prepared: Prepared, folder: Path) -> list[Task]:
+    return [task for task in prepared.tasks if score_files.read(score_file(folder, step, task)) is None]
 
 
 def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> None:
-    missing = _missing(trial, step, prepared, folder)
+    missing = _missing(step, prepared, folder)
     for done, task in enumerate(missing):
         report("score", done / len(missing))
         rows = evaluate(model, [task], identity=f"{trial.id}-{step}", prompts=_prompts(trial, prepared))
         mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
-        rows = [{**row, **mine} for row in rows]
-        path = score_file(folder, step, task)
-        write_rows(path, rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows of the long table as Parquet; the file appears whole or not at all."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+        score_files.write(score_file(folder, step, task), [{**row, **mine} for row in rows])
 
 
 def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
@@ -237,28 +262,22 @@ def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
     return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
 
 
-def _leave_reason(error: Exception, folder: Path) -> None:
-    """`failed.json`, as far as the disk allows."""
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if full or shutil.disk_usage(folder).free < 1 << 20 or "No space left" in str(error):
+def _leave_reason(error: Exception, folder: Path) -> str:
+    """Why a trial stopped; also in `failed.json`, as far as the disk allows."""
+    if isinstance(error, PoolwiseError):
+        reason = str(error)
+    elif _disk_is_full(error, folder):
         reason = f"the disk is full ({folder}); free some space and run the study again"
     else:
-        reason = str(error) if isinstance(error, PoolwiseError) else f"{type(error).__name__}: {error}"
-    try:
+        reason = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):
         checkpoint.write_json(folder / "failed.json", {"reason": reason})
-    except OSError:
-        return
+    return reason
 
 
-def state(trial_folder: Path) -> str:
-    """What a trial's folder says of it: `waiting`, `started`, `trained` or `failed`."""
-    if (trial_folder / "failed.json").exists():
-        return "failed"
-    if (trial_folder / "train.json").exists():
-        return "trained"
-    return "started" if (trial_folder / "spec.json").exists() else "waiting"
-
-
-def failure(trial_folder: Path) -> str:
-    """Why a trial failed."""
-    return str(json.loads((trial_folder / "failed.json").read_text(encoding="utf-8"))["reason"])
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """Also where a library hides it: torch says only that a write failed."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return True
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free < 1 << 20
