@@ -21,7 +21,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from poolwise import demo
 from poolwise.demo.grammar import generator, sentence
-from poolwise.demo.mechanisms import FACT, MECHANISMS
+from poolwise.demo.mechanisms import MECHANISMS
+from poolwise.demo.templates import FACT
 from poolwise.demo.words import FUNCTION_WORDS, TOPICS, WORDS
 from poolwise.errors import TaskError
 

@@ -13,12 +13,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "poolwise"
 FLOORS = [
     "errors designs mistakes study results score_files rows long_table arms comparison stats",
-    "attention layers heads pooling cost sources data batches folders in_memory tasks references "
+    "hub terminal attention layers heads pooling cost sources data batches folders in_memory tasks references "
     "tables wording plots reports",
     "base encoder adapters",
     "checkpoint",
     "train evaluation items exporting",
-    "trial engines runner preview api starters demo",
+    "preflight trial engines runner preview api starters demo",
     "screen cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

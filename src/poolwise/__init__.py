@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from poolwise.api import compare, evaluate, report, run
     from poolwise.attention import verdict as probe
-    from poolwise.check import check
     from poolwise.checkpoint import load
     from poolwise.encoder import build
     from poolwise.errors import PoolwiseError
-    from poolwise.export import export
+    from poolwise.exporting import export
+    from poolwise.preview import check
     from poolwise.study import Design, Recipe, Study
 
 __version__ = "0.1.0"
@@ -32,10 +32,10 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
     "Recipe": "study",
     "Study": "study",
     "build": "encoder",
-    "check": "check",
+    "check": "preview",
     "compare": "api",
     "evaluate": "api",
-    "export": "export",
+    "export": "exporting",
     "load": "checkpoint",
     "report": "api",
     "run": "api",

@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poolwise.errors import ModelError
+from poolwise.hub import cached_if_unreachable
+from poolwise.study import Recipe
 
 
 def base_path(name: str, base_dir: Path | None = None) -> str:
@@ -102,7 +104,9 @@ def load_base(name: str, base_dir: Path | None = None, **options: Any) -> PreTra
     from transformers import AutoModel
 
     try:
-        return cast(PreTrainedModel, AutoModel.from_pretrained(base_path(name, base_dir), **options))
+        path = base_path(name, base_dir)
+        with cached_if_unreachable(path):
+            return cast(PreTrainedModel, AutoModel.from_pretrained(path, **options))
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("model", name, error) from error
 
@@ -112,13 +116,25 @@ def load_config(name: str, path: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path).get_text_config()
+        with cached_if_unreachable(path):
+            return AutoConfig.from_pretrained(path).get_text_config()
     except (OSError, ValueError) as error:
         raise cannot_load("recipe.base_model", name, error) from error
 
 
+def check_positions(recipe: Recipe, config: Any) -> None:
+    """Raise ModelError where the recipe's texts may be longer than the base model has positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.max_length > limit:
+        raise ModelError(
+            f"recipe.max_length = {recipe.max_length}: {recipe.base_model} has {limit} positions; give at most {limit}"
+        )
+
+
 def cannot_load(field: str, name: str, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
+    if "attention implementation" in reason:
+        return ModelError(f"{field} = {name!r}: {reason.split('. ')[0]}; try recipe.attn_implementation = 'eager'")
     return ModelError(
         f"{field} = {name!r} cannot be loaded ({reason}); "
         "give 'nano' (built in), a model folder, or a name on the Hub that this machine can reach"

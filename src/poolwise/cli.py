@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -67,14 +67,15 @@ def init(
 @app.command()
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study and show factors, sizes, cost, trials, negatives and the smallest reachable p."""
-    from poolwise.screen import show_check
+    from poolwise.screen import show_check, stdout_to_stderr
     from poolwise.study import Study
 
     loaded = Study.load(study)
     _quiet()
     from poolwise.preview import check as preview
 
-    found = preview(loaded)
+    with stdout_to_stderr():
+        found = preview(loaded)
     print(json.dumps(found, indent=1)) if as_json else show_check(found)
 
 
@@ -91,9 +92,12 @@ def run(
 
     loaded = Study.load(study)
     failed = run_with_grid(loaded, workers, _shard(shard))
-    if all_done(loaded) and loaded.tasks and len(loaded.designs) > 1:
-        compare(str(study))
-        report(str(study))
+    if all_done(loaded):
+        if loaded.tasks and len(loaded.designs) > 1:
+            compare(str(study))
+            report(str(study))
+        else:
+            print(f"done; nothing to compare: {'one design' if loaded.tasks else 'no tasks'}", file=sys.stderr)
     elif not failed and shard != "1/1":
         print("this shard is done; `poolwise compare` and `report` when the others are", file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
@@ -162,10 +166,12 @@ def probe(
 ) -> None:
     """Show which tokens see which, and whether the model takes both attention modes."""
     _quiet()
+    from poolwise.attention import verdict
     from poolwise.base import load_base
-    from poolwise.screen import show_verdict
+    from poolwise.screen import show_verdict, stdout_to_stderr
 
-    found = _probe(load_base(model))
+    with stdout_to_stderr():
+        found = verdict(load_base(model))
     print(json.dumps(found, indent=1)) if as_json else show_verdict(model, found)
 
 
@@ -211,12 +217,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise PoolwiseError(f"--shard {text!r}: give i/n with 1 <= i <= n, such as 2/8")
     return int(first), int(last)
-
-
-def _probe(model: Any) -> dict[str, Any]:
-    from poolwise.attention import verdict
-
-    return verdict(model)
 
 
 def _quiet() -> None:

@@ -16,9 +16,10 @@ from sentence_transformers.base.modules import Module, Normalize, Transformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poolwise.attention import check_window, position_ids, set_attention, takes_position_ids, verify
-from poolwise.base import base_identity, base_path, cannot_load, ensure_eos, torch_dtype
+from poolwise.base import base_identity, base_path, cannot_load, check_positions, ensure_eos, torch_dtype
 from poolwise.designs import POOLINGS_READ
 from poolwise.errors import ModelError
+from poolwise.hub import cached_if_unreachable
 from poolwise.layers import LayerCollector
 from poolwise.pooling import POOLINGS, resolve_args
 from poolwise.study import Design, Lora, Recipe
@@ -180,27 +181,24 @@ def build(
     factors = design.factors()
     full = recipe.lora == "full"
     try:
-        backbone = Backbone(
-            path,
-            attention=design.attention,
-            collect=factors["tokens"] if reads_layers else None,
-            include_prompt=recipe.include_prompt,
-            pad_by_id=bool(factors.get("pad_by_id", False)),
-            max_seq_length=recipe.max_length,
-            model_kwargs={
-                "dtype": torch.float32 if full else torch_dtype(recipe.dtype),
-                "attn_implementation": recipe.attn_implementation,
-            },
-        )
+        with cached_if_unreachable(path):
+            backbone = Backbone(
+                path,
+                attention=design.attention,
+                collect=factors["tokens"] if reads_layers else None,
+                include_prompt=recipe.include_prompt,
+                pad_by_id=bool(factors.get("pad_by_id", False)),
+                max_seq_length=recipe.max_length,
+                model_kwargs={
+                    "dtype": torch.float32 if full else torch_dtype(recipe.dtype),
+                    "attn_implementation": recipe.attn_implementation,
+                },
+            )
     except (OSError, ValueError, ImportError) as error:
         raise cannot_load("recipe.base_model", recipe.base_model, error) from error
     model, tokenizer = backbone.model, backbone.words
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and recipe.max_length > limit:
-        raise ModelError(
-            f"recipe.max_length = {recipe.max_length}: {recipe.base_model} has {limit} positions; give at most {limit}"
-        )
+    check_positions(recipe, config)
     check_window(model, design.attention, recipe.max_length)
     if tokenizer.pad_token_id is None:  # any id will do: the mask decides what is padding
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from poolwise.batches import effective_negatives
+from poolwise.batches import effective_negatives, plan
 from poolwise.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
+from poolwise.data import load_pairs
 from poolwise.pooling import resolve_args
+from poolwise.preflight import check_base, data_notes
+from poolwise.sources import DEMO, is_hub_name
 from poolwise.stats import min_reachable_p
 from poolwise.study import Lora, Study
 from poolwise.tasks import resolve_tasks
@@ -52,9 +56,12 @@ def check(study: Study) -> dict[str, Any]:
 
     Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, parameters, FLOPs), `trials`,
     `effective_negatives`, `tasks` by type with the smallest two-sided p that a Wilcoxon test over them can reach,
-    before and after Holm's first step, and `warnings`. Raises ModelError, TaskError or StudyError.
+    before and after Holm's first step, `data` (what was counted in the training pairs) and `warnings`. Training pairs
+    on the Hub are left to the run. Raises ModelError (AttentionError where the base ignores a design's mode),
+    DataError, TaskError or StudyError.
     """
     path, config = base_config(study)
+    untried = check_base(study, path, config)
     baseline = study.design(study.baseline)
     designs = costs(study, config)
     for row in designs:
@@ -68,7 +75,7 @@ def check(study: Study) -> dict[str, Any]:
             "tasks": count,
             "sources": len({task.source for task in tasks if task.task_type == kind}),
             "min_reachable_p": min_reachable_p(count),
-            "min_reachable_p_holm": min(1.0, min_reachable_p(count) * contrasts),
+            "min_reachable_p_holm": min(1.0, min_reachable_p(count) * max(1, contrasts)),
         }
         for kind, count in sorted(types.items())
     ]
@@ -92,8 +99,21 @@ def check(study: Study) -> dict[str, Any]:
         "effective_negatives": effective_negatives(study.recipe),
         "contrasts": contrasts,
         "tasks": groups,
-        "warnings": _warnings(study, designs, groups),
+        "data": _data(study, path),
+        "warnings": untried + _warnings(study, designs, groups),
     }
+
+
+def _data(study: Study, path: str) -> list[str]:
+    """The training pairs read and laid out in batches once, where they lie on this machine."""
+    recipe = study.recipe
+    for source in recipe.data_sources:
+        here = source.path == DEMO or Path(study.base_dir, Path(source.path).expanduser()).exists()
+        if not here and is_hub_name(source.path):
+            return [f"training data {source.path!r} is read from the Hub when the study runs"]
+    pairs = load_pairs(recipe, study.base_dir)
+    plan(pairs, recipe, study.seeds[0])
+    return data_notes(pairs, recipe, path)
 
 
 def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:

@@ -17,6 +17,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer,
 from sklearn.random_projection import SparseRandomProjection
 
 from poolwise.errors import ModelError, suggest
+from poolwise.hub import cached_if_unreachable
 
 LEXICAL = ("tfidf", "tfidf_chars", "bm25")
 DENSE_LIMIT = 2**27
@@ -125,7 +126,8 @@ def reference(name: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name)
+        with cached_if_unreachable(name):
+            return SentenceTransformer(name)
     except Exception as error:  # whatever a hub client, a config or a weight file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

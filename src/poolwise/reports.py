@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from poolwise import tables
 from poolwise.comparison import Comparison
 from poolwise.results import write_atomic
+from poolwise.terminal import terminal
 from poolwise.wording import alarms, count, group_words, headline, listing, outcome, points, sentences
 
 if TYPE_CHECKING:
@@ -52,10 +53,9 @@ def show(
     comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None = None, console: Console | None = None
 ) -> None:
     """Print the comparison as tables: means, contrasts of designs, contrasts of checkpoints, cost."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = console or Console(highlight=False)
+    console = console or terminal()
 
     def line(*parts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)

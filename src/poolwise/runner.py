@@ -67,7 +67,7 @@ def guard(study: Study) -> None:
     old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     new = study.model_dump(mode="json")
     problems = []
-    for key in old.keys() | new.keys():
+    for key in dict.fromkeys([*old, *new]):
         if key in GROWS or key in {"name", "output"}:
             continue
         before: Any = old.get(key)
@@ -119,6 +119,10 @@ def results(study: Study) -> Any:
     import polars as pl
 
     path = study.folder / "results.parquet"
+    if not study.tasks:
+        raise CheckpointError(
+            f"the study {study.name!r} has no tasks, so there are no scores; add some and run it again"
+        )
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
     return pl.read_parquet(path)

@@ -17,6 +17,7 @@ from rich.text import Text
 from poolwise.engines import Event
 from poolwise.runner import run
 from poolwise.study import Study
+from poolwise.terminal import terminal
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -87,7 +88,7 @@ def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None 
             text = f"{state} {part:4.0%}" if part is not None else state
         rows.setdefault(trial["label"], []).append(text)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("design")
+    table.add_column("design", overflow="fold")
     for number in range(max(len(cells) for cells in rows.values())):
         table.add_column(f"run {number + 1}", min_width=11)
     for label, cells in rows.items():
@@ -97,7 +98,7 @@ def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None 
 
 def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[str, str]:
     """Run a study under a live grid (a line a trial where stderr is no terminal). Returns the failures."""
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     grid = Grid()
     if len(study.seeds) == 1:
         console.print("One seed: differences between designs cannot be told from luck of the run.", style="yellow")
@@ -133,7 +134,7 @@ def clock(seconds: float) -> str:
 
 def show_status(trials: Sequence[dict[str, Any]]) -> None:
     """The grid as it stands on disk, and why trials failed."""
-    console = Console()
+    console = terminal()
     console.print(grid_table(trials))
     for trial in trials:
         if trial["state"] == "failed":
@@ -141,7 +142,7 @@ def show_status(trials: Sequence[dict[str, Any]]) -> None:
 
 
 def amount(number: float) -> str:
-    """1278275584 -> 1.28 B."""
+    """1278275584 -> 1.28 G."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -150,7 +151,7 @@ def amount(number: float) -> str:
 
 def show_check(found: dict[str, Any]) -> None:
     """What `poolwise check` prints."""
-    console = Console()
+    console = terminal()
     base = found["base_model"]
     console.print(
         f"{found['study']}: base {base['name']} ({amount(base['parameters'])} parameters), {found['steps']} steps, "
@@ -159,7 +160,7 @@ def show_check(found: dict[str, Any]) -> None:
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("design", "attention", "pooling", f"differs from {found['baseline']} in"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("trainable", "of it head", "base FLOPs/32 tok", "head FLOPs", "head share"):
         table.add_column(name, justify="right")
     for row in found["designs"]:
@@ -190,6 +191,8 @@ def show_check(found: dict[str, Any]) -> None:
                 f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
             )  # fmt: skip
         console.print(table)
+    for note in found["data"]:
+        console.print(f"data: {note}", style="dim", markup=False)
     for warning in found["warnings"]:
         console.print(f"note: {warning}", style="yellow", markup=False)
 
@@ -198,17 +201,17 @@ def show_scores(rows: Sequence[dict[str, Any]]) -> None:
     """What `poolwise evaluate` prints: scores × 100."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("task", "type", "split", "subset", "metric"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     table.add_column("score", justify="right")
     for row in rows:
         words = [Text(str(row[name])) for name in ("task", "task_type", "split", "subset", "metric")]
         table.add_row(*words, f"{100 * row['score']:.2f}")
-    Console().print(table)
+    terminal().print(table)
 
 
 def show_verdict(name: str, found: dict[str, Any]) -> None:
     """What `poolwise probe` prints: the verdict for each mode and who moves whom."""
-    console = Console()
+    console = terminal()
     console.print(f"{name}: {found['model']}, {found['backend']}, {found['dtype']}; as it stands: {found['declared']}")
     for mode, result in found["modes"].items():
         console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")

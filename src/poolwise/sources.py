@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from poolwise.errors import DataError, suggest
+from poolwise.hub import cached_if_unreachable
 
 DEMO = "demo"
 ROLES = {
@@ -114,10 +115,15 @@ def open_source(path: str, split: str, base_dir: Path) -> list[Opened]:
         return [_open_file(local, path)]
     if local.is_dir():
         return [_open_file(file, f"{path.rstrip('/')}/{file.name}") for file in _files_of_split(local, path, split)]
-    if _format(Path(path)) or re.match(r"[.~/]|.*\\", path) or path.count("/") > 1:
+    if not is_hub_name(path):
         near = suggest(local.name, [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else [])
         raise DataError(f"training data {path!r}: no such file or folder, seen from {str(base_dir)!r}{near}")
     return [_open_hub(path, split, base_dir)]
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a name that is neither "demo" nor there as a file or folder is to be looked for on the Hub."""
+    return not (_format(Path(path)) or re.match(r"[.~/]|.*\\", path) or path.count("/") > 1)
 
 
 def _format(path: Path) -> str | None:
@@ -248,7 +254,8 @@ def _open_hub(name: str, split: str, base_dir: Path) -> Opened:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        with cached_if_unreachable(name):
+            rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # whatever the hub's client raises is about this name, this split or the connection
         near = suggest(name, [DEMO, *(path.name for path in islice(base_dir.iterdir(), 1000))])
         reason = next(iter(str(error).splitlines()), type(error).__name__)

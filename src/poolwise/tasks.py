@@ -22,6 +22,7 @@ from typing import Any
 
 from poolwise.errors import PoolwiseError, TaskError, suggest
 from poolwise.folders import read_folder
+from poolwise.hub import cached_if_unreachable
 from poolwise.in_memory import TaskData, content_identity, mteb_task, read_columns_whole
 
 __all__ = ["PAPER_TASKS", "Task", "TaskData", "resolve_tasks", "task_from_data"]
@@ -140,7 +141,8 @@ class Task:
         if self.mteb.data_loaded:
             return
         try:
-            self.mteb.load_data()
+            with cached_if_unreachable(self.identity):
+                self.mteb.load_data()
         except Exception as error:  # whatever a hub client, a parser or a transform may raise
             raise TaskError(
                 f"task {self.name!r}: its data ({self.identity}) cannot be loaded: {type(error).__name__}: {error}. "

@@ -172,15 +172,21 @@ class _Watch(TrainerCallback):
             )
         self.losses[state.global_step] = loss
         self.recent.append(loss)
-        mean = sum(self.recent) / len(self.recent)
-        at_chance = abs(mean - self.chance) < CHANCE_SHARE * self.chance
-        if self.stop_at_chance and len(self.recent) == CHANCE_WINDOW and at_chance:
+        if self.stop_at_chance and self._stays_at_chance():
+            mean = sum(self.recent) / len(self.recent)
             raise TrainingError(
                 f"the mean loss of the last {CHANCE_WINDOW} steps is {mean:.3f}, that of guessing ({self.chance:.3f}) "
                 f"at step {state.global_step}: nothing is learned; raise the learning rates or check the data"
             )
         if self.progress:
             self.progress(state.global_step, loss)
+
+    def _stays_at_chance(self) -> bool:
+        """Whether both halves of the window are at chance; a loss that falls through that level is in one at most."""
+        losses, half = list(self.recent), CHANCE_WINDOW // 2
+        means = [sum(part) / half for part in (losses[:half], losses[half:])]
+        near = all(abs(mean - self.chance) < CHANCE_SHARE * self.chance for mean in means)
+        return near and len(losses) == CHANCE_WINDOW
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the encoder at the milestones."""

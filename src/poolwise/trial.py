@@ -32,6 +32,7 @@ from poolwise.encoder import build
 from poolwise.errors import PoolwiseError, TrainingError
 from poolwise.evaluation import evaluate
 from poolwise.pooling import resolve_args
+from poolwise.preflight import check_base, data_notes
 from poolwise.references import reference
 from poolwise.study import Design, Recipe, Study, content_hash
 from poolwise.tasks import Task, resolve_tasks
@@ -95,13 +96,13 @@ def milestones(study: Study) -> tuple[int, ...]:
 def prepare(study: Study) -> Prepared:
     """Everything that is shared by the trials of a study, and the list of trials."""
     path, config = base_config(study)
+    notes = check_base(study, path, config)
     base = {"name": study.recipe.base_model, "identity": base_identity(path, getattr(config, "_commit_hash", None))}
     tasks = resolve_tasks(study.tasks, study.base_dir)
     pairs = load_pairs(study.recipe, study.base_dir)
     pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
     trials = _trials(study, config, base, pairs)
-    notes = [f"{key.replace('_', ' ')}: {value}" for key, value in pairs.report.items()]
-    return Prepared(study, trials, tasks, pairs, base, notes)
+    return Prepared(study, trials, tasks, pairs, base, notes + data_notes(pairs, study.recipe, path))
 
 
 def _trials(study: Study, config: Any, base: dict[str, Any], pairs: Pairs) -> list[Trial]:
@@ -231,7 +232,7 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         seed=trial.seed,
         milestones=trial.steps,
         progress=lambda step, loss: report("train", step / recipe.steps),
-        stop_at_chance=trial.role != "broken",
+        stop_at_chance=trial.role == "design",
     )
     checkpoint.write_json(folder / "train.json", {**result, "order": order.fingerprint})
 
