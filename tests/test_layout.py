@@ -12,9 +12,10 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "poolwise"
 FLOORS = [
-    "errors designs mistakes study results score_files rows long_table arms comparison stats",
+    "errors designs mistakes study results score_files rows long_table arms factor_levels factorial "
+    "recommendation comparison item_sets paired stats",
     "hub terminal attention layers heads pooling cost sources data batches folders in_memory tasks references "
-    "tables wording plots reports",
+    "tables wording plots pareto factors_report reports",
     "base encoder adapters",
     "checkpoint",
     "train evaluation items exporting",

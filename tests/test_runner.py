@@ -199,7 +199,7 @@ STAGES = {
     "step": r"spec\.json$",
     "evaluate": r"train\.json$|/scores/",
 }
-PAUSE = {"save": 0.02, "step": 1.0, "evaluate": 0.5, "load": 10.0}
+PAUSE = {"save": 0.005, "step": 1.0, "evaluate": 0.5, "load": 10.0}
 """Seconds: the kill comes at a random moment of this span after the stage has begun."""
 
 

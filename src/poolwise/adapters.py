@@ -17,6 +17,10 @@ from poolwise.tasks import Task, document_text
 SEARCH_TYPES = ("Retrieval", "Reranking")
 SPARSE_TYPES = ("STS", "Classification", "Clustering")
 """Task types whose mteb evaluators take scipy's sparse rows as they are."""
+REPEATED_TYPES = ("Classification", "Clustering")
+"""Task types whose mteb evaluators ask for the same texts again and again: ten experiments, repeated sets."""
+KEPT_BYTES = 1 << 30
+"""Embeddings of one task kept for such repetitions, at most."""
 CONSTANT_TOLERANCE = 1e-5
 """Vectors are equal if no number differs by more than this share of the largest one."""
 
@@ -69,7 +73,11 @@ class Ranker(Adapter):
 
 
 class Encoder(Adapter):
-    """mteb's encoder protocol around `encode(texts)`."""
+    """mteb's encoder protocol around `encode(texts)`; where texts repeat within a task each is encoded once."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept: dict[tuple[str, str], np.ndarray] = {}
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
         """(N, D) fp32 vectors of the texts; sparse rows of a lexical reference where mteb's evaluator takes them.
@@ -81,7 +89,10 @@ class Encoder(Adapter):
         prompt = self._prompt(side)
         if prompt:
             self.used_prompts[side or "text"] = prompt
-        vectors = self._vectors(texts, side, prompt)
+        if self.task.task_type in REPEATED_TYPES and isinstance(self.model, SentenceTransformer):
+            vectors = self._each_once(texts, side, prompt)
+        else:
+            vectors = self._vectors(texts, side, prompt)
         self._check(texts, vectors)
         return vectors
 
@@ -110,6 +121,15 @@ class Encoder(Adapter):
             default = None if side else getattr(self.model, "default_prompt_name", None)
             names += [default] if default else []
         return next((prompts[name] for name in names if prompts.get(name) is not None), "")
+
+    def _each_once(self, texts: Sequence[str], side: str | None, prompt: str) -> np.ndarray:
+        """(N, D) as `_vectors` gives them, encoding only what this task has not asked for yet."""
+        new = [text for text in dict.fromkeys(texts) if (prompt, text) not in self.kept]
+        fresh = dict(zip(new, self._vectors(new, side, prompt), strict=True)) if new else {}
+        vectors = np.stack([fresh[text] if text in fresh else self.kept[prompt, text] for text in texts])
+        if (len(self.kept) + len(new)) * vectors[0].nbytes <= KEPT_BYTES:
+            self.kept.update({(prompt, text): vector for text, vector in fresh.items()})
+        return vectors
 
     def _vectors(self, texts: Sequence[str], side: str | None, prompt: str) -> Any:
         if isinstance(self.model, SentenceTransformer):

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 from poolwise import results
 from poolwise.comparison import Comparison
 from poolwise.comparison import compare as compare_scores
-from poolwise.errors import CheckpointError
+from poolwise.errors import CheckpointError, PoolwiseError
+from poolwise.paired import Paired
+from poolwise.paired import compare_items as compare_on_items
 from poolwise.runner import results as study_results
 from poolwise.runner import run
 from poolwise.study import Study
+from poolwise.tables import priced
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["compare", "evaluate", "report", "run"]
+__all__ = ["compare", "compare_items", "compare_runs", "evaluate", "report", "run"]
 
 
 def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
@@ -57,7 +60,59 @@ def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by:
         margin=study.margin,
         missing="drop" if dropped else missing,
         order=[design.name for design in study.designs],
+        costs=_encode_flops(study),
+        treatments=study.designs,
     )
+
+
+def compare_items(
+    source: Study | str | Path,
+    task: str,
+    *,
+    design: str | None = None,
+    baseline: str | None = None,
+    metric: str | None = None,
+    missing: str = "error",
+    test: str | None = None,
+    seed: int = 0,
+) -> tuple[Paired, ...]:
+    """Compare designs on the queries, examples, sets or pairs of one task; arguments as in `paired.compare_items`.
+
+    Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
+    """
+    study, frame = scores(source)
+    controls: list[str] = []
+    if study is not None:
+        frame, _ = last_step(study, frame)
+        controls = frame.filter(frame["role"] != "design")["design"].unique().to_list()
+        baseline = baseline or study.baseline
+    return compare_on_items(
+        frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls,
+        test=test, seed=seed,
+    )  # fmt: skip
+
+
+def compare_runs(
+    runs: Sequence[str | Path],
+    qrels: str | Path,
+    *,
+    metric: str = "ndcg_at_10",
+    task: str | None = None,
+    design: str | None = None,
+    baseline: str | None = None,
+    test: str | None = None,
+    seed: int = 0,
+) -> tuple[Paired, ...]:
+    """Compare TREC runs query by query, the first one being the baseline; files are read as in `results.read_trec`.
+
+    As pytrec_eval does, only queries that a run holds are evaluated: a judged query that one of them lacks is left out
+    of all. The note lists such queries and says what a 0 for them (trec_eval's `-c`) would make of the difference.
+    """
+    name = task or Path(qrels).stem
+    frame = results.read_trec(runs, qrels, metric, name)
+    return compare_on_items(
+        frame, name, design=design, baseline=baseline, missing="drop", test=test, seed=seed
+    )  # fmt: skip
 
 
 def last_step(study: Study, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -99,6 +154,14 @@ def study_info(study: Study) -> dict[str, Any]:
         "versions": {name: version(name) for name in packages},
         "command": f"poolwise run {study.name}.toml",
     }
+
+
+def _encode_flops(study: Study) -> dict[str, float]:
+    """What each design takes to encode a text of 128 tokens; empty where the base model cannot be reached any more."""
+    try:
+        return {row["design"]: row["encode_flops"] for row in priced(_costs(study), study.baseline)}
+    except (PoolwiseError, OSError):
+        return {}
 
 
 def _costs(study: Study) -> list[dict[str, Any]]:

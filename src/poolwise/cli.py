@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,10 @@ StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study
 Source = Annotated[
     str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")
 ]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 
 
@@ -33,7 +37,7 @@ def main() -> None:
     """Entry point: runs the app and turns a `PoolwiseError` into one clear message."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="poolwise")
     except PoolwiseError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -94,7 +98,7 @@ def run(
     failed = run_with_grid(loaded, workers, _shard(shard))
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
-            compare(str(study))
+            compare([str(study)])
             report(str(study))
         else:
             print(f"done; nothing to compare: {'one design' if loaded.tasks else 'no tasks'}", file=sys.stderr)
@@ -116,17 +120,27 @@ def status(study: StudyFile, as_json: Json = False) -> None:
 
 @app.command()
 def compare(
-    source: Source,
-    baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
+    sources: Sources,
+    baseline: Annotated[str | None, typer.Option(help="Design to compare with; of runs, the first.")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
-    missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
+    missing: Annotated[str, typer.Option(help="error, or drop: leave out what a design lacks.")] = "error",
+    task: Annotated[str | None, typer.Option(help="Compare on the items of this task.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them by query.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of the items; of runs, ndcg_at_10.")] = None,
+    design: Annotated[str | None, typer.Option(help="The only design to compare, on items.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rank tests over items are refused, with the reason.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Test the differences between designs, by task type."""
+    """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
+    if task or qrels:
+        _compare_items(sources, as_json, missing, qrels, metric, task=task, design=design, baseline=baseline, test=test)
+        return
+    if metric or design or test:
+        raise PoolwiseError("--metric, --design and --test compare items: name their task with --task")
     from poolwise.api import compare as run_comparison
     from poolwise.reports import show
 
-    found = run_comparison(source, baseline=baseline, by=by, missing=missing)
+    found = run_comparison(_only(sources), baseline=baseline, by=by, missing=missing)
     print(json.dumps(found.to_json(), indent=1)) if as_json else show(found)
 
 
@@ -147,7 +161,7 @@ def report(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A sentence-transformers model, by name or folder, or a run folder.")],
     tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 32,
     as_json: Json = False,
 ) -> None:
     """Score a model on mteb tasks or your own data."""
@@ -210,6 +224,26 @@ def demo(
     show(run_comparison(loaded))
     for path in write_report(loaded, out=to):
         print(path)
+
+
+def _compare_items(
+    sources: list[str], as_json: bool, missing: str, qrels: Path | None, metric: str | None, **names: Any
+) -> None:
+    from poolwise.api import compare_items, compare_runs
+    from poolwise.paired import to_json
+    from poolwise.screen import show_paired
+
+    if qrels:
+        lines = compare_runs(sources, qrels, metric=metric or "ndcg_at_10", **names)
+    else:
+        lines = compare_items(_only(sources), metric=metric, missing=missing, **names)
+    print(json.dumps(to_json(lines), indent=1)) if as_json else show_paired(lines)
+
+
+def _only(sources: list[str]) -> str:
+    if len(sources) > 1:
+        raise PoolwiseError(f"{len(sources)} sources: give one, or TREC runs with their judgements (--qrels FILE)")
+    return sources[0]
 
 
 def _shard(text: str) -> tuple[int, int]:

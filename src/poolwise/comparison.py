@@ -12,18 +12,22 @@ broken arm, dilution ladder, references) stand outside the family and never lend
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from poolwise import stats
-from poolwise.arms import Arm, arms, natural
+from poolwise.arms import FEW_SOURCES, Arm, arms, natural
 from poolwise.errors import StatisticsError, suggest
+from poolwise.factorial import Factorial, factorial
+from poolwise.recommendation import Recommendation, recommend
 
 if TYPE_CHECKING:
     import polars as pl
 
-FEW_SOURCES = 5  # simulated: at 3 sources a nominal .0005 is reached in up to 1 % of equal designs, at 5 in .08 %
+    from poolwise.study import Design
+
 JSON_FIELDS = (
     "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
     "wins", "ties", "losses", "min_reachable_p",
@@ -95,7 +99,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All contrasts of a set of scores against its baseline; `rows` is the family, `controls` stands outside it."""
+    """All contrasts of a set of scores against its baseline; `rows` is the family, `controls` stands outside it.
+
+    `lenders` are the designs whose runs estimate the run effect together, `costs` the encode cost of each design where
+    it is known, `treatments` the designs as the study declares them, where there is a study.
+    """
 
     baseline: str
     by: str
@@ -109,6 +117,19 @@ class Comparison:
     margin: float
     notes: tuple[str, ...]
     excluded: tuple[str, ...]
+    lenders: tuple[str, ...] = ()
+    costs: tuple[tuple[str, float], ...] = ()
+    treatments: tuple[Design, ...] = ()
+
+    @cached_property
+    def recommendations(self) -> tuple[Recommendation, ...]:
+        """The design to use for each group."""
+        return recommend(self)
+
+    @cached_property
+    def factorial(self) -> Factorial | None:
+        """What each factor of the designs does; None without a study of two factors or capacity controls."""
+        return factorial(self)
 
     @property
     def scope(self) -> str:
@@ -158,6 +179,8 @@ class Comparison:
                 {"group": row.group, "design": row.design, "baseline": row.baseline, **asdict(verdict)}
                 for row, verdict in verdicts
             ],
+            "recommendations": [asdict(found) for found in self.recommendations],
+            "factors": asdict(self.factorial) if self.factorial else None,
             "notes": [*([self.banner] if self.banner else []), *self.notes, *self.excluded],
         }
 
@@ -172,6 +195,8 @@ def compare(
     alpha: float = 0.05,
     missing: str = "error",
     order: Sequence[str] = (),
+    costs: Mapping[str, float] | None = None,
+    treatments: Sequence[Design] = (),
 ) -> Comparison:
     """Compare every design of a long table with the baseline, group by group.
 
@@ -184,6 +209,8 @@ def compare(
         margin: half-width of the equivalence region (0–1), fixed before the runs.
         missing: `error` refuses a table with gaps; `drop` leaves out, and lists, each task that a design lacks.
         order: designs in the order in which to list them; the rest follow by name.
+        costs: what each design costs to encode, in one unit; where nothing is better, the cheapest is recommended.
+        treatments: the designs as a study declares them, for the analysis of factors.
 
     Raises:
         StatisticsError: unknown baseline or column, fewer than two designs, a task with two metrics, gaps, runs that
@@ -208,13 +235,14 @@ def compare(
         raise StatisticsError(f"baseline {baseline!r} {why}; the designs are {', '.join(family)}{hint}")
     designs = [baseline, *(name for name in listed if name in family and name != baseline)]
     groups, excluded = arms(frame, designs, outside, by, missing)
-    lenders = set(designs if pool is None else pool)
+    lent_by = set(designs if pool is None else pool)
+    lenders = [name for name in designs if name in lent_by]
     strictest = alpha / (len(groups) * (len(designs) - 1))
     rows, control_rows = [], []
     for group, group_arms in groups.items():
         base = group_arms[baseline]
         for design in designs[1:]:
-            lent = [group_arms[name] for name in designs if name in lenders - {baseline, design}]
+            lent = [group_arms[name] for name in lenders if name not in (baseline, design)]
             rows.append(_contrast(base, group_arms[design], lent, margin, alpha, strictest))
         for arm in (group_arms[name] for name in outside if name in group_arms):
             shared = [task for task in base.tasks if task in arm.tasks]
@@ -233,6 +261,7 @@ def compare(
         baseline, by, tuple(designs), tuple(outside), tuple(groups), _holm(rows, alpha), tuple(control_rows),
         tuple(arm for group_arms in groups.values() for arm in group_arms.values()),
         alpha, margin, tuple(notes), tuple(excluded),
+        tuple(lenders), tuple((costs or {}).items()), tuple(treatments),
     )  # fmt: skip
 
 
@@ -260,10 +289,9 @@ def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], margin: float, alpha: flo
     """The design-level contrast; None with one run a side, or with tasks from one source."""
     if min(len(base.seeds), len(arm.seeds)) < 2 or len(set(base.sources)) < 2:
         return None
-    a, b = (stats.average_sources(x.array, x.sources)[0] for x in (base, arm))
     shared = base.seeds == arm.seeds
-    pool = [stats.average_sources(x.array, x.sources)[0] for x in lent if shared and x.seeds == base.seeds]
-    result = stats.crossed(a, b, pool=pool)
+    pool = [x.by_source for x in lent if shared and x.seeds == base.seeds]
+    result = stats.crossed(base.by_source, arm.by_source, pool=pool)
     corrected = result
     if result.null:
         corrected = replace(result, level=1 - strictest, critical=result.null.critical(1 - strictest))
@@ -271,7 +299,7 @@ def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], margin: float, alpha: flo
     settled = result.p_value <= strictest or same.equivalent
     fewest, most = (None, None) if settled else stats.seeds_to_settle(corrected, margin)
     return Verdict(
-        seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=len(arm.tasks), sources=a.shape[1],
+        seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=len(arm.tasks), sources=base.by_source.shape[1],
         difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
         run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
         scope=result.scope, note=result.note,

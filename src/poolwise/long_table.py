@@ -26,6 +26,7 @@ REQUIRED = ("design", "seed", "task", "task_type", "metric", "score")
 OPTIONAL = ("step", "source", "split", "subset", "item_id")
 KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
 SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
+NOT_IN_RUN = "query not in the run"  # `note` of an item whose score of 0 means that nothing was ranked for it
 EXAMPLES = 5  # mistakes of one kind that are spelt out
 
 

@@ -51,7 +51,7 @@ def forest(comparison: Comparison) -> list[Panel]:
     The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
     """
     ends = [100 * value for row in comparison.rows for value in _span(row) if value is not None]
-    limits = _limits([0.0, *ends])
+    limits = padded([0.0, *ends])
     panels = []
     for group in comparison.groups:
         rows = [row for row in comparison.rows if row.group == group]
@@ -71,6 +71,24 @@ def forest(comparison: Comparison) -> list[Panel]:
     return panels
 
 
+def intervals(groups: Sequence[tuple[str, Sequence[tuple[str, float, float, float, str]]]], axis: str) -> list[Panel]:
+    """Rows of (label, low, estimate, high, word of `MARKS`), values 0–1: a panel for each group, one scale."""
+    limits = padded([0.0, *(100 * value for _, rows in groups for row in rows for value in row[1:4])])
+    panels = []
+    for group, rows in groups:
+
+        def draw(axes: Axes, rows: Sequence[tuple[str, float, float, float, str]] = rows) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, (_, low, middle, high, word) in enumerate(rows):
+                _bar(axes, place, 100 * low, 100 * high, MARKS[word][2])
+                _mark(axes, place, 100 * middle, word)
+
+        parts = [f"{name} {points(middle, 2, True)} ({interval(low, high)})" for name, low, middle, high, _ in rows]
+        alt = f"Effects with 95 % interval, {group}, {axis}: {'; '.join(parts)}."
+        panels.append(_panel(group, alt, [row[0] for row in rows], limits, draw, axis, True, above=True))
+    return panels
+
+
 def task_dots(comparison: Comparison) -> list[Panel]:
     """Difference to the baseline on each task (seeds averaged), a dot for each task, a bar at the mean."""
     differences = {
@@ -78,7 +96,7 @@ def task_dots(comparison: Comparison) -> list[Panel]:
         * (comparison.arm(row.group, row.design).task_means - comparison.arm(row.group, row.baseline).task_means)
         for row in comparison.rows
     }
-    limits = _limits([0.0, *(float(value) for values in differences.values() for value in values)])
+    limits = padded([0.0, *(float(value) for values in differences.values() for value in values)])
     panels = []
     for group in comparison.groups:
         names = list(comparison.designs[1:])
@@ -102,7 +120,7 @@ def run_strip(comparison: Comparison) -> list[Panel]:
     panels = []
     for group in comparison.groups:
         means = {name: 100 * comparison.arm(group, name).run_means for name in comparison.designs}
-        limits = _limits([float(value) for values in means.values() for value in values])
+        limits = padded([float(value) for values in means.values() for value in values])
 
         def draw(axes: Axes, means: dict[str, Any] = means) -> None:
             for place, values in enumerate(means.values()):
@@ -120,7 +138,7 @@ def _span(row: Row) -> tuple[float | None, float, float | None]:
     return source.ci_low, source.difference, source.ci_high
 
 
-def _limits(values: Sequence[float]) -> tuple[float, float]:
+def padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 0.5
     return low - pad, high + pad
@@ -128,23 +146,25 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 
 def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, float]) -> None:
     low, middle, high = _span(row)
-    marker, size, edge, face = MARKS[word]
+    edge = MARKS[word][2]
     if row.verdict:
         reach = 100 * row.verdict.detectable
         axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
     if low is not None and high is not None:
-        axes.plot((100 * low, 100 * high), (place, place), color=edge, linewidth=1.6, solid_capstyle="butt", zorder=2)
+        _bar(axes, place, 100 * low, 100 * high, edge)
     elif row.p_value is not None:  # too few tasks to bound the difference
         axes.plot(limits, (place, place), color=edge, linewidth=1.4, linestyle=(0, (1, 2.2)), zorder=2)
+    _mark(axes, place, 100 * middle, word)
+
+
+def _bar(axes: Axes, place: int, low: float, high: float, colour: str) -> None:
+    axes.plot((low, high), (place, place), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+
+
+def _mark(axes: Axes, place: int, value: float, word: str) -> None:
+    marker, size, edge, face = MARKS[word]
     axes.plot(
-        [100 * middle],
-        [place],
-        marker,
-        color=edge,
-        markerfacecolor=face,
-        markersize=size,
-        markeredgewidth=1.4,
-        zorder=3,
+        [value], [place], marker, color=edge, markerfacecolor=face, markersize=size, markeredgewidth=1.4, zorder=3
     )
 
 
@@ -166,37 +186,52 @@ def _panel(
     draw: Callable[..., None],
     axis: str,
     sign: bool,
+    above: bool = False,
 ) -> Panel:
+    """Rows under each other, named at the left or, where names are long, `above` their row; a scale below."""
+    letters = 3 * LABEL_LETTERS if above else LABEL_LETTERS
+    labels = [name if len(name) <= letters else name[: letters - 1] + "…" for name in names]
+    labels = [label.replace("$", r"\$") for label in labels]
+    left = 16.0 if above else min(LETTER * max(map(len, labels)) + 16, 0.46 * WIDTH)
+
+    def rows(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        axes.set_xlim(*limits)
+        axes.set_ylim(len(names) - 0.5, -0.9 if above else -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, axes.get_xticks(), sign)))
+        axes.grid(axis="x", color=RULE, linewidth=0.7)
+        axes.set_yticks([] if above else range(len(names)), [] if above else labels)
+        for place, label in enumerate(labels if above else []):
+            axes.text(limits[0], place - 0.34, label, color=INK, fontsize=11, va="center")
+        axes.set_xlabel(axis.replace("$", r"\$"), color=MUTED, fontsize=11, labelpad=4)
+        draw(axes)
+
+    return sketch(group, alt, (1.6 if above else 1) * ROW * len(names) + TOP + AXIS, left, RIGHT, rows)
+
+
+def sketch(group: str, alt: str, height: float, left: float, right: float, draw: Callable[[Axes], None]) -> Panel:
+    """A panel of `height` px with margins of `left` and `right` px, drawn into bare axes by `draw`."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    labels = [name if len(name) <= LABEL_LETTERS else name[: LABEL_LETTERS - 1] + "…" for name in names]
-    left = min(LETTER * max(map(len, labels)) + 16, 0.46 * WIDTH)
-    height = ROW * len(names) + TOP + AXIS
     salt = re.sub(r"\W+", "-", f"{group} {alt}")
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}):
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
         axes = figure.add_axes(
-            (left / WIDTH, AXIS / height, (WIDTH - left - RIGHT) / WIDTH, (height - TOP - AXIS) / height), frameon=False
+            (left / WIDTH, AXIS / height, (WIDTH - left - right) / WIDTH, (height - TOP - AXIS) / height), frameon=False
         )
-        axes.set_xlim(*limits)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, axes.get_xticks(), sign)))
         axes.tick_params(axis="x", length=0, pad=5, labelcolor=MUTED, labelsize=11)
         axes.tick_params(axis="y", length=0, pad=7, labelcolor=INK, labelsize=12)
-        axes.grid(axis="x", color=RULE, linewidth=0.7)
         axes.set_axisbelow(True)
-        axes.set_yticks(range(len(names)), [label.replace("$", r"\$") for label in labels])
-        axes.set_xlabel(axis.replace("$", r"\$"), color=MUTED, fontsize=11, labelpad=4)
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return Panel(group, _inline(buffer.getvalue(), alt), alt)
 
 
-def _tick(value: float, ticks: Any, sign: bool) -> str:
+def tick(value: float, ticks: Any, sign: bool) -> str:
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
     digits = next((d for d in range(4) if abs(round(step, d) - step) < 1e-9), 3)
     return "0" if abs(value) < 1e-9 else number(value, digits, sign)

@@ -131,6 +131,6 @@ def reference(name: str) -> Any:
     except Exception as error:  # whatever a hub client, a config or a weight file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"reference {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
+            f"model {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
             f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
         ) from error

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise import tables
+from poolwise import factors_report, pareto, tables
 from poolwise.comparison import Comparison
 from poolwise.results import write_atomic
 from poolwise.terminal import terminal
-from poolwise.wording import alarms, count, group_words, headline, listing, outcome, points, sentences
+from poolwise.wording import advice, alarms, count, group_words, headline, listing, outcome, points, sentences
 
 if TYPE_CHECKING:
     import polars as pl
@@ -64,6 +65,8 @@ def show(
         console.print(Text(comparison.banner, style="bold yellow"))
     for group in comparison.groups:
         console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
+    for found in comparison.recommendations:
+        console.print(Text.assemble((f"{found.group}: ", "bold"), advice(comparison, found)))
     for table in _tables(comparison, tables.priced(costs or [], comparison.baseline)):
         widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
         words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
@@ -87,9 +90,11 @@ def show(
 
 
 def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
-    found = [tables.means(comparison), tables.verdicts(comparison), tables.checkpoints(comparison)]
+    found: list[tables.Table | None] = [tables.means(comparison), tables.verdicts(comparison), tables.checkpoints(comparison)]
     if costs:
         found.append(tables.costs(costs))
+    if comparison.factorial:
+        found.append(factors_report.table(comparison.factorial, comparison.alpha))
     return [table for table in found if table]
 
 
@@ -147,9 +152,13 @@ def _facts(
     priced = tables.priced(costs or [], comparison.baseline)
     if "base_parameters" not in info and priced:
         info["base_parameters"] = priced[0].get("base_parameters")
+    if not comparison.costs and priced:
+        known = ((row["design"], float(row["encode_flops"])) for row in priced if row.get("encode_flops"))
+        comparison = replace(comparison, costs=tuple(known))
+    fronts, factors = pareto.fronts(comparison, priced), comparison.factorial
     said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
     answers = []
-    for group in comparison.groups:
+    for group, choice in zip(comparison.groups, comparison.recommendations, strict=True):
         members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
         found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
         best = max(found, key=lambda pair: (pair[0].verdict or pair[0]).difference, default=None)
@@ -157,6 +166,7 @@ def _facts(
             {
                 "group": group,
                 "headline": headline(comparison, group),
+                "advice": advice(comparison, choice),
                 "best": best[1] if best else None,
                 "sentences": [text for _, text in members],
             }
@@ -189,6 +199,11 @@ def _facts(
         "forest": plots.forest(comparison),
         "dots": plots.task_dots(comparison),
         "strip": plots.run_strip(comparison),
+        "pareto": pareto.panels(fronts),
+        "pareto_table": pareto.table(fronts, comparison.baseline),
+        "factors": factors_report.sentences(factors) if factors else [],
+        "factor_table": factors_report.table(factors, comparison.alpha) if factors else None,
+        "factor_forest": factors_report.forest(comparison, factors) if factors else [],
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import DataError, suggest
-from poolwise.long_table import REQUIRED, main_scores, table, validate
+from poolwise.long_table import NOT_IN_RUN, REQUIRED, main_scores, table, validate
 
 if TYPE_CHECKING:
     import polars as pl
@@ -141,8 +141,8 @@ def read_trec(
 
     A run's file name without its suffix is its design; a trailing `.seed1`, `-seed1` or `_seed1` is its seed, else 0.
     `qrels` is TREC's (`query 0 document grade`) or BEIR's table (`query-id corpus-id score`). Queries without a
-    relevant document are left out; a judged query that a run leaves out scores 0. `metric` is mteb's name: `ndcg_at_k`,
-    `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
+    relevant document are left out; a judged query that a run leaves out scores 0 and its `note` says so. `metric` is
+    mteb's name: `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
 
     Raises:
         DataError: a malformed line (file, line), two files of one design and seed, no judged query, an unknown metric.
@@ -161,16 +161,25 @@ def read_trec(
     judged = {query: docs for query, docs in _judgements(Path(qrels)).items() if max(docs.values()) > 0}
     if not judged:
         raise DataError(f"{qrels}: no query with a relevant document")
-    task, rows = task or Path(qrels).stem, []
+    task, rows, paths = task or Path(qrels).stem, list[dict[str, Any]](), dict[tuple[str, int], Path]()
     for path in map(Path, runs):
         seeded = re.fullmatch(r"(.+?)[._-]seed(\d+)", path.stem)
         design, seed = (seeded[1], int(seeded[2])) if seeded else (path.stem, 0)
+        if first := paths.get((design, seed)):
+            raise DataError(
+                f"{path}: run {seed} of {design!r} is there more than once (also {first}), by the names of the files; "
+                "name them after their systems, with .seed0, .seed1 … for several runs of one"
+            )
+        paths[design, seed] = path
         found = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(_ranking(path))
         field = measure.replace(".", "_")
-        scores = {query: found.get(query, {}).get(field, 0.0) for query in judged}
+        scores = {query: found[query][field] if query in found else 0.0 for query in judged}
         common = {"design": design, "seed": seed, "task": task, "task_type": "Retrieval", "metric": metric}
         rows.append({**common, "score": sum(scores.values()) / len(scores), "item_id": None})
-        rows += [{**common, "score": score, "item_id": query} for query, score in scores.items()]
+        rows += [
+            {**common, "score": score, "item_id": query, "note": None if query in found else NOT_IN_RUN}
+            for query, score in scores.items()
+        ]
     return table(rows, "the runs")
 
 

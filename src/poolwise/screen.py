@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from poolwise.engines import Event
+from poolwise.paired import Paired
 from poolwise.runner import run
 from poolwise.study import Study
 from poolwise.terminal import terminal
+from poolwise.wording import interval, points, probability
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -207,6 +209,25 @@ def show_scores(rows: Sequence[dict[str, Any]]) -> None:
         words = [Text(str(row[name])) for name in ("task", "task_type", "split", "subset", "metric")]
         table.add_row(*words, f"{100 * row['score']:.2f}")
     terminal().print(table)
+
+
+def show_paired(lines: Sequence[Paired]) -> None:
+    """What `poolwise compare --task` and `--qrels` print: differences in points, each with its scope and its note."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("task", "metric", "design", "baseline"):
+        table.add_column(name, overflow="fold")
+    for name in ("difference", "95 % interval", "n", "p", "Holm p"):
+        table.add_column(name, justify="right")
+    table.add_column("test", overflow="fold")
+    for line in lines:
+        names = [Text(name) for name in (line.task, line.metric, line.design, line.baseline)]
+        numbers = [points(line.difference, sign=True), interval(line.ci_low, line.ci_high), f"{line.n:,}"]
+        table.add_row(*names, *numbers, probability(line.p_value), probability(line.p_holm), line.test)
+    console = terminal()
+    console.print(table)
+    for line in lines:
+        said = f"{line.design}, {line.test}: {line.scope}."
+        console.print(Text(f"{said} {line.note}." if line.note else said, style="dim"))
 
 
 def show_verdict(name: str, found: dict[str, Any]) -> None:

@@ -26,11 +26,11 @@ DEMO_RECIPE = """\
 [recipe]
 base_model = "nano"
 dataset = "demo"
-steps = 60
-learning_rate = 2e-3
-head_learning_rate = 2e-3
-warmup_steps = 6
-batch_size = 32
+steps = 24
+learning_rate = 5e-3
+head_learning_rate = 5e-3
+warmup_steps = 2
+batch_size = 24
 negatives = 1
 max_length = 128
 save_steps = 1000

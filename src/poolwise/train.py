@@ -91,7 +91,10 @@ def train(
         run_name=folder.parent.name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=encoder.device.type == "cpu",  # without it, two processes on CPUs would train side by side, unaware
     )
+    if arguments.world_size != world:
+        raise TrainingError(f"WORLD_SIZE is {world}, but the trainer found {arguments.world_size}; start with torchrun")
     trainer = _Trainer(
         model=encoder,
         args=arguments,

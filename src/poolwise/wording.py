@@ -12,6 +12,7 @@ from typing import Any
 
 from poolwise import stats
 from poolwise.comparison import Comparison, Row, Verdict
+from poolwise.recommendation import BASELINE, BETTER, Recommendation
 
 MTEB_TYPES = (
     "Classification", "Clustering", "InstructionRetrieval", "MultilabelClassification", "PairClassification",
@@ -98,6 +99,33 @@ def headline(comparison: Comparison, group: str) -> str:
     return f"{scope}{'; '.join(parts)}."
 
 
+def advice(comparison: Comparison, found: Recommendation) -> str:
+    """Which design to use for a group, why, and how far to trust it."""
+    base = comparison.baseline
+    if found.design is None:
+        return (
+            f"No recommendation: every design stays below {found.reference} ({points(found.reference_score, 1)} "
+            f"against {points(found.best_score, 1)} for the best of them)."
+        )
+    why = "no design is shown to score above it, and costs are not known"
+    if found.basis == BETTER:
+        why = f"the best of what scores above {base} after Holm"
+    elif found.basis != BASELINE:
+        above = "it" if found.design == base else base
+        why = f"no design is shown to score above {above}, and it is the cheapest to encode not shown worse"
+    if not found.judged:
+        why = f"nothing here can show a design better: {why}"
+    said = f"Recommended: {found.design}; {why}."
+    if found.basis == BETTER and found.relative_cost:
+        said += f" It encodes at {number(found.relative_cost)} × the cost of {base}."
+    if found.stays is not None:
+        said += (
+            f" Leaving out one source at a time keeps it in {round(found.stays * found.folds)} of {found.folds} folds; "
+            f"expected regret {points(found.expected_regret)} points."
+        )
+    return said
+
+
 def sentences(
     comparison: Comparison,
     base: str | None = None,
@@ -170,7 +198,7 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
     if verdict.seeds != verdict.baseline_seeds:
         seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
     context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
-    digits = _digits(verdict.difference, verdict.ci_low, verdict.ci_high)
+    digits = decimals(verdict.difference, verdict.ci_low, verdict.ci_high)
     span = interval(verdict.ci_low, verdict.ci_high, digits)
     if verdict.verdict in ("better", "worse"):
         return (
@@ -179,7 +207,7 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
     if verdict.verdict == "equivalent":
         low, high = verdict.equivalence_low, verdict.equivalence_high
         ends = (low, high, comparison.margin - max(-low, high))  # an end inside the margin must not read as on it
-        inner = interval(low, high, _digits(*ends))
+        inner = interval(low, high, decimals(*ends))
         margin = points(comparison.margin, 1)
         pair = f"{row.design} and {row.baseline}"
         return f"{pair} are equivalent within ±{margin} points (90 % interval {inner}; {context})."
@@ -205,7 +233,7 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     runs = [comparison.seeds[name] for name in (row.design, row.baseline)]
     seeds = count(runs[0], "seed") if runs[0] == runs[1] else f"{runs[0]} and {runs[1]} seeds"
-    digits = _digits(row.difference, row.ci_low, row.ci_high)
+    digits = decimals(row.difference, row.ci_low, row.ci_high)
     span = interval(row.ci_low, row.ci_high, digits)
     context = (
         f"{count(row.n, 'task')}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
@@ -238,7 +266,7 @@ def _by(difference: float, digits: int) -> str:
     return f"{size} points {'above' if difference > 0 else 'below'}"
 
 
-def _digits(*values: float | None) -> int:
+def decimals(*values: float | None) -> int:
     """One decimal of a point, more where a number that is not zero would read as zero."""
     known = [abs(100 * value) for value in values if value]
     return next((digits for digits in (1, 2) if all(round(value, digits) > 0 for value in known)), 3)

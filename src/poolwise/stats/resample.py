@@ -45,11 +45,15 @@ class Permutation:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A difference with its percentile bootstrap interval at `level`."""
+    """A difference with its percentile bootstrap interval at `level`.
+
+    `p_value` inverts the interval: twice the smaller share of resamples on either side of 0, one added to both counts.
+    """
 
     difference: float
     ci_low: float
     ci_high: float
+    p_value: float
     level: float
     items: int
     resamples: int
@@ -115,17 +119,22 @@ def spearman_bootstrap(
     """Difference of two Spearman correlations with the gold scores of one STS set; pairs are resampled.
 
     Args:
-        a, b: (pairs,) similarities by two models.
+        a, b: (pairs,) similarities by two models; or (runs, pairs), whose correlations are averaged over runs.
         gold: (pairs,) human scores.
     """
-    arrays = _aligned({"a": a, "b": b, "gold": gold}, "spearman_bootstrap")
-    rank_a, rank_b, rank_gold = (midrank_function(x) for x in arrays)
+    runs_a, runs_b, truth = _by_run(a, b, "gold", gold, "spearman_bootstrap")
+    ranks_a, ranks_b = ([midrank_function(x) for x in runs] for runs in (runs_a, runs_b))
+    rank_gold = midrank_function(truth)
 
     def difference(counts: Array) -> Array:
-        truth = rank_gold(counts)
-        return correlation(rank_b(counts), truth, counts) - correlation(rank_a(counts), truth, counts)
+        gold_ranks = rank_gold(counts)
+        mean_a, mean_b = (
+            np.mean([correlation(ranks(counts), gold_ranks, counts) for ranks in runs], axis=0)
+            for runs in (ranks_a, ranks_b)
+        )
+        return np.asarray(mean_b - mean_a)
 
-    return _bootstrap(difference, [np.arange(len(arrays[0]))], rng, n, level, "spearman_bootstrap")
+    return _bootstrap(difference, [np.arange(len(truth))], rng, n, level, "spearman_bootstrap")
 
 
 def ap_bootstrap(
@@ -136,15 +145,20 @@ def ap_bootstrap(
     Positive and negative pairs are resampled apart: their shares were chosen by whoever made the set.
 
     Args:
-        a, b: (pairs,) similarities by two models, higher for "same".
+        a, b: (pairs,) similarities by two models, higher for "same"; or (runs, pairs), averaged like correlations.
         labels: (pairs,) 1 for a positive pair, 0 for a negative one; both must occur.
     """
-    x, y, truth = _aligned({"a": a, "b": b, "labels": labels}, "ap_bootstrap")
+    runs_a, runs_b, truth = _by_run(a, b, "labels", labels, "ap_bootstrap")
     if set(np.unique(truth)) != {0.0, 1.0}:
         raise StatisticsError(f"ap_bootstrap: labels {np.unique(truth)[:5].tolist()}; they are 0 and 1, and both occur")
-    ap_a, ap_b = average_precision_function(x, truth), average_precision_function(y, truth)
+    aps_a, aps_b = ([average_precision_function(x, truth) for x in runs] for runs in (runs_a, runs_b))
+
+    def difference(counts: Array) -> Array:
+        mean_a, mean_b = (np.mean([ap(counts) for ap in aps], axis=0) for aps in (aps_a, aps_b))
+        return np.asarray(mean_b - mean_a)
+
     by_label = [np.flatnonzero(truth == label) for label in (0, 1)]
-    return _bootstrap(lambda counts: ap_b(counts) - ap_a(counts), by_label, rng, n, level, "ap_bootstrap")
+    return _bootstrap(difference, by_label, rng, n, level, "ap_bootstrap")
 
 
 def zou_interval(r_a: float, r_b: float, r_ab: float, items: int, level: float = 0.95) -> CorrelationDifference:
@@ -253,8 +267,10 @@ def _bootstrap(
     check_level(level, who)
     items = sum(len(members) for members in groups)
     values = [statistic(draw_counts(groups, size, items, rng)) for size in _chunks(items, n)]
-    low, high = np.quantile(np.concatenate(values), [0.5 - level / 2, 0.5 + level / 2])
-    return Bootstrap(float(statistic(np.ones((1, items)))[0]), float(low), float(high), level, items, n)
+    drawn = np.concatenate(values)
+    low, high = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
+    p = min(1.0, 2 * (int(min((drawn <= 0).sum(), (drawn >= 0).sum())) + 1) / (n + 1))
+    return Bootstrap(float(statistic(np.ones((1, items)))[0]), float(low), float(high), p, level, items, n)
 
 
 def _chunks(items: int, n: int) -> Iterator[int]:
@@ -267,6 +283,21 @@ def _chunks(items: int, n: int) -> Iterator[int]:
 def _paired(a: ArrayLike, b: ArrayLike, who: str) -> Array:
     x, y = _aligned({"a": a, "b": b}, who)
     return y - x
+
+
+def _by_run(
+    a: ArrayLike, b: ArrayLike, name: str, truth: ArrayLike, who: str
+) -> tuple[list[Array], list[Array], Array]:
+    """The runs of both models and the truth that they share, checked."""
+    sides = {side: np.asarray(values, dtype=float) for side, values in (("a", a), ("b", b))}
+    rows = {
+        side if x.ndim < 2 else f"{side}[{i}]": run
+        for side, x in sides.items()
+        for i, run in enumerate(x[None] if x.ndim < 2 else x)
+    }
+    *runs, checked = _aligned({**rows, name: truth}, who)
+    count = 1 if sides["a"].ndim < 2 else len(sides["a"])
+    return runs[:count], runs[count:], checked
 
 
 def _aligned(arrays: Mapping[str, ArrayLike], who: str) -> list[Array]:

@@ -1,0 +1,225 @@
+"""The documents keep to the program: every command and option, every field and default, every study in them.
+
+`python tests/test_docs.py` writes `docs/cli.md` anew; with `run` it also runs its examples again (some CPU-minutes).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from poolwise.cli import app
+from poolwise.designs import POOLING_ARGS
+from poolwise.study import Design, Lora, Recipe, Source, Study
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+GROUP: Any = typer.main.get_command(app)
+EXAMPLES = {
+    "init": ["poolwise init demo"],
+    "check": ["poolwise check first.toml"],
+    "run": ["poolwise run first.toml"],
+    "status": ["poolwise status first.toml"],
+    "compare": ["poolwise compare scores.csv --baseline m1", "poolwise compare scores.csv --baseline m1 --json"],
+    "report": ["poolwise report scores.csv --baseline m1 --to my-report"],
+    "evaluate": ["poolwise evaluate bm25 --tasks demo/late-retrieval --json"],
+    "probe": ["poolwise probe nano"],
+    "export": ["poolwise export first.toml mean-bi --to my-embedder"],
+    "demo": [],
+}
+"""What the page shows; `RERUN` are quick and depend on little, so the test runs them again."""
+RERUN = ("poolwise init demo", "poolwise report scores.csv --baseline m1 --to my-report", "poolwise probe nano")
+SHORTENED = 40
+SCORES = "design,seed,task,task_type,metric,score\n" + "".join(
+    f"{design},{seed},task-{task},STS,cosine_spearman,{0.6 + 0.031 * task + 0.02 * (design == 'm5') + 0.004 * seed:.3f}\n"
+    for design in ("m1", "m5")
+    for seed in (0, 1)
+    for task in range(6)
+)
+INTRO = """\
+# Commands
+
+Every command says what it takes with `--help`. Tables go to stdout, progress and notes to stderr; with `--json` stdout
+holds JSON alone. Exit codes: 0 done, 1 some trials failed, 2 a mistake of yours (with a message, without a traceback), 130
+stopped by Ctrl-C. The outputs on this page are real; `python tests/test_docs.py run` makes them anew. `first.toml` is the small
+study of [study-file.md](study-file.md) and `scores.csv` a table of the form
+
+```csv
+design,seed,task,task_type,metric,score
+m1,0,task-0,STS,cosine_spearman,0.600
+```
+"""
+
+
+def options(name: str) -> str:
+    """The table of a command's arguments and options, as typer knows them."""
+    rows = ["| argument, option | default | meaning |", "|---|---|---|"]
+    for parameter in GROUP.commands[name].params:
+        if parameter.name == "help":
+            continue
+        argument = not parameter.opts[0].startswith("-")
+        label = parameter.metavar or parameter.name.upper() if argument else parameter.opts[0]
+        default = "none" if parameter.default is None else f"`{json.dumps(parameter.default, default=str)}`"
+        default = "required" if parameter.required else default
+        rows.append(f"| `{label.replace('|', ' or ')}` | {default} | {(parameter.help or '').replace('|', ' or ')} |")
+    return "\n".join(rows)
+
+
+def page(outputs: dict[str, str]) -> str:
+    """`docs/cli.md` with these outputs."""
+    parts = [INTRO]
+    for name, command in GROUP.commands.items():
+        parts.append(f"## `poolwise {name}`\n\n{command.help.strip()}\n\n{options(name)}\n")
+        parts += [f"```console\n$ {line}\n{outputs[line]}```\n" for line in EXAMPLES[name]]
+    return "\n".join(parts)
+
+
+def execute(line: str, folder: Path) -> str:
+    """What a command prints on stdout, long outputs shortened, a line that holds a path of this machine made relative."""
+    program = [sys.executable, "-c", "from poolwise.cli import main; main()"]
+    done = subprocess.run([*program, *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [row.rstrip() for row in done.stdout.replace(f"{folder}/", "").splitlines()]
+    lines = [*lines[:SHORTENED], "..."] if len(lines) > SHORTENED else lines
+    return "\n".join(lines) + "\n"
+
+
+def prepare(folder: Path) -> Path:
+    """The folder in which the examples are run."""
+    (folder / "first.toml").write_text(first_study())
+    (folder / "scores.csv").write_text(SCORES)
+    return folder
+
+
+def first_study() -> str:
+    return next(text for path, text in blocks("toml") if path.name == "study-file.md")
+
+
+def blocks(language: str) -> Iterator[tuple[Path, str]]:
+    for path in PAGES:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
+            yield path, match[1]
+
+
+def shown() -> dict[str, str]:
+    """Command line -> output, as they stand in `docs/cli.md`."""
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    return {m[1]: m[2] for m in re.finditer(r"^```console\n\$ (poolwise .*)\n((?:.*\n)*?)```", text, re.M)}
+
+
+def test_every_command_has_help_and_a_section() -> None:
+    text = (DOCS / "cli.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## `poolwise (.*)`", text, re.M) == list(GROUP.commands)
+    for name, command in GROUP.commands.items():
+        assert (command.help or "").strip(), name
+        for parameter in command.params:
+            assert (parameter.help or "").strip(), f"{name}: {parameter.name}"
+
+
+def test_page_is_what_the_program_says() -> None:
+    """Words, arguments, options, defaults: all but the outputs is written from typer's own knowledge."""
+    assert (DOCS / "cli.md").read_text(encoding="utf-8") == page(shown())
+
+
+@pytest.mark.parametrize("line", RERUN)
+def test_example_again(line: str, tmp_path: Path) -> None:
+    assert execute(line, prepare(tmp_path)) == shown()[line]
+
+
+def test_every_command_line_in_the_documents_is_legal() -> None:
+    """`poolwise …` in any block of any page names a command and options that exist."""
+    seen = 0
+    for path, text in [*blocks("console"), *blocks("sh"), *blocks("bash"), *blocks("")]:
+        for line in text.splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True) if "poolwise " in line else []
+            if words[:1] != ["poolwise"] or len(words) < 2 or words[1].startswith("-"):
+                continue
+            assert words[1] in GROUP.commands, f"{path.name}: {line}"
+            GROUP.commands[words[1]].make_context(words[1], words[2:])  # raises on what typer would refuse
+            seen += 1
+    assert seen >= len(EXAMPLES) - 1
+
+
+def test_every_study_in_the_documents_is_valid() -> None:
+    studies = [(path, text) for path, text in blocks("toml") if "[[designs]]" in text]
+    assert len(studies) >= 2
+    for path, text in studies:
+        Study.parse(tomllib.loads(text), where=path.name)
+
+
+ARGUMENTS = {name for arguments in POOLING_ARGS.values() for name in arguments}
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Heading -> field -> default of each table in `docs/study-file.md`; the poolings' arguments by whose they are."""
+    found: dict[str, dict[str, str]] = {}
+    heading = ""
+    for line in (DOCS / "study-file.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# `[]")
+        cells = [cell.strip("| ") for cell in line.split(" | ")]
+        if line.startswith("| `") and len(cells) == 4:
+            name = cells[0].strip("`")
+            of_pooling = heading == "designs" and name in ARGUMENTS
+            found.setdefault(cells[2] if of_pooling else heading, {})[name] = cells[1] if of_pooling else cells[2]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("heading", "model", "words"),
+    [
+        ("Top level", Study, {"recipe": "all defaults", "output": "none"}),
+        ("recipe", Recipe, {"dataset": "none", "lora": "the defaults below"}),
+        ("recipe.lora", Lora, {}),
+        ("recipe.sources", Source, {}),
+        (
+            "designs",
+            Design,
+            {
+                "name": "the preset, or `POOLING-ATTENTION`",
+                "attention": "required without a preset",
+                "pooling": "required without a preset",
+                "preset": "none",
+            },
+        ),
+    ],
+)
+def test_fields_and_defaults(heading: str, model: Any, words: dict[str, str]) -> None:
+    """`words` are the defaults that are said in words."""
+    expected = {}
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        expected[name] = words.get(name) or ("required" if field.is_required() else f"`{json.dumps(default)}`")
+    assert tables()[heading] == expected
+
+
+def test_pooling_arguments_and_defaults() -> None:
+    found = tables()
+    for pooling, arguments in POOLING_ARGS.items():
+        expected = {name: f"`{json.dumps(argument.default)}`" for name, argument in arguments.items()}
+        assert ({**found["all four"], **found.get(f"`{pooling}`", {})} if arguments else {}) == expected
+    assert {name for name, arguments in POOLING_ARGS.items() if not arguments} == {
+        "first_token", "last_token", "mean", "weighted_mean",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["run"]:
+        with tempfile.TemporaryDirectory() as scratch:
+            place = prepare(Path(scratch).resolve())
+            results = {line: execute(line, place) for lines in EXAMPLES.values() for line in lines}
+    else:
+        results = shown()
+    (DOCS / "cli.md").write_text(page(results), encoding="utf-8")
