@@ -178,6 +178,11 @@ def test_earlier_steps_are_ignored():
     early = frame({"a": [[0.9, 0.9]], "b": [[0.1, 0.1]]}, step=5)
     late = frame({"a": [[0.1, 0.2]], "b": [[0.2, 0.3]]}, step=10)
     assert only(compare_items(pl.concat([early, late]), "T")).difference == pytest.approx(0.1)
+    short = pl.concat([early.filter(pl.col("design") == "a"), late.filter(pl.col("design") == "b")])
+    assert "other numbers of steps: b 10, a 5" in only(compare_items(short, "T")).note
+    again = early.filter(pl.col("design") == "a").with_columns(seed=pl.lit(1, pl.Int64))
+    with pytest.raises(StatisticsError, match=r"runs of 'a' stopped at different steps \(10, and 5 with seed 1\)"):
+        compare_items(pl.concat([late, again]), "T")
 
 
 def test_mistakes_name_what_is_wrong_and_what_is_there():

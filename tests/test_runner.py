@@ -385,6 +385,10 @@ def test_damaged_files_are_never_results(copy: Path, place: Path) -> None:
         < scores(place / "whole").filter(pl.col("design") == "m1").height
     )
 
+    remains = first / "training" / "checkpoint-6"  # killed while the checkpoints of a whole training were removed
+    remains.mkdir()
+    (remains / "complete").write_text("6")
+
     second = of(copy, "layers")
     shutil.rmtree(second / "training")
     (second / "train.json").unlink()
@@ -497,6 +501,28 @@ def test_disk_full(at: int, prepared: trial.Prepared, finished: Path, tmp_path: 
     assert expected
     found = {f"trials/{p.relative_to(tmp_path)}": p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
     assert found == expected
+
+
+def test_checkpoints_go_only_after_the_training_is_said_to_be_done(
+    prepared: trial.Prepared, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Killed while it removes them, a trial must not go on from what is left of the last one."""
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if Path(path) in set(tmp_path.rglob("checkpoint-6")):
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trial.run_trial(prepared.trials[0], prepared, tmp_path / "m1")
+    written = (tmp_path / "m1" / "train.json").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "m1" / "training" / "checkpoint-6" / "adapter")
+    trial.run_trial(prepared.trials[0], prepared, tmp_path / "m1")
+    assert (tmp_path / "m1" / "train.json").stat().st_mtime_ns == written
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_disk_full_while_scoring(prepared: trial.Prepared, tmp_path: Path, monkeypatch: Any) -> None:

@@ -32,8 +32,8 @@ class Backbone(Transformer):
 
     `attention`: `causal` or `bidirectional`. `collect`: None, `last` or `mean`; what stands for each layer's tokens.
     `include_prompt`: False leaves the prompt's tokens out of pooling, `skip_start` so many tokens at the start (BOS).
-    `pad_by_id`: the padding token's id decides what is pooled, as in the paper's code, instead of the mask. Position ids
-    always come from the mask, so the side of the padding does not matter.
+    `pad_by_id`: the padding token's id decides what is pooled, as in the paper's code, instead of the mask. Position
+    ids always come from the mask, so the side of the padding does not matter.
     """
 
     config_keys = [  # noqa: RUF012 (as in the parent)

@@ -17,8 +17,8 @@ DRAWN = 14  # effects that a panel of the picture has room for
 
 
 def sentences(found: Factorial) -> list[str]:
-    """One sentence for each main effect of attention and each contrast with a capacity control, then interactions
-    that stand, then what the designs confound."""
+    """One sentence for each main effect of attention and each contrast with a capacity control, for each interaction
+    that stands, and for all others of a group together."""
     said = []
     for effect in found.effects:
         if effect.kind == "control" or effect.factors == ("attention",):
@@ -34,7 +34,7 @@ def sentences(found: Factorial) -> list[str]:
                 f"{'is' if len(open_) == 1 else 'are'} inconclusive: up to {points(widest, 1)} points either way are "
                 "compatible."
             )
-    return [*said, *found.confounded, *found.notes]
+    return said
 
 
 def table(found: Factorial, alpha: float) -> Table | None:
@@ -111,7 +111,9 @@ def _sentence(effect: FactorEffect) -> str:
             f"{effect.references[1]} (95 % interval {span}; {context})."
         )
     against = f"{reference}, its head without the attention," if effect.kind == "control" else reference
-    at = f", averaged over {listing(effect.at)}" if len(effect.at) > 1 else f", under {effect.at[0]}"
+    at = f", averaged over {listing(effect.at) if len(effect.at) < 4 else f'{len(effect.at)} poolings'}"
+    if len(effect.at) == 1:
+        at = f", under {effect.at[0]}"
     if not _stands(effect):
         return (
             f"{where}{at}, {level} against {against.rstrip(',')} is inconclusive: differences from {span} points are "

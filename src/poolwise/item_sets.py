@@ -64,6 +64,18 @@ def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
     return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
 
 
+def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
+    """The step of each design's checkpoints; refused where one run of a design stopped earlier than another."""
+    steps: dict[str, int | None] = {}
+    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
+        if steps.setdefault(design, step) != step:
+            raise StatisticsError(
+                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
+                "them with `poolwise run`, or leave the short ones out"
+            )
+    return steps
+
+
 def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
     """The metric of the rows to compare: what was asked for, the task's main one, or the only one."""
     import polars as pl

@@ -16,7 +16,7 @@ items in place of tasks. Holm's correction covers each of the two kinds of line 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
-from poolwise.item_sets import Array, DataSet, data_sets, item_metric, items_of, listed
+from poolwise.item_sets import Array, DataSet, data_sets, item_metric, items_of, last_steps, listed
 from poolwise.stats.exact import midranks
 from poolwise.stats.weighted import correlation
 
@@ -94,7 +94,8 @@ def compare_items(
         seed: of the resampling; the same seed gives the same numbers.
 
     Raises:
-        StatisticsError: unknown task, design, baseline, metric or test; no items; gaps; different gold values.
+        StatisticsError: unknown task, design, baseline, metric or test; no items; gaps; different gold values; runs of
+            one design that stopped at different steps.
     """
     _check_words(test, missing)
     rows = items_of(frame, task)
@@ -112,9 +113,10 @@ def compare_items(
         raise StatisticsError(f"a comparison needs two designs; {task!r} has items of {', '.join(present)} only")
     import polars as pl
 
-    compared = pl.col("design").is_in([baseline, *others])
-    sets = data_sets(rows.filter(compared), task, item_metric(frame, rows, task, metric), missing)
-    lines = [line for data in sets for other in others for line in _contrast(data, baseline, other, seed)]
+    rows = rows.filter(pl.col("design").is_in([baseline, *others]))
+    steps = last_steps(rows)
+    sets = data_sets(rows, task, item_metric(frame, rows, task, metric), missing)
+    lines = [line for data in sets for other in others for line in _contrast(data, baseline, other, steps, seed)]
     adjusted = dict.fromkeys(range(len(lines)), math.nan)
     for at_designs in (False, True):
         chosen = [i for i, line in enumerate(lines) if (line.test == CROSSED) == at_designs]
@@ -138,7 +140,7 @@ def _check_words(test: str | None, missing: str) -> None:
         raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
 
 
-def _contrast(data: DataSet, base: str, name: str, seed: int) -> list[Paired]:
+def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
     """The line for the checkpoints, and the one for the designs where runs allow it."""
     a, b = data.runs[base], data.runs[name]
     n, rng = a.shape[1], np.random.default_rng(seed)
@@ -149,6 +151,8 @@ def _contrast(data: DataSet, base: str, name: str, seed: int) -> list[Paired]:
         general.append(f"left out, as some run lacks them: {of} ({listed(data.lacking)})")
         if data.gold is None:
             general.append(f"with 0 for those the difference is {data.with_zeros[name] - data.with_zeros[base]:.4f}")
+    if steps[base] != steps[name]:
+        general.append(f"trained for other numbers of steps: {name} {steps[name]}, {base} {steps[base]}")
     runs = "these two checkpoints"
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
@@ -205,7 +209,7 @@ def _over_runs(data: DataSet, base: str, name: str) -> Found:
         runs for other, runs in data.runs.items() if other not in (base, name) and data.seeds[other] == seeds
     ] if data.seeds[name] == seeds else []  # fmt: skip
     found = stats.crossed(data.runs[base], data.runs[name], pool=lent)
-    note = f"{len(data.seeds[name])} and {len(seeds)} runs; run effect sd {found.run_sd:.4f}, from {found.scope}"
+    note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {found.run_sd:.4f} ({found.scope})"
     return Found(
         found.difference, found.ci_low, found.ci_high, found.p_value, CROSSED, (note, *filter(None, [found.note]))
     )

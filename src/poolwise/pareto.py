@@ -21,7 +21,7 @@ from poolwise.wording import interval, number, points
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABEL, ASIDE, LETTERS = 15.0, 132.0, 17  # px a label is high; px beside the axes; letters that fit there
+LABEL, HEIGHT, LETTERS = 15.0, 170.0, 20  # px a label is high; px of the axes; letters of a name that are shown
 FLAT = 4.0  # costs that differ by less than this factor lie on a linear scale
 
 
@@ -87,19 +87,22 @@ def table(found: Mapping[str, Sequence[Point]], baseline: str) -> Table | None:
     return Table("Quality and cost", columns, tuple(sections), note) if sections else None
 
 
-def panels(found: Mapping[str, Sequence[Point]]) -> list[plots.Panel]:
-    """Mean score over encode cost with the interval of the runs, each design named beside the axes."""
-    return [_panel(group, rows) for group, rows in found.items()]
+def panels(found: Mapping[str, Sequence[Point]], baseline: str) -> list[plots.Panel]:
+    """Mean score over encode cost with the interval of the runs; the front and the baseline are named aside."""
+    return [_panel(group, rows, baseline) for group, rows in found.items()]
 
 
-def _panel(group: str, rows: Sequence[Point]) -> plots.Panel:
+def _panel(group: str, rows: Sequence[Point], baseline: str) -> plots.Panel:
     costs = [point.cost for point in rows]
     log = max(costs) > FLAT * min(costs)
     x = np.log10(costs) if log else np.array(costs)
     ends = [value for p in rows for value in (p.mean, p.low, p.high) if value is not None]
     low, high = plots.padded([100 * value for value in ends])
     left, right = plots.padded([float(value) for value in x])
-    height = max(150.0, LABEL * len(rows))
+    names = [p.design if len(p.design) <= LETTERS else p.design[: LETTERS - 1] + "…" for p in rows]
+    named = [i for i, p in enumerate(rows) if p.front or p.design == baseline]
+    aside = plots.LETTER * max(len(names[i]) for i in named) + 26
+    height = max(HEIGHT, LABEL * len(named))
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -115,28 +118,28 @@ def _panel(group: str, rows: Sequence[Point]) -> plots.Panel:
         axes.set_xlabel("FLOPs a text" + (" (log scale)" if log else ""), color=plots.MUTED, fontsize=11, labelpad=4)
         front = [(float(v), 100 * p.mean) for v, p in zip(x, rows, strict=True) if p.front]
         axes.step(*zip(*front, (right, front[-1][1]), strict=True), where="post", color=plots.BETTER, linewidth=1.1)
-        places = _spread([100 * p.mean for p in rows], LABEL * (high - low) / height, low, high)
-        for v, point, place in zip(x.tolist(), rows, places, strict=True):
+        for v, point in zip(x.tolist(), rows, strict=True):
             colour = plots.BETTER if point.front else plots.MUTED
             if point.low is not None and point.high is not None:
                 axes.plot((v, v), (100 * point.low, 100 * point.high), color=colour, linewidth=1.4, zorder=2)
-            face = colour if point.front else plots.PAPER
-            axes.plot([v], [100 * point.mean], "o" if point.front else "s", color=colour, markerfacecolor=face,
-                      markersize=6.4, markeredgewidth=1.4, zorder=3)  # fmt: skip
-            reach = right + 0.07 * (right - left)
-            axes.plot((v, right, reach), (100 * point.mean, place, place), color=plots.RULE, linewidth=0.9, zorder=1,
-                      clip_on=False)  # fmt: skip
-            name = point.design if len(point.design) <= LETTERS else point.design[: LETTERS - 1] + "…"
-            axes.text(reach + 0.02 * (right - left), place, name.replace("$", r"\$"), va="center", fontsize=11,
-                      color=plots.INK if point.front else plots.MUTED)  # fmt: skip
+            axes.plot([v], [100 * point.mean], "o" if point.front else "s", color=colour, zorder=3, markersize=6.4,
+                      markerfacecolor=colour if point.front else plots.PAPER, markeredgewidth=1.4)  # fmt: skip
+        end = right + 10 * (right - left) / (plots.WIDTH - 44 - aside)
+        places = _spread([100 * rows[i].mean for i in named], LABEL / height, low, high)
+        for i, place in zip(named, places, strict=True):
+            axes.plot((x[i], right, end), (100 * rows[i].mean, place, place), color=plots.MUTED, linewidth=0.6,
+                      zorder=1, clip_on=False)  # fmt: skip
+            axes.annotate(names[i].replace("$", r"\$"), (end, place), (3, 0), textcoords="offset points", va="center",
+                          fontsize=11, color=plots.INK, annotation_clip=False)  # fmt: skip
 
     parts = [f"{p.design} {number(100 * p.mean)} at {magnitude(p.cost)}{' (front)' if p.front else ''}" for p in rows]
     alt = f"Mean score over FLOPs a text, {group}: {'; '.join(parts)}."
-    return plots.sketch(group, alt, height + plots.TOP + plots.AXIS, 44.0, ASIDE, draw)
+    return plots.sketch(group, alt, height + plots.TOP + plots.AXIS, 44.0, aside, draw)
 
 
-def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The values moved as little as it takes (in order, from the top) to lie `gap` apart between `low` and `high`."""
+def _spread(values: Sequence[float], share: float, low: float, high: float) -> list[float]:
+    """The values moved, in order, so that they lie `share` of the height apart between `low` and `high`."""
+    gap = share * (high - low)
     order = sorted(range(len(values)), key=lambda i: values[i])
     placed = [0.0] * len(values)
     floor = low + gap / 2

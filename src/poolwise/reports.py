@@ -57,6 +57,7 @@ def show(
     from rich.text import Text
 
     console = console or terminal()
+    comparison, priced = _priced(comparison, costs)
 
     def line(*parts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
@@ -67,7 +68,7 @@ def show(
         console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
     for found in comparison.recommendations:
         console.print(Text.assemble((f"{found.group}: ", "bold"), advice(comparison, found)))
-    for table in _tables(comparison, tables.priced(costs or [], comparison.baseline)):
+    for table in _tables(comparison, priced):
         widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
         words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
 
@@ -90,12 +91,24 @@ def show(
 
 
 def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
-    found: list[tables.Table | None] = [tables.means(comparison), tables.verdicts(comparison), tables.checkpoints(comparison)]
-    if costs:
-        found.append(tables.costs(costs))
-    if comparison.factorial:
-        found.append(factors_report.table(comparison.factorial, comparison.alpha))
+    factors = comparison.factorial
+    found = (
+        tables.means(comparison),
+        tables.verdicts(comparison),
+        tables.checkpoints(comparison),
+        tables.costs(costs) if costs else None,
+        factors_report.table(factors, comparison.alpha) if factors else None,
+    )
     return [table for table in found if table]
+
+
+def _priced(
+    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Complete cost rows, and the comparison with what they say of encoding."""
+    priced = tables.priced(costs or [], comparison.baseline)
+    known = tuple((row["design"], float(row["encode_flops"])) for row in priced if row.get("encode_flops"))
+    return (replace(comparison, costs=known) if known else comparison), priced
 
 
 def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
@@ -149,12 +162,9 @@ def _facts(
     """Everything the templates show."""
     from poolwise import plots
 
-    priced = tables.priced(costs or [], comparison.baseline)
+    comparison, priced = _priced(comparison, costs)
     if "base_parameters" not in info and priced:
         info["base_parameters"] = priced[0].get("base_parameters")
-    if not comparison.costs and priced:
-        known = ((row["design"], float(row["encode_flops"])) for row in priced if row.get("encode_flops"))
-        comparison = replace(comparison, costs=tuple(known))
     fronts, factors = pareto.fronts(comparison, priced), comparison.factorial
     said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
     answers = []
@@ -199,9 +209,10 @@ def _facts(
         "forest": plots.forest(comparison),
         "dots": plots.task_dots(comparison),
         "strip": plots.run_strip(comparison),
-        "pareto": pareto.panels(fronts),
+        "pareto": pareto.panels(fronts, comparison.baseline),
         "pareto_table": pareto.table(fronts, comparison.baseline),
         "factors": factors_report.sentences(factors) if factors else [],
+        "unresolved": [*factors.confounded, *factors.notes] if factors else [],
         "factor_table": factors_report.table(factors, comparison.alpha) if factors else None,
         "factor_forest": factors_report.forest(comparison, factors) if factors else [],
     }

@@ -107,15 +107,16 @@ def advice(comparison: Comparison, found: Recommendation) -> str:
             f"No recommendation: every design stays below {found.reference} ({points(found.reference_score, 1)} "
             f"against {points(found.best_score, 1)} for the best of them)."
         )
-    why = "no design is shown to score above it, and costs are not known"
-    if found.basis == BETTER:
-        why = f"the best of what scores above {base} after Holm"
-    elif found.basis != BASELINE:
-        above = "it" if found.design == base else base
-        why = f"no design is shown to score above {above}, and it is the cheapest to encode not shown worse"
+    cheapest = "the cheapest to encode of those not shown worse"
     if not found.judged:
-        why = f"nothing here can show a design better: {why}"
-    said = f"Recommended: {found.design}; {why}."
+        why = "the baseline, stays the choice" if found.basis == BASELINE else f"{cheapest}, is the choice"
+        return f"No verdict on designs is possible here: {found.design}, {why} for want of evidence."
+    if found.basis == BETTER:
+        said = f"Recommended: {found.design}, the best of what scores above {base} after Holm."
+    elif found.basis == BASELINE:
+        said = f"Recommended: {base}, as no design is shown to score above it; costs are not known."
+    else:
+        said = f"Recommended: {found.design}, {cheapest}, as no design is shown to score above {base}."
     if found.basis == BETTER and found.relative_cost:
         said += f" It encodes at {number(found.relative_cost)} × the cost of {base}."
     if found.stays is not None:
