@@ -43,8 +43,8 @@ EXAMPLES = {
 RERUN = ("poolwise init demo", "poolwise report scores.csv --baseline m1 --to my-report", "poolwise probe nano")
 SHORTENED = 40
 SCORES = "design,seed,task,task_type,metric,score\n" + "".join(
-    f"{design},{seed},task-{task},STS,cosine_spearman,{0.6 + 0.031 * task + 0.02 * (design == 'm5') + 0.004 * seed:.3f}\n"
-    for design in ("m1", "m5")
+    f"{design},{seed},task-{task},STS,cosine_spearman,{start + 0.031 * task + 0.004 * seed:.3f}\n"
+    for design, start in (("m1", 0.60), ("m5", 0.62))
     for seed in (0, 1)
     for task in range(6)
 )
@@ -52,9 +52,9 @@ INTRO = """\
 # Commands
 
 Every command says what it takes with `--help`. Tables go to stdout, progress and notes to stderr; with `--json` stdout
-holds JSON alone. Exit codes: 0 done, 1 some trials failed, 2 a mistake of yours (with a message, without a traceback), 130
-stopped by Ctrl-C. The outputs on this page are real; `python tests/test_docs.py run` makes them anew. `first.toml` is the small
-study of [study-file.md](study-file.md) and `scores.csv` a table of the form
+holds JSON alone. Exit codes: 0 done, 1 some trials failed, 2 a mistake of yours (with a message, without a traceback),
+130 stopped by Ctrl-C. The outputs on this page are real; `python tests/test_docs.py run` makes them anew. `first.toml`
+is the small study of [study-file.md](study-file.md), and `scores.csv` a table of the form
 
 ```csv
 design,seed,task,task_type,metric,score
@@ -87,7 +87,7 @@ def page(outputs: dict[str, str]) -> str:
 
 
 def execute(line: str, folder: Path) -> str:
-    """What a command prints on stdout, long outputs shortened, a line that holds a path of this machine made relative."""
+    """What a command prints on stdout; long outputs are shortened, paths made relative to `folder`."""
     program = [sys.executable, "-c", "from poolwise.cli import main; main()"]
     done = subprocess.run([*program, *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

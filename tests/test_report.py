@@ -116,7 +116,7 @@ def test_the_html_is_self_contained_and_described(tmp_path, full):
     assert "default-src 'none'" in html
     assert not re.search(r"https?://|@import|url\((?!#)", html)
     images = [attributes for tag, attributes in page.tags if tag == "svg"]
-    assert len(images) == 9  # three plots for each of three task types
+    assert len(images) == 12  # four plots for each of three task types
     assert all(image["role"] == "img" and "m2" in image["aria-label"] for image in images)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -175,7 +175,7 @@ def _costs(study: Study) -> list[dict[str, Any]]:
     from poolwise.trial import base_config
 
     rows = costs(study, base_config(study)[1])
-    path.write_text(json.dumps(rows), encoding="utf-8")
+    results.write_atomic(path, json.dumps(rows))
     return rows
 
 

@@ -78,7 +78,9 @@ def _engine(
     study._base_dir = base_dir
     try:
         import torch
+        import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # it would run through the grid
         gpus = torch.cuda.device_count()
         torch.set_num_threads(1)
         from poolwise.checkpoint import write_json

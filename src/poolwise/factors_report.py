@@ -116,7 +116,7 @@ def _sentence(effect: FactorEffect) -> str:
         at = f", under {effect.at[0]}"
     if not _stands(effect):
         return (
-            f"{where}{at}, {level} against {against.rstrip(',')} is inconclusive: differences from {span} points are "
+            f"{where}{at}, {level} against {against} is inconclusive: differences from {span} points are "
             f"compatible ({context})."
         )
     side = "above" if effect.difference > 0 else "below"

@@ -21,7 +21,7 @@ from poolwise.wording import interval, number, points
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LABEL, HEIGHT, LETTERS = 15.0, 170.0, 20  # px a label is high; px of the axes; letters of a name that are shown
+LABEL, HEIGHT, MARGIN, LETTERS = 14.0, 170.0, 44.0, 20  # px: a label, the axes, left of them; letters shown of a name
 FLAT = 4.0  # costs that differ by less than this factor lie on a linear scale
 
 
@@ -88,21 +88,23 @@ def table(found: Mapping[str, Sequence[Point]], baseline: str) -> Table | None:
 
 
 def panels(found: Mapping[str, Sequence[Point]], baseline: str) -> list[plots.Panel]:
-    """Mean score over encode cost with the interval of the runs; the front and the baseline are named aside."""
+    """Mean score over encode cost with the interval of the runs; the front and the baseline are named."""
     return [_panel(group, rows, baseline) for group, rows in found.items()]
 
 
 def _panel(group: str, rows: Sequence[Point], baseline: str) -> plots.Panel:
     costs = [point.cost for point in rows]
     log = max(costs) > FLAT * min(costs)
-    x = np.log10(costs) if log else np.array(costs)
-    ends = [value for p in rows for value in (p.mean, p.low, p.high) if value is not None]
-    low, high = plots.padded([100 * value for value in ends])
-    left, right = plots.padded([float(value) for value in x])
+    x = [float(value) for value in (np.log10(costs) if log else costs)]
+    right = x[-1] + (0.06 * (x[-1] - x[0]) or 0.05 * x[-1])
     names = [p.design if len(p.design) <= LETTERS else p.design[: LETTERS - 1] + "…" for p in rows]
     named = [i for i, p in enumerate(rows) if p.front or p.design == baseline]
-    aside = plots.LETTER * max(len(names[i]) for i in named) + 26
-    height = max(HEIGHT, LABEL * len(named))
+    width = plots.WIDTH - MARGIN - plots.RIGHT
+    room = (plots.LETTER * max(len(names[i]) for i in named) + 12) / width  # the leftmost name ends at its point
+    left = (x[0] - room * right) / (1 - room)
+    low, high = plots.padded([100 * value for p in rows for value in (p.mean, p.low, p.high) if value is not None])
+    high += LABEL / HEIGHT * (high - low)
+    across, up = (right - left) / width, (high - low) / HEIGHT  # a pixel
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -116,35 +118,35 @@ def _panel(group: str, rows: Sequence[Point], baseline: str) -> plots.Panel:
         axes.tick_params(axis="y", labelcolor=plots.MUTED, labelsize=11, pad=5)
         axes.grid(color=plots.RULE, linewidth=0.7)
         axes.set_xlabel("FLOPs a text" + (" (log scale)" if log else ""), color=plots.MUTED, fontsize=11, labelpad=4)
-        front = [(float(v), 100 * p.mean) for v, p in zip(x, rows, strict=True) if p.front]
+        front = [(v, 100 * p.mean) for v, p in zip(x, rows, strict=True) if p.front]
         axes.step(*zip(*front, (right, front[-1][1]), strict=True), where="post", color=plots.BETTER, linewidth=1.1)
-        for v, point in zip(x.tolist(), rows, strict=True):
+        for v, point in zip(x, rows, strict=True):
             colour = plots.BETTER if point.front else plots.MUTED
             if point.low is not None and point.high is not None:
                 axes.plot((v, v), (100 * point.low, 100 * point.high), color=colour, linewidth=1.4, zorder=2)
-            axes.plot([v], [100 * point.mean], "o" if point.front else "s", color=colour, zorder=3, markersize=6.4,
-                      markerfacecolor=colour if point.front else plots.PAPER, markeredgewidth=1.4)  # fmt: skip
-        end = right + 10 * (right - left) / (plots.WIDTH - 44 - aside)
-        places = _spread([100 * rows[i].mean for i in named], LABEL / height, low, high)
-        for i, place in zip(named, places, strict=True):
-            axes.plot((x[i], right, end), (100 * rows[i].mean, place, place), color=plots.MUTED, linewidth=0.6,
-                      zorder=1, clip_on=False)  # fmt: skip
-            axes.annotate(names[i].replace("$", r"\$"), (end, place), (3, 0), textcoords="offset points", va="center",
-                          fontsize=11, color=plots.INK, annotation_clip=False)  # fmt: skip
+            shape, face = ("o", colour) if point.front else ("s", plots.PAPER)
+            axes.plot([v], [100 * point.mean], shape, color=colour, zorder=3 + point.front,
+                      markersize=6.4, markerfacecolor=face, markeredgewidth=1.4)  # fmt: skip
+        wanted = [(x[i] / across, 100 * rows[i].mean / up, len(names[i])) for i in named]
+        for i, place in zip(named, _heights(wanted), strict=True):
+            axes.text(x[i] - 7 * across, place * up, names[i].replace("$", r"\$"), ha="right", va="center", fontsize=11,
+                      color=plots.INK, bbox=plots.ON_PAPER)  # fmt: skip
 
     parts = [f"{p.design} {number(100 * p.mean)} at {magnitude(p.cost)}{' (front)' if p.front else ''}" for p in rows]
     alt = f"Mean score over FLOPs a text, {group}: {'; '.join(parts)}."
-    return plots.sketch(group, alt, height + plots.TOP + plots.AXIS, 44.0, aside, draw)
+    return plots.sketch(group, alt, HEIGHT + plots.TOP + plots.AXIS, MARGIN, plots.RIGHT, draw)
 
 
-def _spread(values: Sequence[float], share: float, low: float, high: float) -> list[float]:
-    """The values moved, in order, so that they lie `share` of the height apart between `low` and `high`."""
-    gap = share * (high - low)
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    placed = [0.0] * len(values)
-    floor = low + gap / 2
-    for rank, i in enumerate(order):
-        ceiling = high - gap / 2 - gap * (len(order) - 1 - rank)
-        placed[i] = max(floor, min(values[i], ceiling))
-        floor = placed[i] + gap
-    return placed
+def _heights(wanted: Sequence[tuple[float, float, int]]) -> list[float]:
+    """Heights of the labels of points (x, y, letters), in px: up and left of a point of the front nothing lies, so a
+    label sits there, level with the leftmost point, and moves up where it would touch one that is placed."""
+    leftmost = min(x for x, _, _ in wanted)
+    placed: dict[int, tuple[float, float, float]] = {}
+    for i in sorted(range(len(wanted)), key=lambda i: wanted[i][1]):
+        x, y, letters = wanted[i]
+        start, height = x - plots.LETTER * letters, y + (0 if x == leftmost else LABEL / 2 + 1)
+        for other_start, other_end, other in sorted(placed.values(), key=lambda label: label[2]):
+            if start < other_end and other_start < x and abs(height - other) < LABEL:
+                height = other + LABEL
+        placed[i] = (start, x, height)
+    return [placed[i][2] for i in range(len(wanted))]

@@ -34,6 +34,7 @@ MARKS = {  # marker, size, edge, face
     "inconclusive": ("o", 6.6, MUTED, PAPER),
     "untested": ("o", 6.6, MUTED, PAPER),
 }
+ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # behind a text that may cross a line
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,8 @@ def _panel(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, axes.get_xticks(), sign)))
         axes.grid(axis="x", color=RULE, linewidth=0.7)
         axes.set_yticks([] if above else range(len(names)), [] if above else labels)
-        paper = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
         for place, label in enumerate(labels if above else []):
-            axes.text(limits[0], place - 0.34, label, color=INK, fontsize=11, va="center", bbox=paper)
+            axes.text(limits[0], place - 0.34, label, color=INK, fontsize=11, va="center", bbox=ON_PAPER)
         axes.set_xlabel(axis.replace("$", r"\$"), color=MUTED, fontsize=11, labelpad=4)
         draw(axes)
 

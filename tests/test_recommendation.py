@@ -1,0 +1,167 @@
+"""Recommendations: better only after Holm, else the cheapest not worse, never below TF-IDF; folds checked by hand."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import polars as pl
+import pytest
+
+from poolwise import api, stats
+from poolwise.comparison import compare
+from poolwise.results import table
+from poolwise.starters import TEMPLATES
+from poolwise.study import Study
+from poolwise.wording import advice
+from test_comparison import rows, study
+
+KINDS = {"STS": 8}
+
+
+def test_the_best_of_what_is_better_after_holm_is_recommended():
+    c = compare(
+        study({"m1": 0, "m2": 0.02, "m3": 0.01, "m4": 0.0}, types=KINDS),
+        "m1",
+        costs={"m1": 1, "m2": 3, "m3": 2, "m4": 0.5},
+    )
+    (found,) = c.recommendations
+    assert (found.group, found.design, found.basis, found.judged) == ("STS", "m2", "better", True)
+    assert (found.cost, found.relative_cost) == (3, 3)
+    assert (found.folds, found.stays) == (8, 1.0)
+    assert advice(c, found).startswith(
+        "Recommended: m2, the best of what scores above m1 after Holm. It encodes at 3.00 × the cost of m1. Leaving "
+        "out one source at a time keeps it in 8 of 8 folds; expected regret "
+    )
+
+
+def test_else_the_cheapest_that_is_not_worse():
+    frame = study({"m1": 0, "m2": 0.0, "m3": -0.02}, types=KINDS)
+    found = compare(frame, "m1", costs={"m1": 2.0, "m2": 1.0, "m3": 0.5}).recommendations[0]
+    assert (found.design, found.basis) == ("m2", "cheapest")  # m3 is cheaper, and worse
+    tie = compare(frame, "m1", costs={"m1": 1.0, "m2": 1.0, "m3": 1.0}).recommendations[0]
+    assert tie.design == "m1"
+    c = compare(frame, "m1")
+    assert (c.recommendations[0].design, c.recommendations[0].basis) == ("m1", "baseline")
+    assert "costs are not known" in advice(c, c.recommendations[0])
+
+
+def test_a_design_that_holm_does_not_confirm_is_not_preferred():
+    names = [f"d{i}" for i in range(5)]
+    for seed in range(40):
+        frame = study({"a": 0, **dict.fromkeys(names, 0.0)}, types=KINDS, run_sd=0.002, seed=seed)
+        c = compare(frame, "a", costs=dict.fromkeys(["a", *names], 1.0))
+        verdicts = [row.verdict for row in c.rows]
+        if any(v.p_value < 0.05 and v.difference > 0 for v in verdicts) and all(v.p_holm > 0.05 for v in verdicts):
+            assert c.recommendations[0].design == "a"
+            return
+    pytest.fail("no such study was drawn")
+
+
+def test_below_tfidf_nothing_is_recommended():
+    frame = study({"m1": 0, "m2": 0.02}, types={"STS": 8, "R": 6})
+    high = table(rows({"tfidf": [[0.9] * 8]}, "STS") + rows({"tfidf": [[0.1] * 6]}, "R"))
+    both = pl.concat([frame, high], how="diagonal_relaxed")
+    c = compare(both, "m1", controls=["tfidf"])
+    by_group = {found.group: found for found in c.recommendations}
+    assert (by_group["STS"].design, by_group["STS"].basis) == (None, "below_reference")
+    assert by_group["STS"].reference_score == pytest.approx(0.9)
+    assert by_group["STS"].best_score == pytest.approx(c.arm("STS", "m2").mean)
+    assert by_group["R"].design == "m2"
+    assert advice(c, by_group["STS"]).startswith("No recommendation: every design stays below tfidf (90.0 against ")
+
+
+def test_a_reference_within_the_family_is_not_recommended():
+    c = compare(study({"m1": 0, "m2": 0.01, "bm25": 0.05}, types=KINDS), "m1")
+    assert c.recommendations[0].design == "m2"
+
+
+def test_without_verdicts_the_choice_is_said_to_want_evidence():
+    one_run = compare(study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 1.0, "m2": 2.0})
+    found = one_run.recommendations[0]
+    assert (found.design, found.judged, found.stays, found.expected_regret) == ("m1", False, None, None)
+    assert advice(one_run, found).startswith("No verdict on designs is possible here: m1, the cheapest")
+    worse = compare(study({"m1": 0, "m2": -0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 2.0, "m2": 1.0})
+    assert worse.recommendations[0].design == "m1"  # its checkpoint is worse: cheap does not make up for it
+
+
+def test_folds_leave_out_one_source_and_repeat_the_whole_rule():
+    """m2 is better by virtue of its tasks but the last, m3 of the last: each fold recomputed by hand."""
+    frame = study({"m1": 0, "m2": 0.01, "m3": 0.008}, types={"STS": 6, "R": 7}, seed=4)
+    frame = frame.with_columns(
+        pl.when((pl.col("design") == "m3") & (pl.col("task") == "STS05")).then(pl.col("score") + 0.02)
+        .otherwise(pl.col("score")).alias("score")
+    )  # fmt: skip
+    c = compare(frame, "m1")
+    found = next(r for r in c.recommendations if r.group == "STS")
+    y = {d: c.arm("STS", d).array for d in c.designs}
+    elsewhere = [row.verdict.p_value for row in c.rows if row.group == "R"]
+    same, regrets = 0, []
+    for fold in range(6):
+        keep = [t for t in range(6) if t != fold]
+        x = {d: y[d][:, keep] for d in y}
+        tests = {"m2": stats.crossed(x["m1"], x["m2"], [x["m3"]]), "m3": stats.crossed(x["m1"], x["m3"], [x["m2"]])}
+        p = dict(zip(tests, stats.holm([*(t.p_value for t in tests.values()), *elsewhere]), strict=False))
+        better = [d for d in tests if p[d] <= 0.05 and tests[d].difference > 0]
+        choice = max(better, key=lambda d: tests[d].difference) if better else "m1"
+        same += choice == found.design
+        regrets.append(max(y[d][:, fold].mean() for d in y) - y[choice][:, fold].mean())
+    assert 0 < same < 6
+    assert (found.folds, found.stays) == (6, pytest.approx(same / 6))
+    assert found.expected_regret == pytest.approx(sum(regrets) / 6)
+    assert found.expected_regret > 0
+
+
+def test_sources_not_tasks_are_left_out():
+    frame = study({"m1": 0, "m2": 0.02}, types={"STS": 12})
+    grouped = frame.with_columns((pl.col("task").str.slice(-2).cast(pl.Int64) // 2).cast(pl.String).alias("source"))
+    assert compare(grouped, "m1").recommendations[0].folds == 6
+
+
+def test_a_verdict_is_withheld_below_five_sources():
+    frame = study({"m1": 0, "m2": 0.05}, types={"STS": 8})
+    sources = lambda n: frame.with_columns(  # noqa: E731
+        (pl.col("task").str.slice(-2).cast(pl.Int64) % n).cast(pl.String).alias("source")
+    )
+    few, enough = compare(sources(4), "m1"), compare(sources(5), "m1")
+    assert few.rows[0].verdict.p_holm < 0.01  # the p is shown, the word is not
+    assert few.rows[0].verdict.verdict == "inconclusive"
+    assert enough.rows[0].verdict.verdict == "better"
+    assert (few.recommendations[0].design, few.recommendations[0].judged) == ("m1", False)
+    assert enough.recommendations[0].design == "m2"
+    equal = study({"m1": 0, "m2": 0.0}, types={"STS": 8}, run_sd=0.0001).with_columns(
+        (pl.col("task").str.slice(-2).cast(pl.Int64) % 4).cast(pl.String).alias("source")
+    )
+    verdict = compare(equal, "m1").rows[0].verdict
+    assert verdict.p_equivalence < 0.05
+    assert verdict.verdict == "inconclusive"
+
+
+def test_recommendations_are_in_the_json_beside_what_was_there():
+    c = compare(study({"m1": 0, "m2": 0.02}), "m1", costs={"m1": 1.0, "m2": 2.0})
+    out = json.loads(json.dumps(c.to_json(), allow_nan=False))
+    assert list(out)[:3] == ["comparisons", "scope", "verdicts"]
+    by_group = {r["group"]: r for r in out["recommendations"]}
+    assert by_group["STS"]["design"] == "m2"
+    assert {"basis", "stays", "folds", "expected_regret", "relative_cost"} <= by_group["STS"].keys()
+    assert by_group["Reranking"]["stays"] is None
+    assert out["factors"] is None
+
+
+def test_a_study_brings_its_own_costs_and_factors(tmp_path):
+    """m1's head costs nothing and nothing else is better; m5 is cheaper than m4 (a token a layer, few layers)."""
+    raw = {**tomllib.loads(TEMPLATES["demo"]), "output": str(tmp_path)}
+    declared = Study.parse(raw)
+    frame = study({design.name: 0.0 for design in declared.designs}, types=KINDS)
+    scores = frame.with_columns(pl.lit("design").alias("role"), pl.lit(declared.recipe.steps).alias("step"))
+    scores.write_parquet(tmp_path / "results.parquet")
+    c = api.compare(declared)
+    costs = dict(c.costs)
+    assert costs["m1"] == min(costs.values())
+    assert costs["m2"] == costs["m4"] > costs["m1"]
+    assert (c.recommendations[0].design, c.recommendations[0].basis) == ("m1", "cheapest")
+    assert any("m5 differs from m1 in both" in sentence for sentence in c.factorial.confounded)
+    html = api.report(declared)[1].read_text(encoding="utf-8")
+    assert "Recommended: m1, the cheapest to encode of those not shown worse" in html
+    assert "What each factor does" in html
+    assert "Quality and cost" in html
