@@ -9,9 +9,9 @@ from poolwise.tables import Table
 from poolwise.wording import count, decimals, group_words, interval, listing, points, probability
 
 KINDS = {
-    "main": "Main effects",
-    "control": "Trainable poolings against the same head without its attention",
-    "interaction": "Interactions: gain of the attention mode under one pooling beyond that under another",
+    "main": "main effects",
+    "control": "against capacity controls",
+    "interaction": "interactions",
 }
 DRAWN = 14  # effects that a panel of the picture has room for
 
@@ -57,7 +57,8 @@ def table(found: Factorial, alpha: float) -> Table | None:
         return None
     note = (
         "Points, for runs and tasks like these, tasks of one source averaged first; an effect is the mean over matched "
-        f"designs, which differ in nothing else. Exploratory: Benjamini–Hochberg over {len(found.effects)} effects, "
+        "designs, which differ in nothing else; an interaction, what the first gains under the second's level beyond "
+        f"what it gains under its reference; a capacity control is the same head without its attention. Exploratory: Benjamini–Hochberg over {len(found.effects)} effects, "
         f"above or below where its p is at most {points(alpha / 100)}."
     )
     columns = ("Effect", "Difference", "95 % interval", "p", "p BH", "Run effect", "Matched", "Verdict")
