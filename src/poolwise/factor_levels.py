@@ -54,9 +54,7 @@ def pooling_level(design: Design, varying: Mapping[str, Sequence[str]]) -> str:
     return f"{design.pooling} ({', '.join(shown)})" if shown else design.pooling
 
 
-def argument_levels(
-    designs: Sequence[Design], varying: Mapping[str, Sequence[str]]
-) -> list[dict[str, str | None]]:  # fmt: skip
+def argument_levels(designs: Sequence[Design], varying: Mapping[str, Sequence[str]]) -> list[dict[str, str | None]]:
     """Levels with each varying argument a factor of its own, None where the pooling is another."""
     rows = []
     for design in designs:

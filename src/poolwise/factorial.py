@@ -208,8 +208,6 @@ def _sentence(missing: str, designs: Sequence[Design], levels: Sequence[Mapping[
     )
 
 
-def _references(
-    comparison: Comparison, designs: Sequence[Design], levels: Sequence[Levels]
-) -> dict[str, str]:  # fmt: skip
+def _references(comparison: Comparison, designs: Sequence[Design], levels: Sequence[Levels]) -> dict[str, str]:
     """The baseline's levels."""
     return dict(next((row for d, row in zip(designs, levels, strict=True) if d.name == comparison.baseline), levels[0]))

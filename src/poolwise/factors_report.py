@@ -57,9 +57,10 @@ def table(found: Factorial, alpha: float) -> Table | None:
         return None
     note = (
         "Points, for runs and tasks like these, tasks of one source averaged first; an effect is the mean over matched "
-        "designs, which differ in nothing else; an interaction, what the first gains under the second's level beyond "
-        f"what it gains under its reference; a capacity control is the same head without its attention. Exploratory: Benjamini–Hochberg over {len(found.effects)} effects, "
-        f"above or below where its p is at most {points(alpha / 100)}."
+        "designs, which differ in nothing else. A capacity control is the same head without its attention. An "
+        "interaction is what the first gains under the second's level beyond its gain under the second's reference. "
+        f"Exploratory: Benjamini–Hochberg over {len(found.effects)} effects, above or below where its p is at most "
+        f"{points(alpha / 100)}."
     )
     columns = ("Effect", "Difference", "95 % interval", "p", "p BH", "Run effect", "Matched", "Verdict")
     return Table("What each factor does", columns, tuple(sections), note)
@@ -87,8 +88,9 @@ def forest(comparison: Comparison, found: Factorial) -> list[plots.Panel]:
 
 
 def label(effect: FactorEffect) -> str:
-    """`bidirectional − causal`; of an interaction `bidirectional − causal, mean − last_token`."""
-    return ", ".join(f"{a} − {b}" for a, b in zip(effect.levels, effect.references, strict=True))
+    """`bidirectional − causal`; of an interaction `(bidirectional − causal) × (mean − last_token)`."""
+    parts = [f"{a} − {b}" for a, b in zip(effect.levels, effect.references, strict=True)]
+    return parts[0] if len(parts) == 1 else " × ".join(f"({part})" for part in parts)
 
 
 def _stands(effect: FactorEffect) -> bool:

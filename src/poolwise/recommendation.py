@@ -65,9 +65,7 @@ def _group(comparison: Comparison, group: str) -> Recommendation:
     below = _below_reference(comparison, group)
     if below:
         name, floor, best = below
-        return Recommendation(
-            group, None, BELOW, judged, reference=name, reference_score=floor, best_score=best
-        )  # fmt: skip
+        return Recommendation(group, None, BELOW, judged, reference=name, reference_score=floor, best_score=best)
     words = {row.design: _word(row, comparison.alpha) for row in rows}
     shifts = {row.design: row.verdict.difference if row.verdict else row.difference for row in rows}
     design, basis = _choose(comparison, words if judged else _without_better(words), shifts)
