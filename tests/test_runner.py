@@ -638,3 +638,15 @@ def test_two_runs_at_once_are_refused(place: Path) -> None:
         with runner._only_one(folder, (2, 2)):  # the shards of one run go side by side
             pass
     assert {path.name for path in folder.iterdir()} <= {".lock", ".lock-1", ".lock-2"}
+
+
+def test_a_script_without_a_guard(place: Path, finished: Path, tmp_path: Path) -> None:
+    """`poolwise.run(study)` at the top level of a user's script: the engine must not run that script again."""
+    script = tmp_path / "mine.py"
+    script.write_text(
+        f"import poolwise\nprint('once')\nstudy = poolwise.Study.load({str(write(place, str(finished)))!r})\n"
+        "print('failed:', poolwise.run(study))\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "once\nfailed: {}\n"

@@ -13,9 +13,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from poolwise.errors import PoolwiseError
@@ -44,7 +45,8 @@ def run_local(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     engine = context.Process(target=_engine, args=(study, study.base_dir, study.folder, workers, shard, theirs))
-    engine.start()
+    with _own_main():
+        engine.start()
     theirs.close()
     try:
         while True:
@@ -65,6 +67,17 @@ def run_local(
             if engine.is_alive():
                 engine.kill()
         ours.close()
+
+
+@contextlib.contextmanager
+def _own_main() -> Iterator[None]:
+    """Spawned processes run the caller's script again, which would start the study a second time: give them none."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _engine(
