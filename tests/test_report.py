@@ -254,3 +254,20 @@ def test_a_million_item_scores_do_not_slow_the_report(tmp_path):
     start = time.process_time()
     written(tmp_path, big, baseline="d0")
     assert time.process_time() - start < 20
+
+
+def test_scores_while_training(tmp_path):
+    """The means after a part of the training, by hand: (.50 + .60) / 2 and (.70 + .80) / 2."""
+    scores = {("m1", 50): (0.5, 0.6), ("m1", 100): (0.7, 0.8), ("m2", 50): (0.6, 0.6), ("m2", 100): (0.6, 0.7)}
+    frame = table(
+        {"design": d, "seed": 0, "step": s, "task": t, "task_type": "STS", "metric": "cosine_spearman", "score": x}
+        for (d, s), pair in scores.items()
+        for t, x in zip(("a", "b"), pair, strict=True)
+    )
+    comparison = compare(frame, "m1")
+    found = tables.over_steps(frame, comparison)
+    assert found.columns == ("Design", "50", "100")
+    assert found.sections == (("STS", (("m1", "55.00", "75.00"), ("m2", "60.00", "65.00"))),)
+    assert tables.over_steps(frame.filter(pl.col("step") == 100), comparison) is None
+    paths = reports.render(INFO, frame, comparison, None, None, tmp_path)
+    assert "Scores while training" in next(p for p in paths if p.suffix == ".html").read_text()

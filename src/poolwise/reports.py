@@ -197,6 +197,7 @@ def _facts(
         "checkpoints": tables.checkpoints(comparison),
         "task_scores": tables.task_scores(comparison),
         "run_scores": tables.run_scores(comparison),
+        "over_steps": tables.over_steps(frame, comparison),
         "costs": tables.costs(priced) if priced else None,
         "controls": tables.controls(comparison, roles),
         "alarms": alarms(comparison, roles),

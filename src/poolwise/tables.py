@@ -162,6 +162,32 @@ def run_scores(comparison: Comparison) -> Table:
     )
 
 
+def over_steps(frame: pl.DataFrame, comparison: Comparison) -> Table | None:
+    """Mean score of each design after a part of the training; None where only the end was scored."""
+    import polars as pl
+
+    scored = frame.filter(pl.col("item_id").is_null() & pl.col("design").is_in(list(comparison.designs)))
+    steps = sorted(scored["step"].drop_nulls().unique().to_list()) if "step" in scored.columns else []
+    if len(steps) < 2:
+        return None
+    by = pl.lit("all") if comparison.by == "all" else pl.col(comparison.by)
+    means = {
+        (group, design, step): score
+        for group, design, step, score in scored.group_by(by.alias("group"), "design", "step")
+        .agg(pl.col("score").mean())
+        .iter_rows()
+    }
+    sections = []
+    for group in comparison.groups:
+        rows = [
+            (design, *(points(means[key]) if (key := (group, design, step)) in means else "–" for step in steps))
+            for design in comparison.designs
+        ]
+        sections.append((group, tuple(rows)))
+    note = "Mean over tasks and runs, ×100, after so many steps: an order that still moves at the end is not settled."
+    return Table("Scores while training", ("Design", *(str(step) for step in steps)), tuple(sections), note)
+
+
 def costs(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each design costs: parameters, FLOPs, seconds, as far as the rows know."""
     keys = [key for key in COST_COLUMNS if any(row.get(key) is not None for row in rows)]
