@@ -114,9 +114,9 @@ def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[st
         console.print("stopped; what is done is kept, run the same command to go on", soft_wrap=True)
         raise SystemExit(130) from None
     for note in grid.notes:
-        console.print(note, style="dim", markup=False)
+        console.print(note, style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():
-        console.print(f"failed: {name}: {reason}", style="red", markup=False)
+        console.print(f"failed: {name}: {reason}", style="red", markup=False, soft_wrap=True)
     return failed
 
 
@@ -140,7 +140,7 @@ def show_status(trials: Sequence[dict[str, Any]]) -> None:
     console.print(grid_table(trials))
     for trial in trials:
         if trial["state"] == "failed":
-            console.print(f"failed: {trial['name']}: {trial['reason']}", markup=False)
+            console.print(f"failed: {trial['name']}: {trial['reason']}", markup=False, soft_wrap=True)
 
 
 def amount(number: float) -> str:
