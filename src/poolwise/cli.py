@@ -206,7 +206,7 @@ def export(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer designs and seeds, within three CPU-minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds.")] = False,
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
