@@ -51,13 +51,13 @@ def texts(pairs: Pairs) -> list[dict]:
 
 def test_every_format_gives_the_same_pairs(tmp_path):
     plain = write(tmp_path / "a.jsonl", ROWS)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes() + b"\n\n"))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes() + b"\n\n", mtime=0))
     table = pyarrow.Table.from_pylist([{"id": i, **row} for i, row in enumerate(ROWS)])
     pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
     quoted = "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row.values()) + "\r\n" for row in ROWS)
     csv_text = "query,positive,negative\r\n" + quoted
     (tmp_path / "d.csv").write_bytes(csv_text.encode("utf-8-sig"))
-    (tmp_path / "e.csv.gz").write_bytes(gzip.compress(csv_text.encode()))
+    (tmp_path / "e.csv.gz").write_bytes(gzip.compress(csv_text.encode(), mtime=0))
     (tmp_path / "f.tsv").write_text(csv_text.replace('","', '"\t"').replace("query,positive,", "query\tpositive\t"))
     folder = tmp_path / "set"
     folder.mkdir()
@@ -204,7 +204,11 @@ BAD = [
     ("p.csv", 'query,positive\n"q" x,p\n', ["line 2: badly quoted"]),
     ("p.csv", "query,positive,negative\nq,p,p\n", ["line 2: the negative is equal to the positive ('p')"]),
     ("p.csv", b"query,positive\nq,p\nq\xff,p\n", ["line 3: not UTF-8 text"]),
-    ("p.jsonl.gz", gzip.compress(b'{"query": "q", "positive": "p"}\n' * 9)[:-9], ["p.jsonl.gz: cannot be read after"]),
+    (
+        "p.jsonl.gz",
+        gzip.compress(b'{"query": "q", "positive": "p"}\n' * 9, mtime=0)[:-9],
+        ["p.jsonl.gz: cannot be read after"],
+    ),
     ("p.jsonl.gz", b'{"query": "q", "positive": "p"}\n', ["p.jsonl.gz: cannot be read", "gzip"]),
     ("p.parquet", b"PAR1 no", ["p.parquet: cannot be read as Parquet"]),
     ("p.json", "{}", ["cannot read 'p.json'; allowed: jsonl, csv, tsv, parquet"]),
