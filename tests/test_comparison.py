@@ -302,3 +302,17 @@ def test_numbers(value, text):
 )
 def test_probabilities(p, text):
     assert probability(p) == text
+
+
+def test_a_table_that_says_what_each_row_is(tmp_path):
+    """Controls and references named by a column `role` stay outside the family, also at another step."""
+    from poolwise.api import compare as compare_source
+
+    frame = study({"m1": 0.0, "m2": 0.02}).with_columns(role=pl.lit("design"), step=pl.lit(100))
+    lexical = study({"tfidf": 0.3}, seeds=1).with_columns(role=pl.lit("reference"), step=pl.lit(0))
+    path = tmp_path / "scores.csv"
+    pl.concat([frame, lexical], how="diagonal_relaxed").write_csv(path)
+    found = compare_source(path, baseline="m1")
+    assert found.designs == ("m1", "m2")
+    assert found.control_designs == ("tfidf",)
+    assert {row.design for row in found.rows} == {"m2"}

@@ -46,9 +46,8 @@ def compare(
 
 def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str) -> Comparison:
     if study is None:
-        return compare_scores(frame, baseline, by, missing=missing)
+        return compare_scores(frame, baseline, by, controls=_controls(frame), missing=missing)
     frame, dropped = last_step(study, frame)
-    controls = frame.filter(frame["role"] != "design")["design"].unique().to_list()
     if not frame.height:
         raise CheckpointError(f"{study.name}: no design has been scored at its last step yet; run the study first")
     # a study that still runs is compared on what all designs have: an interim picture, said to be one
@@ -56,13 +55,20 @@ def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by:
         frame,
         baseline or study.baseline,
         by,
-        controls=controls,
+        controls=_controls(frame),
         margin=study.margin,
         missing="drop" if dropped else missing,
         order=[design.name for design in study.designs],
         costs=_encode_flops(study),
         treatments=study.designs,
     )
+
+
+def _controls(frame: pl.DataFrame) -> list[str]:
+    """Designs outside the comparison, where the table has a column that says what each is (a study's table has)."""
+    if "role" not in frame.columns:
+        return []
+    return frame.filter(frame["role"] != "design")["design"].unique().to_list()
 
 
 def compare_items(
@@ -81,11 +87,10 @@ def compare_items(
     Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
     """
     study, frame = scores(source)
-    controls: list[str] = []
     if study is not None:
         frame, _ = last_step(study, frame)
-        controls = frame.filter(frame["role"] != "design")["design"].unique().to_list()
         baseline = baseline or study.baseline
+    controls = _controls(frame)
     return compare_on_items(
         frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls,
         test=test, seed=seed,
