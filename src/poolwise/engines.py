@@ -55,6 +55,7 @@ def run_local(
             except EOFError:
                 raise PoolwiseError("the engine process died; see the messages above and run again") from None
             if event[0] == "error":
+                engine.join(30)  # it ends by itself: stopping it now would make it complain
                 raise PoolwiseError(event[1])
             on_event(event)
             if event[0] == "end":
