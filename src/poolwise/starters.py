@@ -26,7 +26,7 @@ DEMO_RECIPE = """\
 [recipe]
 base_model = "nano"
 dataset = "demo"
-steps = 20
+steps = 16
 learning_rate = 5e-3
 head_learning_rate = 5e-3
 warmup_steps = 2
