@@ -27,7 +27,8 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m benchmarks.type1 --quick
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks type1 --quick
 
 clean:
 	rm -rf $(VENV) build dist

@@ -76,7 +76,7 @@ def test_json_has_exactly_the_published_fields_and_no_nan():
     assert one["n"] == 1
     assert [one[name] for name in ("ci_low", "ci_high", "p_value", "p_holm", "effect_size")] == [None] * 5
     assert {v["group"] for v in out["verdicts"]} == {"Retrieval", "STS"}
-    assert any("Reranking has one task" in note for note in out["notes"])
+    assert any("Reranking: one task leaves nothing to test" in note for note in out["notes"])
 
 
 def test_design_verdict_is_the_crossed_test_of_the_pooled_study_and_holm_spans_the_family():
@@ -160,8 +160,8 @@ def test_tasks_of_one_source_are_averaged_at_design_scope_only():
 
 def test_few_sources_are_said():
     notes = compare(study({"a": 0, "b": 0.01}, types={"R": 3, "S": 5}), "a").notes
-    assert [note for note in notes if "3 sources" in note and note.startswith("R:")]
-    assert not [note for note in notes if note.startswith("S")]
+    assert [note for note in notes if "few sources" in note and note.startswith("R (3):")]
+    assert not [note for note in notes if "S (" in note]
 
 
 def test_one_run_has_no_verdict_but_a_banner_and_a_tipping_point():

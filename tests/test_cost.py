@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MixtralConfig, Qwen2Config
 
 from poolwise import cost
@@ -119,6 +120,7 @@ def test_base_parameters_are_those_of_the_model(family):
 def test_head_parameters_are_those_of_the_module(pooling, norm):
     config = tiny_config("llama")
     wanted = {"latents": 5, "heads": 3, "head_dim": 7, "ffn": 2, "norm": norm, "layer_weights": 9}
+    wanted["heads"] = 4 if pooling == "attention" else 3  # only its heads must divide the width
     given = {name: value for name, value in wanted.items() if name in POOLING_ARGS[pooling]}
     for args in (resolve_args(pooling, given, config), resolve_args(pooling, {}, config)):
         with torch.device("meta"):
@@ -126,7 +128,9 @@ def test_head_parameters_are_those_of_the_module(pooling, norm):
         assert cost.head_parameters(pooling, args, config) == sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("pooling", [name for name in POOLINGS if "latents" in POOLING_ARGS[name]])
+@pytest.mark.parametrize(
+    "pooling", [name for name in POOLINGS if "latents" in POOLING_ARGS[name] and name != "latent_attention"]
+)
 @pytest.mark.parametrize("config", [MISTRAL_7B, QWEN2_HALF_B], ids=["mistral", "qwen2"])
 def test_default_head_is_the_largest_below_five_percent(pooling, config):
     args = resolve_args(pooling, {}, config)
@@ -137,6 +141,35 @@ def test_default_head_is_the_largest_below_five_percent(pooling, config):
     budget = 0.05 * cost.base_flops(config, 32)
     assert cost.head_flops(priced, args, config, 32) < budget
     assert cost.head_flops(priced, {**args, "latents": 64}, config, 32) >= budget
+
+
+@pytest.mark.parametrize(
+    ("pooling", "args"),
+    [
+        ("latent_attention", {"latents": 24, "heads": 4}),
+        ("attention", {}),
+        ("layer_attention", {}),
+        ("layer_mean_ffn", {}),
+        ("cross_attention", {"latents": 8}),
+        ("mean_ffn", {"latents": 8}),
+    ],
+)
+def test_head_flops_are_those_that_torch_counts(pooling, args):
+    """As formulas are written; what runs is less where W_2 follows a mean or queries do not depend on the text."""
+    config = tiny_config("llama", num_hidden_layers=3)
+    args, tokens, width = resolve_args(pooling, args, config), 11, config.hidden_size
+    head = POOLINGS[pooling](width, 3, **args)
+    with FlopCounterMode(display=False) as counter:
+        head.train()(torch.randn(1, tokens if POOLINGS[pooling].reads == "tokens" else 3, width))
+    saved = 0
+    if pooling == "attention":  # sums of products, no matrix product for torch
+        saved = 4 * tokens * width
+    if "latents" in args:  # W_2 after the mean
+        rows = tokens if pooling == "latent_attention" else args["latents"]
+        saved = (rows - 1) * 2 * args["ffn"] * width * width
+    if pooling in ("layer_attention",):  # weights are averaged before the values are summed: no product
+        saved = 2 * 3 * 3 * width
+    assert counter.get_total_flops() + saved == cost.head_flops(pooling, args, config, tokens)
 
 
 def test_default_latents_on_a_base_too_small_for_the_promise():

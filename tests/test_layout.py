@@ -12,14 +12,15 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "poolwise"
 FLOORS = [
-    "errors designs mistakes study results score_files rows long_table arms factor_levels factorial "
-    "recommendation comparison item_sets paired stats",
-    "hub terminal attention layers heads pooling cost sources data batches folders in_memory tasks references "
-    "tables wording plots pareto factors_report reports",
-    "base encoder adapters",
+    "errors designs mistakes own recipe design grid tuning study results score_files rows long_table arms factor_levels factorial "
+    "robustness recommendation origins budgets single_runs contrasts comparison looks item_sets paired stats rungs mechanism_items control_arms",
+    "hub terminal attention layers masks packing layouts folding heads controls pooling testing inputs cost sources data batches folders in_memory tasks references "
+    "tables wording plots ranks_report side_report layers_report layer_poolings latent pareto controls_report factors_report "
+    "robustness_report tuning_report probing_report reports",
+    "base encoder prefix encoding adapters",
     "checkpoint",
-    "train evaluation items exporting",
-    "preflight trial engines runner preview api starters demo",
+    "train inside probing evaluation items exporting ladder",
+    "preflight preparation trial layer_view engines runner study_costs search preview beside api starters demo",
     "screen cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -18,22 +18,32 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from paper_head import paper_head, random_weights
-from poolwise.designs import ALIASES, POOLING_ARGS, POOLINGS_READ, PRESETS, Arg
+from poolwise.designs import (
+    ALIASES,
+    POOLING_ARGS,
+    POOLINGS_READ,
+    PRESETS,
+    REFERENCES,
+    TEMPLATES,
+    Arg,
+    is_attention,
+)
 from poolwise.errors import CheckpointError, ModelError, StudyError
 from poolwise.pooling import POOLINGS, load_paper_head, resolve_args
 from tiny import tiny_config
 
 WIDTH, LAYERS, TOKENS = 16, 3, 7
-SIZES = {"latents": 4, "heads": 2, "head_dim": 8}
+SIZES = {"latents": 4, "heads": 2, "head_dim": 8, "layer": 2, "layers": 2}
 ALL = sorted(POOLINGS)
 TRAINABLE = [name for name in ALL if "latents" in POOLING_ARGS[name]]
+WEIGHTED = [*TRAINABLE, "attention", "mean_gain", "scalar_mix", "layer_attention", "layer_mean_ffn"]
 READS_TOKENS = [name for name in ALL if POOLINGS_READ[name] == "tokens"]
 
 
 def make(name: str, seed: int = 0, width: int = WIDTH, **args) -> torch.nn.Module:
     """A pooling with its first weights."""
-    sizes = {**SIZES, **args} if name in TRAINABLE else args
-    pooling = POOLINGS[name](width, LAYERS, **sizes)
+    sizes = {key: value for key, value in SIZES.items() if key in POOLING_ARGS[name]}
+    pooling = POOLINGS[name](width, LAYERS, **{**sizes, **args})
     pooling.reset_parameters(torch.Generator().manual_seed(seed))
     return pooling
 
@@ -394,10 +404,10 @@ def gradients_seen(pooling: torch.nn.Module, steps: int = 2) -> dict[str, bool]:
     return seen
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_law_5_every_tensor_gets_a_gradient_within_two_steps(name, norm):
-    seen = gradients_seen(make(name, norm=norm))
+    seen = gradients_seen(make(name, **({"norm": norm} if "norm" in POOLING_ARGS[name] else {})))
     assert seen
     assert all(seen.values()), [key for key, value in seen.items() if not value]
 
@@ -435,7 +445,7 @@ def test_law_9_states_of_any_dtype_are_pooled_in_fp32(name, dtype):
         torch.testing.assert_close(result.double(), states.double().mean(dim=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TRAINABLE)
+@pytest.mark.parametrize("name", WEIGHTED)
 def test_law_9_weights_or_autocast_in_bf16_change_the_products_only(name):
     pooling = sharpen(make(name), scale=1.0)
     states = random_states(4, 600 if pooling.reads == "tokens" else LAYERS, WIDTH)
@@ -487,7 +497,9 @@ def test_presets_are_complete():
         config = tiny_config("mistral")
         args = resolve_args(design["pooling"], design["pooling_args"], config)
         assert {key: args[key] for key in design["pooling_args"]} == design["pooling_args"], name
-        assert design["attention"] in ("causal", "bidirectional")
+        assert is_attention(design["attention"])
+        assert design.get("template", "plain") in TEMPLATES
+    assert set(REFERENCES) == {name for name in PRESETS if not name.startswith("m")}
     assert set(ALIASES.values()) == {"m1", "m2", "m3", "m4", "m5"}
 
 
@@ -523,6 +535,9 @@ def test_resolve_args_fills_in_sizes_from_the_base():
         ),
         ("cross_attention", {"head_dim": 5}, r"head_dim = 5: does not divide .* give heads too, or head_dim = 4"),
         ("layer_cross_attention", {"layer_weights": 1}, "the base model has 2 layers"),
+        ("single_layer", {"layer": 3}, "layer = 3: the base model has 2 layers"),
+        ("last_layers", {"layers": 3}, "layers = 3: the base model has 2 layers"),
+        ("attention", {"heads": 5}, "heads = 5: does not divide the hidden size 32; give heads = 4"),
     ],
 )
 def test_resolve_args_teaches(pooling, args, message):
@@ -542,7 +557,7 @@ def test_layer_weights_can_be_left_out_and_must_suffice():
 
 def test_heads_can_be_built_on_the_meta_device_and_filled_later():
     with torch.device("meta"):
-        pooling = POOLINGS["layer_cross_attention"](WIDTH, LAYERS, **SIZES)
+        pooling = POOLINGS["layer_cross_attention"](WIDTH, LAYERS, latents=4, heads=2, head_dim=8)
     pooling.to_empty(device="cpu").reset_parameters(torch.Generator().manual_seed(0))
     wanted = make("layer_cross_attention").state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in pooling.state_dict().items())

@@ -145,7 +145,7 @@ def test_a_bare_csv_gives_a_report_too(tmp_path):
     assert "> **One run only." in markdown
     assert "no verdict on designs is possible" in text
     assert "<h2>Cost</h2>" not in html
-    assert "±" not in markdown  # one run has no spread
+    assert "± is the sd" not in markdown  # one run has no spread
     assert "Checkpoints only: m2 is inconclusive." in text
     assert ".094" in Page(html).cells  # p = 6/64, as in test_comparison
 

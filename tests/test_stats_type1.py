@@ -102,3 +102,10 @@ class InThisProcess:
         return False
 
     map = staticmethod(map)
+
+
+def test_two_looks_on_eight_tasks_keep_their_promise(type1):
+    """Three seeds, then five, at .03 each: at most .08 of studies of equal designs see a difference at either look."""
+    for run_sd, heterogeneity in ((0.0, 0.0), (0.2, 0.3), (0.4, 0.6)):
+        cell = type1.Cell("base", 8, 5, run_sd=run_sd, heterogeneity=heterogeneity, noise=0.4)
+        assert rates(type1, cell, 1000)["two looks", 0.0] <= 0.08

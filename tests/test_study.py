@@ -134,7 +134,7 @@ def test_all_mistakes_at_once() -> None:
     assert "recipe.lora.rnk is not a field; allowed: rank, alpha, dropout, target; did you mean 'rank'?" in text
     assert "designs[0].steps: a design cannot override the recipe" in text
     assert "designs[1]: preset 'm8' is unknown; allowed: m1, m2" in text
-    assert "designs[2].attention = 'both': allowed: 'causal' or 'bidirectional'" in text
+    assert "designs[2].attention = 'both': allowed: 'causal', 'bidirectional', 'bidirectional_last_N'" in text
     assert "pooling_args.latents = '3': allowed: int or 'auto'" in text
     assert "pooling_args.head is not an argument of cross_attention" in text
     assert "baseline = 'm9' is not among the designs" in text
@@ -201,3 +201,70 @@ def test_unknown_template() -> None:
 def test_demo_study_has_all_five_designs(tmp_path: Path) -> None:
     assert [d.name for d in demo_study(tmp_path).designs] == ["m1", "m2", "m3", "m4", "m5"]
     assert demo_study(tmp_path, quick=True).seeds == (0, 1)
+
+
+# ---------------------------------------------------------------- grid
+
+GRID = {
+    "attention": ["causal", "bidirectional"],
+    "pooling": ["last_token", "mean", "cross_attention", "layer_cross_attention"],
+    "latents": [4, 16],
+    "tokens": ["all", "mean"],
+}
+
+
+def test_grid_is_another_way_to_write_designs() -> None:
+    """Fields are crossed; an argument multiplies only the poolings that take it; what cannot be is said."""
+    found = study(designs=[{"preset": "m1"}], grid=GRID)
+    cells = [
+        (d.attention, d.pooling, d.pooling_args.get("latents"), d.pooling_args.get("tokens")) for d in found.designs
+    ]
+    expected = [("causal", "last_token", None, None), ("bidirectional", "last_token", None, None)]
+    expected += [(mode, "mean", None, None) for mode in GRID["attention"]]
+    for pooling, tokens in (("cross_attention", "all"), ("layer_cross_attention", "mean")):
+        expected += [(mode, pooling, latents, tokens) for mode in GRID["attention"] for latents in (4, 16)]
+    assert cells == expected
+    assert [d.name for d in found.designs][:5] == [
+        "m1", "last_token-bidirectional", "mean-causal", "mean-bidirectional", "cross_attention-causal-latents-4",
+    ]  # fmt: skip
+    assert found.designs[-1].name == "layer_cross_attention-bidirectional-latents-16-tokens-mean"
+    assert len(found.grid_notes) == 3
+    assert "last_token × causal: stands among the designs, as m1" in found.grid_notes
+    assert any("tokens all and 3 more: pooling_args.tokens = 'all': allowed: last, mean" in n for n in found.grid_notes)
+    # the same study spelt out
+    spelt = study(designs=[{"preset": "m1"}, *(d.model_dump() for d in found.designs[1:])])
+    assert spelt.fingerprint == found.fingerprint
+    # what a run writes down, read again
+    assert Study.parse(found.model_dump(mode="json")).designs == found.designs
+
+
+def test_a_grown_grid_keeps_the_names_of_its_designs() -> None:
+    """A run goes on by names: another value must not rename what was there."""
+    small = study(
+        designs=[], baseline="mean-causal", grid={"attention": "causal", "pooling": ["mean", "cross_attention"]}
+    )
+    large = study(
+        designs=[],
+        baseline="mean-causal",
+        grid={"attention": ["causal", "bidirectional"], "pooling": ["mean", "cross_attention"], "latents": ["auto", 4]},
+    )
+    assert [d.name for d in small.designs] == ["mean-causal", "cross_attention-causal"]
+    assert {d.name: d.factors() for d in small.designs}.items() <= {d.name: d.factors() for d in large.designs}.items()
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ({"attention": ["causal"], "pooling": ["men"]}, "did you mean 'mean'?"),
+        ({"attention": ["causal", "both"], "pooling": ["mean"]}, "grid.attention: no design can have 'both'"),
+        ({"pooling": ["mean"]}, "grid.attention is missing"),
+        ({"attention": ["causal"], "pooling": ["mean"], "latent": [3]}, "did you mean 'latents'?"),
+        ({"attention": ["causal"], "pooling": ["mean"], "latents": [3]}, "none of the poolings mean takes it"),
+        ({"attention": ["causal"], "pooling": ["mean", "mean"]}, "give each value once"),
+        ({"attention": [], "pooling": ["mean"]}, "give at least one value"),
+    ],
+)
+def test_mistaken_grid(grid: dict[str, object], words: str) -> None:
+    found = problems(designs=[], grid=grid, seeds=[])
+    assert any(words in line for line in found), found
+    assert not any(line.startswith("designs") for line in found)

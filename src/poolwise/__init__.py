@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from poolwise.encoder import build
     from poolwise.errors import PoolwiseError
     from poolwise.exporting import export
+    from poolwise.heads import Pooling
     from poolwise.preview import check
     from poolwise.study import Design, Recipe, Study
 
 __version__ = "0.1.0"
 _WHERE = {  # imported on first use: torch and mteb cost seconds
     "Design": "study",
+    "Pooling": "heads",
     "PoolwiseError": "errors",
     "Recipe": "study",
     "Study": "study",
@@ -42,6 +44,7 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
 }
 __all__ = [
     "Design",
+    "Pooling",
     "PoolwiseError",
     "Recipe",
     "Study",

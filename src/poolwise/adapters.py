@@ -9,18 +9,14 @@ import numpy as np
 import scipy.sparse as sparse
 from mteb.models import ModelMeta
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
-from sentence_transformers import SentenceTransformer
 
+from poolwise.encoding import FastEncoder
 from poolwise.errors import ModelError
 from poolwise.tasks import Task, document_text
 
 SEARCH_TYPES = ("Retrieval", "Reranking")
 SPARSE_TYPES = ("STS", "Classification", "Clustering")
 """Task types whose mteb evaluators take scipy's sparse rows as they are."""
-REPEATED_TYPES = ("Classification", "Clustering")
-"""Task types whose mteb evaluators ask for the same texts again and again: ten experiments, repeated sets."""
-KEPT_BYTES = 1 << 30
-"""Embeddings of one task kept for such repetitions, at most."""
 CONSTANT_TOLERANCE = 1e-5
 """Vectors are equal if no number differs by more than this share of the largest one."""
 
@@ -73,11 +69,7 @@ class Ranker(Adapter):
 
 
 class Encoder(Adapter):
-    """mteb's encoder protocol around `encode(texts)`; where texts repeat within a task each is encoded once."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.kept: dict[tuple[str, str], np.ndarray] = {}
+    """mteb's encoder protocol around `encode(texts)`."""
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
         """(N, D) fp32 vectors of the texts; sparse rows of a lexical reference where mteb's evaluator takes them.
@@ -89,10 +81,7 @@ class Encoder(Adapter):
         prompt = self._prompt(side)
         if prompt:
             self.used_prompts[side or "text"] = prompt
-        if self.task.task_type in REPEATED_TYPES and isinstance(self.model, SentenceTransformer):
-            vectors = self._each_once(texts, side, prompt)
-        else:
-            vectors = self._vectors(texts, side, prompt)
+        vectors = self._vectors(texts, side, prompt)
         self._check(texts, vectors)
         return vectors
 
@@ -122,23 +111,12 @@ class Encoder(Adapter):
             names += [default] if default else []
         return next((prompts[name] for name in names if prompts.get(name) is not None), "")
 
-    def _each_once(self, texts: Sequence[str], side: str | None, prompt: str) -> np.ndarray:
-        """(N, D) as `_vectors` gives them, encoding only what this task has not asked for yet."""
-        new = [text for text in dict.fromkeys(texts) if (prompt, text) not in self.kept]
-        fresh = dict(zip(new, self._vectors(new, side, prompt), strict=True)) if new else {}
-        vectors = np.stack([fresh[text] if text in fresh else self.kept[prompt, text] for text in texts])
-        if (len(self.kept) + len(new)) * vectors[0].nbytes <= KEPT_BYTES:
-            self.kept.update({(prompt, text): vector for text, vector in fresh.items()})
-        return vectors
-
     def _vectors(self, texts: Sequence[str], side: str | None, prompt: str) -> Any:
-        if isinstance(self.model, SentenceTransformer):
-            by_side = {"query": self.model.encode_query, "document": self.model.encode_document}
-            encode = by_side.get(side or "", self.model.encode)  # a Router sends the sides through different modules
-            vectors = encode(
-                texts, prompt=prompt, batch_size=self.batch_size, show_progress_bar=False, convert_to_numpy=True
-            )
-        elif hasattr(self.model, "encode_dense"):
+        if hasattr(self.model, "kept_vectors"):  # the dilution ladder
+            return self.model.kept_vectors(texts, side, prompt, self.batch_size)
+        if isinstance(self.model, FastEncoder):
+            return self.model.encode(texts, prompt, side=side, batch_size=self.batch_size)
+        if hasattr(self.model, "encode_dense"):
             if self.task.task_type in SPARSE_TYPES:
                 return self.model.encode(texts)
             vectors = self.model.encode_dense(texts)

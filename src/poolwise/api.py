@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise import results
+from poolwise import demo, looks, results, robustness, score_files
+from poolwise.beside import controls_of, equally_tuned, last_step, on_each
+from poolwise.budgets import equal_budgets
 from poolwise.comparison import Comparison
 from poolwise.comparison import compare as compare_scores
-from poolwise.errors import CheckpointError, PoolwiseError
+from poolwise.errors import CheckpointError, StatisticsError
 from poolwise.paired import Paired
 from poolwise.paired import compare_items as compare_on_items
 from poolwise.runner import results as study_results
-from poolwise.runner import run
+from poolwise.runner import run, trials
 from poolwise.study import Study
+from poolwise.study_costs import known_costs, mean_costs
 from poolwise.tables import priced
 
 if TYPE_CHECKING:
@@ -34,41 +38,85 @@ def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
 
 
 def compare(
-    source: Study | str | Path, *, baseline: str | None = None, by: str = "task_type", missing: str = "error"
-) -> Comparison:
+    source: Study | str | Path, *, baseline: str | None = None, by: str = "task_type", missing: str = "error",
+    run_sd: float | None = None, run_df: float | None = None, base: str | None = None,
+) -> Comparison:  # fmt: skip
     """Contrasts of all designs against the baseline, by task type or another column of the table.
+
+    run_sd, run_df: sd, in points, of one run's effect on a mean over such tasks and its degrees of freedom, both from
+    an earlier study; single runs then carry a statement about designs.
+
+    base: the one base model to look at, in a study of several; without it scores are averaged over them, and
+    `by_base` and `robustness` say what each says.
 
     Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
     """
     study, frame = scores(source)
-    return _compare(study, frame, baseline, by, missing)
+    if base is not None:
+        frame = robustness.chosen(frame, base)
+    return _compare(study, frame, baseline, by, missing, _run_effect(run_sd, run_df))
 
 
-def _compare(study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str) -> Comparison:
+def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:
+    """The run effect known from elsewhere, in scores 0–1."""
+    if (run_sd is None) != (run_df is None):
+        raise StatisticsError("a run effect from elsewhere needs its sd and its degrees of freedom: give both or none")
+    return {} if run_sd is None or run_df is None else {"run_sd": run_sd / 100, "run_df": run_df}
+
+
+def _compare(
+    study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str,
+    run_effect: dict[str, Any],
+) -> Comparison:  # fmt: skip
+    import polars as pl
+
+    if len(names := robustness.bases(frame)) > 1:
+        means = robustness.pooled(frame, names)
+        return on_each(study, frame, names, _compare(study, means, baseline, by, missing, run_effect), missing)
     if study is None:
-        return compare_scores(frame, baseline, by, controls=_controls(frame), missing=missing)
-    frame, dropped = last_step(study, frame)
-    if not frame.height:
+        return compare_scores(frame, baseline, by, controls=controls_of(frame), missing=missing, **run_effect)
+    last = last_step(study, frame)
+    if not last.height:
         raise CheckpointError(f"{study.name}: no design has been scored at its last step yet; run the study first")
-    # a study that still runs is compared on what all designs have: an interim picture, said to be one
-    return compare_scores(
-        frame,
+    state = looks.state(study, _done(study, last))
+    shown = (pl.col("role") != "design") | pl.col("seed").is_in(list(state.seeds))
+    costs = priced(known_costs(study), study.baseline)
+    primary = (baseline or study.baseline, by) == (study.baseline, "task_type")
+    other = f"Exploratory: what the study declares is contrasts with {study.baseline} by task type."
+    found = compare_scores(
+        last.filter(shown),
         baseline or study.baseline,
         by,
-        controls=_controls(frame),
+        controls=controls_of(frame),
         margin=study.margin,
-        missing="drop" if dropped else missing,
+        alpha=state.alpha,
+        missing="drop" if state.interim else missing,  # an interim picture: what all designs have
         order=[design.name for design in study.designs],
-        costs=_encode_flops(study),
+        costs={row["design"]: row["encode_flops"] for row in costs},
         treatments=study.designs,
+        type_weights=study.type_weights,
+        interim=state.interim,
+        exploratory=state.exploratory or ("" if primary else other),
+        **run_effect,
+    )
+    taken = looks.record(study, state, found) if primary else ()
+    return replace(
+        equally_tuned(study, found),
+        plan=" ".join(text for text in (state.note, looks.earlier(taken, state)) if text),
+        looks=taken,
+        budgets=equal_budgets(found, frame.filter(shown), costs),
     )
 
 
-def _controls(frame: pl.DataFrame) -> list[str]:
-    """Designs outside the comparison, where the table has a column that says what each is (a study's table has)."""
-    if "role" not in frame.columns:
-        return []
-    return frame.filter(frame["role"] != "design")["design"].unique().to_list()
+def _done(study: Study, last: pl.DataFrame) -> set[tuple[str, int]]:
+    """The trials (design, seed) that are done: nothing failed, and scored on as much as any other."""
+    cells = last.filter((last["role"] == "design") & last["item_id"].is_null()).group_by("design", "seed").len()
+    most = cells["len"].max()
+    done = {(design, seed) for design, seed, size in cells.iter_rows() if size == most}
+    if not (study.folder / "trials.json").exists():
+        return done
+    open_ = {(row["label"], row["seed"]) for row in trials(study) if row["role"] == "design" and row["state"] != "done"}
+    return done - open_
 
 
 def compare_items(
@@ -81,16 +129,20 @@ def compare_items(
     missing: str = "error",
     test: str | None = None,
     seed: int = 0,
+    base: str | None = None,
 ) -> tuple[Paired, ...]:
     """Compare designs on the queries, examples, sets or pairs of one task; arguments as in `paired.compare_items`.
+
+    base: which base model, in a study of several.
 
     Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
     """
     study, frame = scores(source)
+    frame = robustness.chosen(frame, base)
     if study is not None:
-        frame, _ = last_step(study, frame)
+        frame = last_step(study, frame)
         baseline = baseline or study.baseline
-    controls = _controls(frame)
+    controls = controls_of(frame)
     return compare_on_items(
         frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls,
         test=test, seed=seed,
@@ -120,27 +172,36 @@ def compare_runs(
     )  # fmt: skip
 
 
-def last_step(study: Study, frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """The scores at the end of the training (of the untrained ones at step 0), and the trials that have none yet."""
-    import polars as pl
-
-    kept = frame.filter((pl.col("step") == study.recipe.steps) | pl.col("role").is_in(["untuned", "reference"]))
-    have = set(kept.filter(pl.col("role") == "design").select("design", "seed").unique().iter_rows())
-    return kept, [f"{d.name} seed {s}" for d in study.designs for s in study.seeds if (d.name, s) not in have]
-
-
 def report(source: Study | str | Path, *, out: str | Path | None = None, baseline: str | None = None) -> list[Path]:
     """Write `report.md` and `report.html`: into the study's folder, or into `out`. Returns their paths."""
     from poolwise.reports import render
 
     study, frame = scores(source)
-    comparison = _compare(study, frame, baseline, "task_type", "error")
+    comparison = _compare(study, frame, baseline, "task_type", "error", {})
     if study is None:
         folder = Path(out) if out else Path.cwd()
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, comparison, None, None, folder)
     folder = Path(out) if out else study.folder
-    return render(study_info(study), frame, comparison, _costs(study), None, folder)
+    found = {**study_info(study), "layers": layer_attention(study)}
+    return render(found, frame, comparison, mean_costs(study), None, folder)
+
+
+def layer_attention(study: Study) -> dict[str, Any]:
+    """What the finished trials say of layers: `texts` looked at, and `runs`: design -> seed -> (L,) weights, sum 1.
+
+    Only designs that attend to layers, only trials that left it behind; designs of several base models apart.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    texts = 0
+    for row in trials(study) if (study.folder / "trials.json").exists() else ():
+        path = study.folder / "trials" / row["name"] / score_files.LAYERS
+        if row["role"] == "design" and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            found.setdefault(name, {})[row["seed"]] = content["attention"]
+            texts = content["texts"]
+    return {"texts": texts, "runs": found}
 
 
 def study_info(study: Study) -> dict[str, Any]:
@@ -150,38 +211,16 @@ def study_info(study: Study) -> dict[str, Any]:
     packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
     return {
         "name": study.name,
-        "base_model": study.recipe.base_model,
+        "base_model": ", ".join(study.bases),
         "baseline": study.baseline,
         "seeds": list(study.seeds),
         "recipe": study.recipe.model_dump(mode="json"),
         "designs": [design.model_dump(mode="json") for design in study.designs],
         "fingerprint": study.fingerprint,
+        "predictions": demo.predictions() if any(task.startswith("demo") for task in study.tasks) else None,
         "versions": {name: version(name) for name in packages},
         "command": f"poolwise run {study.name}.toml",
     }
-
-
-def _encode_flops(study: Study) -> dict[str, float]:
-    """What each design takes to encode a text of 128 tokens; empty where the base model cannot be reached any more."""
-    try:
-        return {row["design"]: row["encode_flops"] for row in priced(_costs(study), study.baseline)}
-    except (PoolwiseError, OSError):
-        return {}
-
-
-def _costs(study: Study) -> list[dict[str, Any]]:
-    """The cost table, kept in the study's folder: reading it needs no model library."""
-    path = study.folder / "costs.json"
-    if path.exists():
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if {row["design"] for row in rows} >= {design.name for design in study.designs}:
-            return rows  # type: ignore[no-any-return]
-    from poolwise.preview import costs
-    from poolwise.trial import base_config
-
-    rows = costs(study, base_config(study)[1])
-    results.write_atomic(path, json.dumps(rows))
-    return rows
 
 
 def evaluate(
@@ -210,18 +249,21 @@ def evaluate(
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 
-def export_design(study: Study, design: str, to: str | Path, seed: int | None = None) -> Path:
-    """Export a trained design of a study: its run of `seed` (the first by default) at the last step."""
+def export_design(study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None) -> Path:
+    """Export a trained design of a study: its run of `seed` on `base` (the first ones by default) at the last step."""
     from poolwise.checkpoint import load
     from poolwise.exporting import export
-    from poolwise.runner import trials
 
     study.design(design)
     wanted = study.seeds[0] if seed is None else seed
-    if wanted not in study.seeds:
-        raise CheckpointError(f"--seed {wanted} is not in this study; it has {', '.join(map(str, study.seeds))}")
+    if wanted not in study.all_seeds:
+        raise CheckpointError(f"--seed {wanted} is not in this study; it has {', '.join(map(str, study.all_seeds))}")
+    model = study.bases[0] if base is None else base
+    if model not in study.bases:
+        raise CheckpointError(f"--base {model} is not in this study; it has {', '.join(study.bases)}")
     for trial in trials(study):
-        if (trial["label"], trial["role"], trial["seed"]) == (design, "design", wanted):
+        key = (trial["label"], trial["role"], trial["seed"], trial.get("base", model))
+        if key == (design, "design", wanted, model):
             folder = study.folder / "trials" / trial["name"] / "training" / f"step-{study.recipe.steps}"
             if not folder.exists():
                 raise CheckpointError(f"{design} with seed {wanted} is not trained yet; run the study first")

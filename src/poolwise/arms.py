@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.long_table import main_scores
+from poolwise.mechanism_items import by_mechanism, whole_task
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,7 +32,8 @@ FEW_SOURCES = 5  # simulated: at 3 sources a nominal .0005 is reached in up to 1
 class Arm:
     """Scores of one design in one group of tasks, 0–1: `scores` (seeds, tasks), splits and subsets averaged.
 
-    `sources` (tasks,) names the data set behind each task; a task without one is its own source.
+    `sources` (tasks,) names the data set behind each task; a task without one is its own source. `unit` is `item` where
+    the columns are items of a mechanism's tasks (`mechanism_items`): then its forms count the same in every mean.
     """
 
     group: str
@@ -40,21 +42,31 @@ class Arm:
     tasks: tuple[str, ...]
     sources: tuple[str, ...]
     scores: tuple[tuple[float, ...], ...]
+    unit: str = "task"
 
     @cached_property
     def array(self) -> NDArray[np.float64]:
         """(seeds, tasks)."""
         return np.array(self.scores)
 
+    @cached_property
+    def weighted(self) -> NDArray[np.float64]:
+        """(seeds, tasks) whose plain mean is the arm's: items weigh so much that each form of a mechanism counts the
+        same; tasks are as they are."""
+        if self.unit == "task":
+            return self.array
+        _, form, counts = np.unique([whole_task(task) for task in self.tasks], return_inverse=True, return_counts=True)
+        return self.array * (len(form) / (len(counts) * counts[form]))
+
     @property
     def mean(self) -> float:
         """Mean over seeds and tasks."""
-        return float(self.array.mean())
+        return float(self.weighted.mean())
 
     @property
     def run_means(self) -> NDArray[np.float64]:
         """(seeds,) mean over tasks of each run."""
-        return self.array.mean(axis=1)
+        return self.weighted.mean(axis=1)
 
     @property
     def task_means(self) -> NDArray[np.float64]:
@@ -64,15 +76,23 @@ class Arm:
     @cached_property
     def by_source(self) -> NDArray[np.float64]:
         """(seeds, sources), the tasks of each source averaged, sources in order of first appearance."""
-        return stats.average_sources(self.array, self.sources)[0]
+        return self.weighted if self.unit == "item" else stats.average_sources(self.array, self.sources)[0]
 
     def on(self, tasks: Sequence[str]) -> Arm:
         """The same arm on some of its tasks, in the order given."""
         index = [self.tasks.index(task) for task in tasks]
         return Arm(
             self.group, self.design, self.seeds, tuple(tasks), tuple(self.sources[i] for i in index),
-            tuple(tuple(run[i] for i in index) for run in self.scores),
+            tuple(tuple(run[i] for i in index) for run in self.scores), self.unit,
         )  # fmt: skip
+
+    def whole(self) -> Arm:
+        """The arm with a column for each task: items averaged within theirs."""
+        if self.unit == "task":
+            return self
+        array, tasks = stats.average_sources(self.array, [whole_task(task) for task in self.tasks])
+        scores = tuple(map(tuple, array.tolist()))
+        return Arm(self.group, self.design, self.seeds, tuple(tasks), (self.group,) * len(tasks), scores)
 
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
@@ -94,7 +114,9 @@ def arms(
     """
     import polars as pl
 
-    scores = _grouped(main_scores(frame).filter(pl.col("design").is_in([*family, *others])), by)
+    main = main_scores(frame).filter(pl.col("design").is_in([*family, *others]))
+    scores = _grouped(by_mechanism(frame, main), by)
+    items = set(scores.filter("is_item")["group"].unique())
     ours = scores.filter(pl.col("design").is_in(list(family)))
     _check_metrics(scores)
     _check_steps(ours)
@@ -111,21 +133,23 @@ def arms(
         wide = part.pivot(on="seed", index=["task", "source"], values="score").sort("task")
         array = wide.select([str(seed) for seed in seeds]).to_numpy().T
         tasks, sources = tuple(wide["task"]), tuple(wide["source"])
-        arm = Arm(group, design, tuple(seeds), tasks, sources, tuple(map(tuple, array.tolist())))
+        unit = "item" if group in items else "task"
+        arm = Arm(group, design, tuple(seeds), tasks, sources, tuple(map(tuple, array.tolist())), unit)
         grouped.setdefault(group, {})[design] = arm
     return grouped, excluded
 
 
 def _grouped(scores: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Adds the column `group`; a task lies in exactly one."""
+    """Adds the column `group`; a task lies in exactly one, a built-in task in that of its mechanism."""
     import polars as pl
 
     if by == "all":
-        return scores.with_columns(pl.lit("all").alias("group"))
+        return scores.with_columns(pl.col("mechanism").fill_null("all").alias("group"))
     if by not in scores.columns:
-        known = [name for name in scores.columns if name not in ("design", "seed", "score", "step", "item_id")]
+        left = ("design", "seed", "score", "step", "item_id", "is_item")
+        known = [name for name in scores.columns if name not in left]
         raise StatisticsError(f"by={by!r}: no such column; allowed: {', '.join(known)} or all{suggest(by, known)}")
-    scores = scores.with_columns(pl.col(by).cast(pl.String).alias("group"))
+    scores = scores.with_columns(pl.coalesce("mechanism", pl.col(by).cast(pl.String)).alias("group"))
     split = scores.group_by("task").agg(pl.col("group").unique().sort()).filter(
         (pl.col("group").list.len() > 1) | pl.col("group").list.contains(None)
     )  # fmt: skip

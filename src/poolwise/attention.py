@@ -3,7 +3,8 @@
 transformers >= 5.2 turns a decoder bidirectional when `config.is_causal` is False *on the loaded model*. Given to
 `from_pretrained` or to a config it is dropped without a word, some models ignore it, and one (StableLM under SDPA)
 follows it only when the batch is padded. So nothing here is believed: `verify` changes one token at a time and looks
-which hidden states move. The mask decides what is padding, and positions are always given explicitly.
+which hidden states move. The mask decides what is padding, and positions are always given explicitly. Modes in which
+layers or tokens differ are made by hooks: see `poolwise.masks`.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from poolwise.designs import ATTENTIONS, is_attention
 from poolwise.errors import AttentionError, suggest
+from poolwise.layers import base_model, decoder_layers
+from poolwise.masks import LayerMasks, attending, inner_modes, layer_masks, reachable
 
 MODES = ("causal", "bidirectional")
 PADDINGS = ("none", "left", "right")
 PROBE_LENGTH = 8  # tokens whose influence is measured
 PROBE_PADDING = 3  # padding positions beside them
+PROBE_PREFIX = 3  # of the measured tokens: the prompt, where the mode cares
 
 # A relative change below this is no influence: a few units in the last place of the state's largest entry.
-_EPSILON = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+EPSILON = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 # A real position may differ by this much between padding cases, which run other kernels.
-_AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 _CASES = {"none": "an unpadded batch", "left": "a left-padded batch", "right": "a right-padded batch"}
 
 
 def set_attention(model: nn.Module, mode: str) -> None:
-    """Make `model` (a transformers `PreTrainedModel` or a `PeftModel` over one) causal or bidirectional.
+    """Give `model` (a transformers `PreTrainedModel` or a `PeftModel` over one) an attention mode.
 
-    Only declares: call `verify` to know whether the model follows. Raises `AttentionError` for an unknown mode and
-    for an encoder-decoder, which has no single attention to choose.
+    Only declares: call `verify` to know whether the model follows. Raises `AttentionError` for an unknown mode, for an
+    encoder-decoder, which has no single attention to choose, and where layers cannot be given masks of their own.
     """
     _check_mode(mode)
     backbone = base_model(model)
@@ -43,11 +48,16 @@ def set_attention(model: nn.Module, mode: str) -> None:
             f"{_name(model)} is an encoder-decoder: causal and bidirectional are choices for a decoder-only "
             "base model. Fix: take a causal language model as base_model."
         )
-    backbone.config.get_text_config().is_causal = mode == "causal"
+    if (masks := layer_masks(model)) is not None:
+        masks.remove()
+    backbone.poolwise_masks = None if mode in MODES else LayerMasks(backbone, mode, backend(model))
+    backbone.config.get_text_config().is_causal = mode != "bidirectional"
 
 
 def get_attention(model: nn.Module) -> str:
     """The mode that `model` declares: `config.is_causal` where set, otherwise what its modules say of themselves."""
+    if (masks := layer_masks(model)) is not None:
+        return masks.mode
     backbone = base_model(model)
     config = backbone.config.get_text_config()
     declared = getattr(config, "is_causal", None)
@@ -55,12 +65,6 @@ def get_attention(model: nn.Module) -> str:
         flags = {getattr(module, "is_causal", None) for module in backbone.modules()} - {None}
         declared = flags != {False} and not getattr(config, "use_bidirectional_attention", False)
     return "causal" if declared else "bidirectional"
-
-
-def base_model(model: nn.Module) -> Any:
-    """`model` without its PEFT wrapper."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap else model
 
 
 def backend(model: nn.Module) -> str:
@@ -86,7 +90,7 @@ def check_window(model: nn.Module, mode: str, max_length: int) -> None:
     """
     _check_mode(mode)
     window = sliding_window(model)
-    if mode == "bidirectional" and "flash" in backend(model) and window is not None and max_length > window:
+    if mode.startswith("bidirectional") and "flash" in backend(model) and window is not None and max_length > window:
         raise AttentionError(
             f"{_name(model)} has a sliding window of {window} tokens, and {backend(model)} makes it one token narrower "
             f"than other backends do when attention is bidirectional: max_length = {max_length} would give embeddings "
@@ -127,8 +131,10 @@ def verify(model: nn.Module, mode: str) -> None:
     """Raise `AttentionError` unless `model` attends as `mode` says: unpadded, left- and right-padded, on its backend.
 
     causal: no state moves with a later token, and each but the first moves with some earlier one. bidirectional: each
-    state moves with some earlier and some later token (some, because a sliding window hides far ones). In both, what
-    stands in the padding moves nothing, neither does the padding side, and `position_ids` are what the model expects.
+    state moves with some earlier and some later token (some, because a sliding window hides far ones). The prefix modes
+    likewise, the first `PROBE_PREFIX` tokens being the prompt. With the last N layers bidirectional, states are also
+    causal before them and bidirectional after the first of them. In all, what stands in the padding moves nothing,
+    neither does the padding side, and `position_ids` are what the model expects.
     """
     _check_mode(mode)
     reason, _ = _examine(model, mode)
@@ -173,14 +179,19 @@ def _name(model: nn.Module) -> str:
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise AttentionError(f"attention = {mode!r}: allowed are {', '.join(map(repr, MODES))}{suggest(mode, MODES)}")
+    if not is_attention(mode):
+        allowed = ", ".join(map(repr, ATTENTIONS))
+        raise AttentionError(f"attention = {mode!r}: allowed are {allowed}{suggest(mode, ATTENTIONS)}")
 
 
 def _examine(model: nn.Module, mode: str) -> tuple[str | None, dict[str, Tensor]]:
     """Probe each padding case: what speaks against `mode` first (None: nothing), and all influence matrices."""
     probes = {padding: _probe(model, padding) for padding in PADDINGS}
     seen = {padding: _contradiction(probe, probes["none"], mode) for padding, probe in probes.items()}
+    for layer, inner in inner_modes(model, mode):
+        for padding in PADDINGS:
+            words = _contradiction(probe := _probe(model, padding, layer=layer), probe, inner)
+            seen[padding] = seen[padding] or (words and f"after layer {layer + 1}, which must be {inner}, {words}")
     reason = next((_refusal(model, mode, padding, words) for padding, words in seen.items() if words), None)
     return reason, {padding: probe.influence for padding, probe in probes.items()}
 
@@ -190,22 +201,24 @@ def _contradiction(probe: Probe, unpadded: Probe, mode: str) -> str:
     T, dtype = len(probe.influence), probe.states.dtype
     if not (probe.states.isfinite().all() and probe.influence.isfinite().all()):
         return f"hidden states are not finite numbers in {dtype}"
-    epsilon = max(_EPSILON.get(dtype, 1e-3), 4 * probe.noise)
+    epsilon = max(EPSILON.get(dtype, 1e-3), 4 * probe.noise)
     moved = probe.influence > epsilon
-    future, past = moved.triu(1).any(1)[:-1], moved.tril(-1).any(1)[1:]
-    if mode == "causal" and future.any():
-        size = float(probe.influence.triu(1).max())
-        return f"{int(future.sum())} of {T - 1} positions change with a later token (by up to {size:.1e} of their size)"
-    if mode == "bidirectional" and not future.all():
-        return f"{int((~future).sum())} of {T - 1} positions do not change with any later token"
+    allowed = reachable(mode, T, PROBE_PREFIX)
+    leaks, sees = (moved & ~allowed).any(1), allowed.triu(1).any(1)
+    future, past = moved.triu(1).any(1)[sees], moved.tril(-1).any(1)[1:]
+    if leaks.any():
+        size = f"(by up to {float((probe.influence * ~allowed).max()):.1e} of their size)"
+        return f"{int(leaks.sum())} of {int((~allowed).any(1).sum())} positions change with a later token {size}"
+    if not future.all():
+        return f"{int((~future).sum())} of {int(sees.sum())} positions do not change with any later token"
     if not past.all():
         return f"{int((~past).sum())} of {T - 1} positions do not change with any earlier token"
     if (probe.padding > epsilon).any():
         return f"real tokens change with the content of the padding (by up to {float(probe.padding.max()):.1e})"
-    apart = float(_change(probe.states.double(), unpadded.states.double()).max())
-    if apart > _AGREEMENT.get(dtype, 0.2):
+    apart = float(relative_change(probe.states.double(), unpadded.states.double()).max())
+    if apart > AGREEMENT.get(dtype, 0.2):
         return f"real tokens change by {apart:.1e} of their size against an unpadded batch"
-    if probe.positions > _AGREEMENT.get(dtype, 0.2):
+    if probe.positions > AGREEMENT.get(dtype, 0.2):
         return f"positions counted from 0 give other states than the model's own (by {probe.positions:.1e})"
     return ""
 
@@ -214,7 +227,7 @@ def _refusal(model: nn.Module, mode: str, padding: str, seen: str) -> str:
     config = base_model(model).config.get_text_config()
     fixes = ["another base model (`poolwise probe MODEL` shows what one can do)"]
     fixes.insert(0, f"attention = {next(other for other in MODES if other != mode)!r}")
-    if mode == "bidirectional" and backend(model) != "eager":
+    if mode != "causal" and backend(model) != "eager":
         fixes.insert(0, "attn_implementation = 'eager'")
     return (
         f"{_name(model)} on attention backend {backend(model)!r} is not {mode} in {_CASES[padding]}: "
@@ -223,16 +236,19 @@ def _refusal(model: nn.Module, mode: str, padding: str, seen: str) -> str:
     )
 
 
-def _change(a: Tensor, b: Tensor) -> Tensor:
+def relative_change(a: Tensor, b: Tensor) -> Tensor:
     """Largest absolute difference over the last axis, relative to the largest absolute entry of `b`."""
     return (a - b).abs().amax(-1) / b.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _probe(model: nn.Module, padding: str, length: int = PROBE_LENGTH) -> Probe:
-    """One forward of length + 3 rows: unchanged, one per changed token, changed padding, unchanged again."""
+def _probe(model: nn.Module, padding: str, length: int = PROBE_LENGTH, layer: int | None = None) -> Probe:
+    """One forward of length + 3 rows: unchanged, one per changed token, changed padding, unchanged again.
+
+    Of the model's last states, or of those that the decoder layer of index `layer` gives.
+    """
     if padding not in PADDINGS:
         raise AttentionError(f"padding = {padding!r}: allowed are {', '.join(map(repr, PADDINGS))}")
-    ids, changed = _probe_ids(model, length + PROBE_PADDING)
+    ids, changed = probe_ids(model, length + PROBE_PADDING)
     pads = 0 if padding == "none" else PROBE_PADDING
     start = pads if padding == "left" else 0
     real = slice(start, start + length)
@@ -244,16 +260,16 @@ def _probe(model: nn.Module, padding: str, length: int = PROBE_LENGTH) -> Probe:
     single = torch.arange(length, device=ids.device)
     rows[single + 1, single + start] = other[real]
     rows[length + 1] = torch.where(mask[0].bool(), filled, other)
-    states = _states(model, rows, mask)[:, real].cpu()
+    states = _states(model, rows, mask, layer=layer)[:, real].cpu()
     first = states[0].double()  # on CPU: some devices have no float64
     positions = 0.0
-    if padding == "none" and takes_position_ids(model):
+    if padding == "none" and layer is None and takes_position_ids(model):
         own = _states(model, rows[:1], mask[:1], explicit_positions=False)[0].cpu()
-        positions = float(_change(own.double(), first).max())
+        positions = float(relative_change(own.double(), first).max())
     return Probe(
-        influence=_change(states[1 : length + 1].double(), first).T.float(),
-        padding=_change(states[length + 1].double(), first).float(),
-        noise=float(_change(states[length + 2].double(), first).max()),
+        influence=relative_change(states[1 : length + 1].double(), first).T.float(),
+        padding=relative_change(states[length + 1].double(), first).float(),
+        noise=float(relative_change(states[length + 2].double(), first).max()),
         positions=positions,
         states=states[0],
     )
@@ -264,7 +280,7 @@ def _embeddings(model: nn.Module) -> Tensor:
     return base_model(model).get_input_embeddings().weight
 
 
-def _probe_ids(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
+def probe_ids(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """Token ids (count,) and for each another id to change it to, far away in the embedding space.
 
     Taken from the whole vocabulary without the ids that the configuration names (padding, BOS, EOS, image tokens, …).
@@ -286,21 +302,29 @@ def _probe_ids(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     return ids, spread[distance.argmax(1)]
 
 
-def _states(model: nn.Module, ids: Tensor, mask: Tensor, explicit_positions: bool = True) -> Tensor:
-    """Last hidden states (B, T, D) of one forward in eval mode, which leaves no trace in the model."""
+def _states(
+    model: nn.Module, ids: Tensor, mask: Tensor, explicit_positions: bool = True, layer: int | None = None
+) -> Tensor:
+    """States (B, T, D), the last ones or a layer's, of one forward in eval mode, which leaves no trace in the model."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if explicit_positions and takes_position_ids(model):
         inputs["position_ids"] = position_ids(mask)
     if "use_cache" in inspect.signature(base_model(model).forward).parameters:
         inputs["use_cache"] = False
-    with _evaluating(model), torch.no_grad():
+    kept: list[Any] = []
+    watched = [] if layer is None else [decoder_layers(base_model(model))[layer]]
+    hooks = [module.register_forward_hook(lambda *call: kept.append(call[-1])) for module in watched]
+    with evaluating(model), torch.no_grad(), attending(model, mask, PROBE_PREFIX):
         output = model(**inputs)
-    states = getattr(output, "last_hidden_state", None)
+    for hook in hooks:
+        hook.remove()
+    output = kept[0] if kept else output
+    states = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
     return output[0] if states is None else states
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; each submodule's own mode and the random state restored after."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})

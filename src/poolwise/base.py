@@ -15,8 +15,8 @@ from poolwise.hub import cached_if_unreachable
 from poolwise.study import Recipe
 
 
-def base_path(name: str, base_dir: Path | None = None) -> str:
-    """Where `recipe.base_model` is loaded from: the built-in folder, a folder, or a Hub name as it stands."""
+def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base_model") -> str:
+    """Where `recipe.base_model` (or another `field`) is loaded from: built-in, a folder, or a Hub name."""
     if name == "nano":
         from poolwise.demo import nano_path
 
@@ -26,7 +26,7 @@ def base_path(name: str, base_dir: Path | None = None) -> str:
         if (candidate / "config.json").is_file():
             return str(candidate.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"recipe.base_model = {name!r}: no such model folder (one with a config.json)")
+        raise ModelError(f"{field} = {name!r}: no such model folder (one with a config.json)")
     return name
 
 

@@ -85,17 +85,18 @@ def training_dataset(pairs: Pairs, plan: Plan) -> Dataset:
 
 
 def effective_negatives(recipe: Recipe, world_size: int = 1) -> int:
-    """Negatives that each query is told from: all other documents of the batch, batch_size · (1 + negatives) − 1.
+    """Negatives that each query is told from: all other documents of its part of the batch (all of the batch, unless
+    the recipe accumulates gradients), part_size · (1 + negatives) − 1.
 
     `batch_size` counts the queries of a step over all processes, whose documents are gathered, so the number of
     processes does not change it. Raises DataError if the batch cannot be dealt out evenly to `world_size` processes.
     """
-    if recipe.batch_size % world_size:
+    if recipe.part_size % world_size:
         raise DataError(
             f"recipe.batch_size = {recipe.batch_size} cannot be dealt out evenly to {world_size} processes; "
             f"give a multiple of {world_size}, such as {-(-recipe.batch_size // world_size) * world_size}"
         )
-    return recipe.batch_size * (1 + recipe.negatives) - 1
+    return recipe.part_size * (1 + recipe.negatives) - 1
 
 
 def _shares(

@@ -25,7 +25,8 @@ from sentence_transformers import SentenceTransformer
 
 from poolwise.base import base_path
 from poolwise.encoder import Backbone, PoolingHead, build
-from poolwise.errors import CheckpointError
+from poolwise.errors import CheckpointError, StudyError
+from poolwise.own import allowing, find, is_own
 from poolwise.study import Design, Recipe
 
 RUN_FILE = "run.json"
@@ -128,13 +129,18 @@ def verify_files(folder: Path, run: dict[str, Any]) -> None:
 
 
 def load(
-    path: str | Path, *, base: str | None = None, device: str | None = None, trainable: bool = False
+    path: str | Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    trainable: bool = False,
+    allow_code: bool = False,
 ) -> SentenceTransformer:
     """The encoder saved at `path`: a run folder, or an exported one. Needs no trust flag.
 
     base: where the base model lies now, if it was moved. trainable: LoRA and pooling get gradients again, to go on
-    training; otherwise nothing does. Raises CheckpointError, and AttentionError where the model no longer keeps the
-    design's attention mode.
+    training; otherwise nothing does. allow_code: import a pooling of the user's own that the folder names. Raises
+    CheckpointError, and AttentionError where the model no longer keeps the design's attention mode.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -142,9 +148,13 @@ def load(
     if not (folder / RUN_FILE).exists() and (folder / "modules.json").exists():
         from poolwise.exporting import load_exported
 
-        return load_exported(folder, device=device)
+        with allowing(allow_code, Path.cwd()):
+            return load_exported(folder, device=device)
     run = read_run(folder)
     verify_files(folder, run)
+    if is_own(run["design"]["pooling"]):
+        with allowing(allow_code, Path.cwd()):
+            own_class(run["design"]["pooling"], folder)
     recipe = Recipe.model_validate(_tuples(run["recipe"]))
     source = base or run["base"]["path"]
     if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
@@ -162,6 +172,14 @@ def load(
     if not trainable:
         encoder.requires_grad_(False)
     return encoder
+
+
+def own_class(pooling: str, folder: Path) -> None:
+    """Import the class that a saved folder names. Raises CheckpointError where that is not allowed or not possible."""
+    try:
+        find(pooling)
+    except StudyError as error:
+        raise CheckpointError(f"{folder}: {'; '.join(error.problems)}") from None
 
 
 def _tuples(value: Any) -> Any:

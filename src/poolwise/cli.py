@@ -88,6 +88,7 @@ def run(
     study: StudyFile,
     workers: Annotated[int, typer.Option(help="Trials at a time; 0: one per GPU, else one per core.", min=0)] = 0,
     shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th, for job arrays.")] = "1/1",
+    extend: Annotated[bool, typer.Option("--extend", help="After the first look: go on to `extend_to` seeds.")] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
     from poolwise.runner import all_done
@@ -95,7 +96,7 @@ def run(
     from poolwise.study import Study
 
     loaded = Study.load(study)
-    failed = run_with_grid(loaded, workers, _shard(shard))
+    failed = run_with_grid(loaded, workers, _shard(shard), extend)
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
             compare([str(study)])
@@ -129,18 +130,24 @@ def compare(
     metric: Annotated[str | None, typer.Option(help="Metric of the items; of runs, ndcg_at_10.")] = None,
     design: Annotated[str | None, typer.Option(help="The only design to compare, on items.")] = None,
     test: Annotated[str | None, typer.Option(help="Rank tests over items are refused, with the reason.")] = None,
+    run_sd: Annotated[float | None, typer.Option(help="Of single runs: sd of a run's effect, in points.")] = None,
+    run_df: Annotated[float | None, typer.Option(help="Degrees of freedom behind --run-sd.")] = None,
+    base: Annotated[str | None, typer.Option(help="The only base model to look at, in a study of several.")] = None,
     as_json: Json = False,
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
     if task or qrels:
-        _compare_items(sources, as_json, missing, qrels, metric, task=task, design=design, baseline=baseline, test=test)
+        names = {"task": task, "design": design, "baseline": baseline, "test": test}
+        _compare_items(sources, as_json, missing, qrels, metric, base, **names)
         return
     if metric or design or test:
         raise PoolwiseError("--metric, --design and --test compare items: name their task with --task")
     from poolwise.api import compare as run_comparison
     from poolwise.reports import show
 
-    found = run_comparison(_only(sources), baseline=baseline, by=by, missing=missing)
+    found = run_comparison(
+        _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
+    )  # fmt: skip
     print(json.dumps(found.to_json(), indent=1)) if as_json else show(found)
 
 
@@ -195,22 +202,42 @@ def export(
     design: Annotated[str, typer.Argument(help="Name of the design.")],
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of the run; the study's first by default.")] = None,
 ) -> None:
     """Write a trained design as a sentence-transformers folder, LoRA merged."""
     _quiet()
     from poolwise.api import export_design
     from poolwise.study import Study
 
-    print(export_design(Study.load(study), design, to, seed))
+    print(export_design(Study.load(study), design, to, seed, base))
+
+
+@app.command()
+def layers(
+    run: Annotated[str, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")],
+    design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
+    base: Annotated[str | None, typer.Option(help="Only this base model.")] = None,
+    to: Annotated[Path, typer.Option(help="Page with the pictures.")] = Path("layers.html"),
+    as_json: Json = False,
+) -> None:
+    """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
+    _quiet()
+    from poolwise.layer_view import layer_view
+    from poolwise.screen import show_layers, stdout_to_stderr
+
+    with stdout_to_stderr():
+        found = layer_view(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
+    print(json.dumps(found, indent=1)) if as_json else show_layers(found, to)
 
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds, three mechanisms.")] = False,
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
-    from poolwise.screen import run_with_grid
+    from poolwise.screen import run_with_grid, show_predictions
     from poolwise.starters import demo_study
 
     loaded = demo_study(to, quick=quick)
@@ -221,13 +248,16 @@ def demo(
     from poolwise.api import report as write_report
     from poolwise.reports import show
 
-    show(run_comparison(loaded))
+    found = run_comparison(loaded)
+    show(found)
+    show_predictions(found)
     for path in write_report(loaded, out=to):
         print(path)
 
 
 def _compare_items(
-    sources: list[str], as_json: bool, missing: str, qrels: Path | None, metric: str | None, **names: Any
+    sources: list[str], as_json: bool, missing: str, qrels: Path | None, metric: str | None, base: str | None,
+    **names: Any,
 ) -> None:
     from poolwise.api import compare_items, compare_runs
     from poolwise.paired import to_json
@@ -236,7 +266,7 @@ def _compare_items(
     if qrels:
         lines = compare_runs(sources, qrels, metric=metric or "ndcg_at_10", **names)
     else:
-        lines = compare_items(_only(sources), metric=metric, missing=missing, **names)
+        lines = compare_items(_only(sources), metric=metric, missing=missing, base=base, **names)
     print(json.dumps(to_json(lines), indent=1)) if as_json else show_paired(lines)
 
 

@@ -6,8 +6,9 @@
 - Scope designs: two or more runs a side. Random runs × random tasks (`poolwise.stats.crossed`), tasks of one source
   averaged first. It speaks about the designs, for runs and tasks like these, and alone carries a verdict.
 
-One family, declared before looking: contrasts against the baseline × groups; Holm over all of it. Controls (A/A arm,
-broken arm, dilution ladder, references) stand outside the family and never lend their variance.
+One family, declared before looking: contrasts against the baseline × groups, and the overall ones where task types have
+declared weights; Holm over all of it. Controls (A/A arm, broken arm, dilution ladder, references) stand outside the
+family and never lend their variance. While runs of a study are missing, differences are shown and nothing is tested.
 """
 
 from __future__ import annotations
@@ -17,16 +18,36 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from poolwise import stats
-from poolwise.arms import FEW_SOURCES, Arm, arms, natural
+from poolwise import robustness as robust
+from poolwise import tuning
+from poolwise.arms import Arm, arms, natural
+from poolwise.budgets import Budgets
+from poolwise.contrasts import (
+    Given,
+    Overall,
+    Row,
+    Rules,
+    Verdict,
+    contrast,
+    corrected,
+    overall,
+    thin_groups,
+    usable_weights,
+)  # fmt: skip
+from poolwise.control_arms import roles_of, unsound
+from poolwise.control_arms import to_json as controls_to_json
 from poolwise.errors import StatisticsError, suggest
 from poolwise.factorial import Factorial, factorial
+from poolwise.origins import with_origins
 from poolwise.recommendation import Recommendation, recommend
+from poolwise.single_runs import SingleRuns, single_runs
 
 if TYPE_CHECKING:
     import polars as pl
 
     from poolwise.study import Design
+
+__all__ = ["JSON_FIELDS", "Comparison", "Given", "Overall", "Row", "Verdict", "compare"]
 
 JSON_FIELDS = (
     "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
@@ -35,74 +56,15 @@ JSON_FIELDS = (
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a contrast says about two designs (scope: designs), in scores 0–1.
-
-    `difference` is the mean over runs and sources, with its 95 % interval; `equivalence_low/high` is the 90 % interval
-    that lies inside ±margin exactly where the two one-sided tests (`p_equivalence`) find the designs equivalent.
-    `run_sd` is the sd of the effect of one run on the mean over tasks, with its own interval. `detectable` is the true
-    difference that these runs and tasks would find with 80 % power after correction for the family (its first step).
-    `settle_low` to `settle_high` seeds a design would find a difference of the margin, where that is open: a range, as
-    the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
-    `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; `none` for controls.
-    """
-
-    seeds: int
-    baseline_seeds: int
-    tasks: int
-    sources: int
-    difference: float
-    ci_low: float
-    ci_high: float
-    p_value: float
-    run_sd: float
-    run_sd_low: float
-    run_sd_high: float
-    scope: str
-    note: str
-    detectable: float
-    equivalence_low: float
-    equivalence_high: float
-    p_equivalence: float
-    settle_low: int | None = None
-    settle_high: int | None = None
-    p_holm: float | None = None
-    verdict: str = "none"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One contrast of one group (scope: checkpoints), with the design-level verdict where runs allow one.
-
-    `difference` is design − baseline (Hodges–Lehmann over `n` tasks, seeds averaged); unbounded ends are None.
-    `p_value`, `p_holm` and `effect_size` are None where one task leaves nothing to test.
-    `tipping_run_sd`, with one run a side: the largest run effect at which the result would still stand; 0 if none.
-    """
-
-    group: str
-    design: str
-    baseline: str
-    n: int
-    difference: float
-    ci_low: float | None
-    ci_high: float | None
-    p_value: float | None
-    p_holm: float | None
-    effect_size: float | None
-    wins: int
-    ties: int
-    losses: int
-    min_reachable_p: float
-    tipping_run_sd: float | None = None
-    verdict: Verdict | None = None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All contrasts of a set of scores against its baseline; `rows` is the family, `controls` stands outside it.
 
     `lenders` are the designs whose runs estimate the run effect together, `costs` the encode cost of each design where
-    it is known, `treatments` the designs as the study declares them, where there is a study.
+    it is known, `treatments` the designs as the study declares them, where there is a study. `overall` belongs to the
+    family, `budgets` are the exploratory contrasts at equal cost. `interim` and `exploratory` say why nothing is tested
+    yet, or why verdicts carry no star; both are empty where the study went as planned. `plan` says which look at the
+    study this is, where it has two, and `looks` what each has shown. `by_base`: where scores are means
+    over several base models, the comparison on each.
     """
 
     baseline: str
@@ -120,16 +82,51 @@ class Comparison:
     lenders: tuple[str, ...] = ()
     costs: tuple[tuple[str, float], ...] = ()
     treatments: tuple[Design, ...] = ()
+    overall: tuple[Overall, ...] = ()
+    budgets: Budgets | None = None
+    interim: str = ""
+    exploratory: str = ""
+    looks: tuple[Mapping[str, Any], ...] = ()
+    plan: str = ""
+    roles: tuple[tuple[str, str], ...] = ()
+    by_base: tuple[tuple[str, Comparison], ...] = ()
+    tuned: Comparison | None = None
+    winners: tuple[tuning.Winner, ...] = ()
 
     @cached_property
     def recommendations(self) -> tuple[Recommendation, ...]:
-        """The design to use for each group."""
-        return recommend(self)
+        """The design to use for each group; none while runs are missing."""
+        return () if self.interim else recommend(self)
 
     @cached_property
     def factorial(self) -> Factorial | None:
         """What each factor of the designs does; None without a study of two factors or capacity controls."""
-        return factorial(self)
+        return None if self.interim else factorial(self)
+
+    @cached_property
+    def robustness(self) -> robust.Robustness | None:
+        """Whether several base models agree; None for a study of one."""
+        return robust.robustness(self.by_base)
+
+    @cached_property
+    def outcomes(self) -> tuple[tuning.Outcome, ...]:
+        """Each verdict with the same recipe and equally tuned; empty where the study does not tune."""
+        return tuning.outcomes(self, self.tuned) if self.tuned else ()
+
+    @cached_property
+    def single_runs(self) -> tuple[SingleRuns, ...]:
+        """Ranks and posteriors of checkpoints, by group; only where no contrast carries a verdict on designs."""
+        return () if self.interim or self.scope == "designs" else single_runs(self)
+
+    @property
+    def family(self) -> int:
+        """Contrasts that Holm's correction spans."""
+        return len(self.rows) + len(self.overall)
+
+    @property
+    def percent(self) -> int:
+        """Level of the intervals: 95, or 97 at each of two declared looks."""
+        return round(100 * (1 - self.alpha))
 
     @property
     def scope(self) -> str:
@@ -144,11 +141,17 @@ class Comparison:
     @property
     def tasks(self) -> tuple[str, ...]:
         """All tasks compared."""
-        return tuple(task for group in self.groups for task in self.arm(group, self.baseline).tasks)
+        return tuple(task for group in self.groups for task in self.arm(group, self.baseline).whole().tasks)
+
+    def of_items(self, group: str) -> bool:
+        """Whether a group is a mechanism of the built-in tasks, compared over items."""
+        return self.arm(group, self.baseline).unit == "item"
 
     @property
     def banner(self) -> str | None:
         """The warning that belongs above every table of single runs; None where each design was run twice or more."""
+        if self.interim:
+            return None
         single = [design for design, count in self.seeds.items() if count < 2]
         if not single:
             return None
@@ -172,6 +175,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """What `poolwise compare --json` prints: the contrasts, and the design-level verdicts beside them."""
         verdicts = [(row, row.verdict) for row in self.rows if row.verdict]
+        given = [(row, row.given) for row in self.rows if row.given]
         return {
             "comparisons": [{name: getattr(row, name) for name in JSON_FIELDS} for row in self.rows],
             "scope": self.scope,
@@ -179,9 +183,23 @@ class Comparison:
                 {"group": row.group, "design": row.design, "baseline": row.baseline, **asdict(verdict)}
                 for row, verdict in verdicts
             ],
+            "status": "interim" if self.interim else "exploratory" if self.exploratory else "as declared",
+            "alpha": self.alpha,
+            "looks": [dict(look) for look in self.looks],
+            "overall": [asdict(found) for found in self.overall],
+            "given_run_effect": [
+                {"group": row.group, "design": row.design, "baseline": row.baseline, **_finite(asdict(found))}
+                for row, found in given
+            ],
+            "single_runs": [asdict(found) for found in self.single_runs],
+            "equal_budget": asdict(self.budgets) if self.budgets else None,
             "recommendations": [asdict(found) for found in self.recommendations],
             "factors": asdict(self.factorial) if self.factorial else None,
-            "notes": [*([self.banner] if self.banner else []), *self.notes, *self.excluded],
+            "controls": controls_to_json(self),
+            "tuning": tuning.to_json(self),
+            "base_models": robust.to_json(self),
+            "notes": [text for text in (self.interim, self.exploratory, self.plan, self.banner) if text]
+            + [*self.notes, *self.excluded],
         }
 
 
@@ -197,6 +215,12 @@ def compare(
     order: Sequence[str] = (),
     costs: Mapping[str, float] | None = None,
     treatments: Sequence[Design] = (),
+    type_weights: Mapping[str, float] | None = None,
+    run_sd: float | None = None,
+    run_df: float = float("inf"),
+    interim: str = "",
+    exploratory: str = "",
+    looks: Sequence[Mapping[str, Any]] = (),
 ) -> Comparison:
     """Compare every design of a long table with the baseline, group by group.
 
@@ -211,10 +235,14 @@ def compare(
         order: designs in the order in which to list them; the rest follow by name.
         costs: what each design costs to encode, in one unit; where nothing is better, the cheapest is recommended.
         treatments: the designs as a study declares them, for the analysis of factors.
+        type_weights: declared weights of task types, for an overall verdict (by task type only).
+        run_sd, run_df: sd (0–1) of one run's effect on a mean over tasks, known from elsewhere, and its df.
+        interim, exploratory: why nothing is tested yet, or why verdicts are not confirmatory.
+        looks: the looks taken so far, kept for the report.
 
     Raises:
         StatisticsError: unknown baseline or column, fewer than two designs, a task with two metrics, gaps, runs that
-            stopped at different steps.
+            stopped at different steps, a run effect from elsewhere where the runs themselves show it.
     """
     present = frame["design"].unique(maintain_order=True).to_list()
     asked, notes = list(dict.fromkeys(controls)), list[str]()
@@ -234,98 +262,42 @@ def compare(
         hint = suggest(baseline, family)
         raise StatisticsError(f"baseline {baseline!r} {why}; the designs are {', '.join(family)}{hint}")
     designs = [baseline, *(name for name in listed if name in family and name != baseline)]
+    frame, shared_origins = with_origins(frame)
     groups, excluded = arms(frame, designs, outside, by, missing)
+    notes += shared_origins
     lent_by = set(designs if pool is None else pool)
     lenders = [name for name in designs if name in lent_by]
-    strictest = alpha / (len(groups) * (len(designs) - 1))
+    weighted, said = usable_weights(groups, designs, by, type_weights, interim)
+    notes += said
+    contrasts = len(groups) * (len(designs) - 1) + (len(designs) - 1 if weighted else 0)
+    rules = Rules(margin, alpha, contrasts, bool(interim), run_sd, run_df)
     rows, control_rows = [], []
-    for group, group_arms in groups.items():
+    for group_arms in groups.values():
         base = group_arms[baseline]
         for design in designs[1:]:
             lent = [group_arms[name] for name in lenders if name not in (baseline, design)]
-            rows.append(_contrast(base, group_arms[design], lent, margin, alpha, strictest))
+            rows.append(contrast(base, group_arms[design], lent, rules))
         for arm in (group_arms[name] for name in outside if name in group_arms):
             shared = [task for task in base.tasks if task in arm.tasks]
-            control_rows.append(_contrast(base.on(shared), arm, (), margin, alpha, alpha))
-        sources = len(set(base.sources))
-        if sources == 1 < len(base.tasks):
-            notes.append(f"{group}: all tasks come from one source, so there is no verdict on designs over tasks.")
-        elif 1 < sources < FEW_SOURCES and len(base.seeds) > 1:
-            notes.append(
-                f"{group}: tasks from {sources} sources tell little of the spread over tasks, and p-values far below "
-                f".05 come out too small; a verdict needs {FEW_SOURCES} sources."
-            )
-        if len(base.tasks) == 1:
-            notes.append(f"{group} has one task: there is nothing to test over tasks, so it has no p-value.")
-    return Comparison(
-        baseline, by, tuple(designs), tuple(outside), tuple(groups), _holm(rows, alpha), tuple(control_rows),
+            control_rows.append(contrast(base.on(shared), arm, (), replace(rules, family=1, run_sd=None)))
+    notes += thin_groups(groups, baseline)
+    if run_sd is not None and not any(row.given for row in rows):
+        raise StatisticsError(
+            "a run effect from elsewhere is for designs that were run once, on tasks from two sources or more; with "
+            "two runs a design or more it is measured, so leave it out"
+        )
+    overalls = [overall(groups, baseline, design, lenders, weighted, rules) for design in designs[1:] if weighted]
+    tested, weighed = corrected(rows, overalls, alpha)
+    found = Comparison(
+        baseline, by, tuple(designs), tuple(outside), tuple(groups), tested, tuple(control_rows),
         tuple(arm for group_arms in groups.values() for arm in group_arms.values()),
         alpha, margin, tuple(notes), tuple(excluded),
         tuple(lenders), tuple((costs or {}).items()), tuple(treatments),
+        overall=weighed, interim=interim, exploratory=exploratory, looks=tuple(looks), roles=roles_of(frame),
     )  # fmt: skip
+    return replace(found, exploratory=exploratory or unsound(found))
 
 
-def _contrast(base: Arm, arm: Arm, lent: Sequence[Arm], margin: float, alpha: float, strictest: float) -> Row:
-    """One design against the baseline on the same tasks, at both scopes; Holm and the verdict's word come later."""
-    differences = arm.task_means - base.task_means
-    n = len(differences)
-    shift = stats.hodges_lehmann(differences)
-    counts = stats.wins_ties_losses(differences)
-    single = len(base.seeds) == len(arm.seeds) == 1
-    return Row(
-        group=arm.group, design=arm.design, baseline=base.design, n=n,
-        difference=shift.estimate, ci_low=shift.ci_low, ci_high=shift.ci_high,
-        p_value=stats.signed_rank(differences).p_value if n > 1 else None,
-        p_holm=None,
-        effect_size=stats.rank_biserial(differences).value if n > 1 else None,
-        wins=counts.wins, ties=counts.ties, losses=counts.losses,
-        min_reachable_p=stats.min_reachable_p(n),
-        tipping_run_sd=stats.one_seed(differences, 0.0, level=1 - alpha).tipping_run_sd if single and n > 1 else None,
-        verdict=_verdict(base, arm, lent, margin, alpha, strictest),
-    )  # fmt: skip
-
-
-def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], margin: float, alpha: float, strictest: float) -> Verdict | None:
-    """The design-level contrast; None with one run a side, or with tasks from one source."""
-    if min(len(base.seeds), len(arm.seeds)) < 2 or len(set(base.sources)) < 2:
-        return None
-    shared = base.seeds == arm.seeds
-    pool = [x.by_source for x in lent if shared and x.seeds == base.seeds]
-    result = stats.crossed(base.by_source, arm.by_source, pool=pool)
-    corrected = result
-    if result.null:
-        corrected = replace(result, level=1 - strictest, critical=result.null.critical(1 - strictest))
-    same = stats.equivalence(result, margin, alpha=alpha)
-    settled = result.p_value <= strictest or same.equivalent
-    fewest, most = (None, None) if settled else stats.seeds_to_settle(corrected, margin)
-    return Verdict(
-        seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=len(arm.tasks), sources=base.by_source.shape[1],
-        difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
-        run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
-        scope=result.scope, note=result.note,
-        detectable=stats.minimum_detectable_effect(corrected),
-        equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,
-        settle_low=fewest, settle_high=most,
-    )  # fmt: skip
-
-
-def _holm(rows: Sequence[Row], alpha: float) -> tuple[Row, ...]:
-    """Holm over the family, at each scope by itself, and the word of each verdict (withheld below `FEW_SOURCES`).
-
-    A contrast that could not be tested keeps its place: it never makes the others easier to pass.
-    """
-    untested = float("nan")
-    checkpoints = stats.holm([untested if row.p_value is None else row.p_value for row in rows])
-    designs = stats.holm([row.verdict.p_value if row.verdict else untested for row in rows])
-    done = []
-    for row, p_checkpoints, p_designs in zip(rows, checkpoints.tolist(), designs.tolist(), strict=True):
-        verdict = row.verdict
-        if verdict:
-            word = "equivalent" if verdict.p_equivalence <= alpha else "inconclusive"
-            if p_designs <= alpha:
-                word = "better" if verdict.difference > 0 else "worse"
-            if verdict.sources < FEW_SOURCES:
-                word = "inconclusive"
-            verdict = replace(verdict, p_holm=p_designs, verdict=word)
-        done.append(replace(row, p_holm=None if row.p_value is None else p_checkpoints, verdict=verdict))
-    return tuple(done)
+def _finite(found: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an unbounded number of degrees of freedom is null."""
+    return {name: None if value == float("inf") else value for name, value in found.items()}

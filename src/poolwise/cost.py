@@ -7,8 +7,7 @@ ones of scaling-law papers:
 - per text of `tokens` tokens, forward; attention scores and their sum count all tokens × tokens pairs under every
   attention mode, without savings by causal masks or sliding windows;
 - the base is the decoder without a language-model head, which an embedder never runs;
-- a head is counted as its formula is written, each text on its own: an upper bound, for queries do not depend on the
-  text and W_2 may follow the mean over latents.
+- `head_flops` counts a head as its formula is written, each text on its own, `folded_flops` as it runs at inference.
 """
 
 from __future__ import annotations
@@ -19,10 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from poolwise.designs import POOLINGS_READ
 from poolwise.errors import ModelError
+from poolwise.folding import Shape
+from poolwise.own import OWN
 
 SHARE = 0.05
 """A default head takes less than this share of the base's FLOPs …"""
@@ -31,6 +34,7 @@ SHARE_TOKENS = 32
 
 CONTROLS = ("last_token_ffn", "mean_ffn")
 TRAINABLE = (*CONTROLS, "cross_attention", "layer_cross_attention")
+"""Those with latents that attend, and their controls; `_others` knows the rest."""
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -76,31 +80,85 @@ def head_flops(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) 
     queries 2RDI, keys and values 4NDI, scores and sums 4RNI, output 2RID, feed-forward 6RFD. A capacity control has
     value and output matrices of width 2I, applied to one vector: 8DI, and the feed-forward.
     """
-    if pooling not in TRAINABLE:
-        return 0
     config = config.get_text_config()
+    if pooling not in TRAINABLE:
+        return _others(pooling, args, config, tokens)[1]
     width, latents, inner = config.hidden_size, args["latents"], args["heads"] * args["head_dim"]
     feed_forward = 6 * latents * args["ffn"] * width * width
     if pooling in CONTROLS:
         return 8 * width * inner + feed_forward
-    if pooling == "layer_cross_attention":
-        vectors = config.num_hidden_layers
-    else:
-        vectors = 1 if args.get("tokens") == "last" else tokens
+    vectors = _vectors(pooling, args, config, tokens)
     return 4 * latents * width * inner + 4 * vectors * width * inner + 4 * latents * vectors * inner + feed_forward
+
+
+def folded_flops(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -> int:
+    """FLOPs of a pooling for one text as it runs at inference: see `poolwise.folding`; arguments as in `head_flops`."""
+    if pooling not in TRAINABLE:
+        return head_flops(pooling, args, config, tokens)
+    config = config.get_text_config()
+    vectors = _vectors(pooling, args, config, tokens)
+    single = pooling in CONTROLS or (pooling == "cross_attention" and args.get("tokens") == "last")
+    inner = args["heads"] * args["head_dim"] * (2 if pooling in CONTROLS else 1)
+    return Shape(
+        width=config.hidden_size,
+        latents=args["latents"],
+        heads=1 if single else args["heads"],
+        head_dim=inner if single else args["head_dim"],
+        hidden=args["ffn"] * config.hidden_size,
+        single=single,
+    ).flops(vectors)
+
+
+def _vectors(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -> int:
+    """How many vectors a head attends to in a text of `tokens` tokens."""
+    if pooling == "layer_cross_attention":
+        return config.num_hidden_layers
+    return 1 if pooling in CONTROLS or args.get("tokens") == "last" else tokens
 
 
 def head_parameters(pooling: str, args: Mapping[str, Any], config: Any) -> int:
     """Trainable parameters of a pooling; `args` complete, as `resolve_args` returns them."""
-    if pooling not in TRAINABLE:
-        return 0
     config = config.get_text_config()
+    if pooling not in TRAINABLE:
+        return _others(pooling, args, config, 0)[0]
     width, inner, hidden = config.hidden_size, args["heads"] * args["head_dim"], args["ffn"] * config.hidden_size
     norm = width if args.get("norm") == "rms_norm" else 2 * width
     norms = 2 if pooling in CONTROLS else 3
     feed_forward = 3 * width * hidden + 2 * hidden + width
     rows = args["layer_weights"] if pooling == "layer_cross_attention" else 0
     return (args["latents"] + rows) * width + 4 * width * inner + feed_forward + norms * norm
+
+
+def _others(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -> tuple[int, int]:
+    """(parameters, FLOPs of a text) of the other poolings, as their docstrings give them; (0, 0) without weights."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    if pooling in OWN:
+        return _own(pooling, args, width, layers, tokens)
+    if pooling == "latent_attention":
+        latents, inner, hidden = args["latents"], args["heads"] * args["head_dim"], args["ffn"] * width
+        norms = 3 * (width if args["norm"] == "rms_norm" else 2 * width)
+        parameters = latents * width + 4 * width * inner + 3 * width * hidden + 2 * hidden + width + norms
+        projections = 4 * (tokens + latents) * width * inner
+        return parameters, projections + 4 * tokens * latents * inner + 6 * tokens * hidden * width
+    matrices = 6 * layers * width**2 + 4 * width**2
+    known = {
+        "attention": (width, 4 * tokens * width),
+        "mean_gain": (width, 0),
+        "scalar_mix": (layers, 0),
+        "layer_attention": (5 * width**2 + width, matrices + 4 * layers**2 * width),
+        "layer_mean_ffn": (5 * width**2 + width, matrices),
+    }
+    return known.get(pooling, (0, 0))
+
+
+def _own(pooling: str, args: Mapping[str, Any], width: int, layers: int, tokens: int) -> tuple[int, int]:
+    """(parameters, FLOPs of a text) of a user's own pooling, as torch counts them while it runs on the meta device."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        head: Any = OWN[pooling](width, layers, **args)
+        vectors = layers if POOLINGS_READ[pooling] == "layers" else tokens
+        if vectors:
+            head(torch.empty(1, vectors, width), torch.ones(1, vectors, dtype=torch.long))
+    return sum(parameter.numel() for parameter in head.parameters()), counter.get_total_flops()
 
 
 def default_latents(pooling: str, args: Mapping[str, Any], config: Any) -> tuple[int, bool]:

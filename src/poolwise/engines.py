@@ -98,7 +98,7 @@ def _engine(
         gpus = torch.cuda.device_count()
         torch.set_num_threads(1)
         from poolwise.checkpoint import write_json
-        from poolwise.trial import prepare
+        from poolwise.preparation import prepare
 
         prepared = prepare(study)
     except PoolwiseError as error:
@@ -148,7 +148,7 @@ def _engine(
 
 
 def _summary(trial: Any) -> dict[str, Any]:
-    return {"name": trial.name, "label": trial.label, "role": trial.role, "seed": trial.seed, "id": trial.id}
+    return {name: getattr(trial, name) for name in ("name", "label", "role", "seed", "base", "id")}
 
 
 def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: int | None) -> None:

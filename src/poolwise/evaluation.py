@@ -32,9 +32,11 @@ import datasets
 import mteb
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
 from poolwise.adapters import adapt
+from poolwise.encoding import KEPT_BYTES, FastEncoder
 from poolwise.errors import PoolwiseError, TaskError
 from poolwise.items import Item, item_scores
 from poolwise.tasks import Task
@@ -61,8 +63,8 @@ def evaluate(
     """Rows of the long table for `model` on `tasks` (all but design, seed and step, which the caller knows).
 
     Args:
-        model: a `SentenceTransformer`, a reference of `poolwise.references`, or anything whose `encode` turns a list of
-            texts into (B, D) vectors.
+        model: a `SentenceTransformer`, a `FastEncoder` around one (to keep embeddings from call to call), a reference
+            of `poolwise.references`, or anything whose `encode` turns a list of texts into (B, D) vectors.
         identity: what the model is, e.g. the hash of its trial or `model_identity(model)`; stored in every row.
         items: also per-item rows.
         prompts: text put before inputs, by "TASK-query", "TASK-document", "TASK", then the same with the task type,
@@ -74,6 +76,21 @@ def evaluate(
     Raises:
         TaskError, ModelError: a task failed; the message names it. ModelError also for embeddings that are not finite.
     """
+    with _training_mode_of(model):
+        if isinstance(model, SentenceTransformer):
+            model = FastEncoder(model, keep=KEPT_BYTES)
+        return _evaluate_all(model, tasks, identity, batch_size, items, prompts, progress)
+
+
+def _evaluate_all(
+    model: Any,
+    tasks: Sequence[Task],
+    identity: str,
+    batch_size: int,
+    items: bool,
+    prompts: Mapping[str, str] | None,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
     wanted = [task for task in tasks if task.task_type in getattr(model, "task_types", (task.task_type,))]
     rows: list[dict[str, Any]] = []
     for number, task in enumerate(wanted):
@@ -113,7 +130,7 @@ def _evaluate_task(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     try:
-        with _quiet(), _own_randomness(model):
+        with _quiet(), _own_randomness():
             return _rows(model, task, identity, batch_size, items, prompts)
     except PoolwiseError as error:
         raise type(error)(str(error) if task.name in str(error) else f"task {task.name!r}: {error}") from error
@@ -197,6 +214,8 @@ def _item_row(item: Item, constant: bool) -> dict[str, Any]:
 def _dtype(model: Any) -> str | None:
     """The type most of a model's numbers have: the base's, whatever the adapters and the head are kept in."""
     counts: dict[str, int] = {}
+    while not isinstance(model, torch.nn.Module) and hasattr(model, "encoder"):
+        model = model.encoder
     for parameter in model.parameters() if isinstance(model, torch.nn.Module) else ():
         name = str(parameter.dtype).removeprefix("torch.")
         counts[name] = counts.get(name, 0) + parameter.numel()
@@ -209,10 +228,9 @@ def _reseed(task: Any) -> None:
 
 
 @contextlib.contextmanager
-def _own_randomness(model: Any) -> Iterator[None]:
-    """Seeded inside; outside, the generators and the model's training mode are as if nothing had happened."""
+def _own_randomness() -> Iterator[None]:
+    """Seeded inside; outside, the generators are as if nothing had happened."""
     python, numpy = random.getstate(), np.random.get_state()
-    training = getattr(model, "training", False)
     with torch.random.fork_rng():
         random.seed(SEED)
         np.random.seed(SEED)
@@ -222,8 +240,17 @@ def _own_randomness(model: Any) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
-            if training:
-                model.train()
+
+
+@contextlib.contextmanager
+def _training_mode_of(model: Any) -> Iterator[None]:
+    """A module leaves in the mode in which it came."""
+    training = getattr(model, "training", False)
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from poolwise.attention import verify
+from poolwise.attention import MODES, verify
 from poolwise.encoder import TEXT, Backbone, PoolingHead
-from poolwise.errors import CheckpointError
+from poolwise.errors import CheckpointError, StudyError
 
-STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean"}
+STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "max": "max"}
 """Our pooling -> the mode of sentence-transformers' own."""
 PROBE_TEXTS = [
     "A short text.",
@@ -51,7 +51,7 @@ def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         merged = _merged(encoder)
-        if head.pooling in STANDARD and backbone.include_prompt and not backbone.pad_by_id:
+        if _is_standard(backbone, head):
             _save_standard(merged, temporary)
         else:
             merged.save(str(temporary), create_model_card=False)
@@ -77,7 +77,10 @@ def load_exported(folder: Path, device: str | None = None) -> SentenceTransforme
     if modules[0]["type"] != f"{Backbone.__module__}.{Backbone.__qualname__}":
         return SentenceTransformer(str(folder), device=device)
     backbone = Backbone.load(str(folder))
-    head = PoolingHead.load(str(folder), subfolder=modules[1]["path"])
+    try:
+        head = PoolingHead.load(str(folder), subfolder=modules[1]["path"])
+    except StudyError as error:  # a pooling of the user's own
+        raise CheckpointError(f"{folder}: {'; '.join(error.problems)}") from None
     encoder = SentenceTransformer(
         modules=[backbone, head, Normalize()],
         device=device,
@@ -87,6 +90,12 @@ def load_exported(folder: Path, device: str | None = None) -> SentenceTransforme
     head.float()
     verify(backbone.model, backbone.attention)
     return encoder.eval()
+
+
+def _is_standard(backbone: Backbone, head: PoolingHead) -> bool:
+    """Whether sentence-transformers' own modules compute the same."""
+    plain = backbone.attention in MODES and backbone.template == "plain" and backbone.special_tokens
+    return plain and head.pooling in STANDARD and backbone.include_prompt and not backbone.pad_by_id
 
 
 def _merged(encoder: SentenceTransformer) -> SentenceTransformer:

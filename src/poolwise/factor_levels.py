@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from poolwise.designs import POOLING_ARGS
+from poolwise.designs import CONTROLS, POOLING_ARGS
 
 if TYPE_CHECKING:
     from poolwise.study import Design
 
 Levels = Mapping[str, str]
-CONTROLS = {  # what a trainable pooling reads -> the same head without its attention
-    ("cross_attention", "all"): ("mean_ffn", "last_token_ffn"),
-    ("cross_attention", "last"): ("last_token_ffn",),
-    ("layer_cross_attention", "last"): ("last_token_ffn",),
-    ("layer_cross_attention", "mean"): ("mean_ffn",),
-}
 
 
 def distinct(designs: Sequence[Design]) -> tuple[list[Design], list[str]]:
@@ -44,13 +38,18 @@ def varying_arguments(designs: Sequence[Design]) -> dict[str, list[str]]:
 
 
 def pooling_level(design: Design, varying: Mapping[str, Sequence[str]]) -> str:
-    """The level of the factor pooling: its name, and those varying arguments that are not at their default."""
+    """The level of the factor pooling: its name, those varying arguments that are not at their default, and what else
+    the design does to the pooled text."""
     values = design.factors()
     shown = [
         f"{name} {str(values[name]).lower()}"
         for name in varying.get(design.pooling, ())
         if values[name] != POOLING_ARGS[design.pooling][name].default
     ]
+    if design.template != "plain":
+        shown.append(f"template {design.template}")
+    if not design.special_tokens:
+        shown.append("no special tokens")
     return f"{design.pooling} ({', '.join(shown)})" if shown else design.pooling
 
 
@@ -59,7 +58,7 @@ def argument_levels(designs: Sequence[Design], varying: Mapping[str, Sequence[st
     rows = []
     for design in designs:
         values = design.factors()
-        row: dict[str, str | None] = {"attention": design.attention, "pooling": design.pooling}
+        row: dict[str, str | None] = {"attention": design.attention, "pooling": pooling_level(design, {})}
         for pooling, names in varying.items():
             for name in names:
                 row[f"{name} of {pooling}"] = str(values[name]) if pooling == design.pooling else None
@@ -83,11 +82,11 @@ def control_pairs(designs: Sequence[Design], levels: Sequence[Levels]) -> Iterat
     seen = set()
     for design, row in zip(designs, levels, strict=True):
         for control, other in zip(designs, levels, strict=True):
-            key = (design.pooling, str(design.factors().get("tokens")))
+            key = (design.pooling, design.factors().get("tokens"))
             mine, theirs = design.factors(), control.factors()
             shared = POOLING_ARGS[design.pooling].keys() & POOLING_ARGS[control.pooling].keys()
             pair = (row["pooling"], other["pooling"])
-            agree = all(mine[name] == theirs[name] for name in shared)
+            agree = all(mine[name] == theirs[name] for name in {*shared, "template", "special_tokens"})
             if control.pooling in CONTROLS.get(key, ()) and agree and pair not in seen:
                 seen.add(pair)
                 yield pair
@@ -99,7 +98,7 @@ def uncontrolled(
     """Trainable pooling without any control, as a level -> the poolings that would be one."""
     have, found = {pooling for pooling, _ in pairs}, dict[str, tuple[str, ...]]()
     for design, row in zip(designs, levels, strict=True):
-        key = (design.pooling, str(design.factors().get("tokens")))
+        key = (design.pooling, design.factors().get("tokens"))
         if key in CONTROLS and row["pooling"] not in have:
             found[row["pooling"]] = CONTROLS[key]
     return found

@@ -106,7 +106,7 @@ def factorial(comparison: Comparison) -> Factorial | None:
                 FactorEffect(
                     group=group, kind=kind, factors=effect.factors, levels=effect.levels,
                     references=effect.references, at=_settings(effect, levels), coefficients=tuple(used),
-                    seeds=y.shape[1], tasks=len(arms[0].tasks), sources=y.shape[2],
+                    seeds=y.shape[1], tasks=len(arms[0].whole().tasks), sources=y.shape[2],
                     difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high,
                     p_value=result.p_value, run_sd=result.run_sd,
                 )

@@ -6,7 +6,7 @@ from poolwise import plots
 from poolwise.comparison import Comparison
 from poolwise.factorial import FactorEffect, Factorial
 from poolwise.tables import Table
-from poolwise.wording import count, decimals, group_words, interval, listing, points, probability
+from poolwise.wording import count, decimals, group_words, interval, listing, points, probability, sample_words
 
 KINDS = {
     "main": "main effects",
@@ -101,10 +101,7 @@ def _sentence(effect: FactorEffect) -> str:
     digits = decimals(effect.difference, effect.ci_low, effect.ci_high)
     span = interval(effect.ci_low, effect.ci_high, digits)
     size = points(abs(effect.difference), digits)
-    sample = count(effect.tasks, "task")
-    if effect.sources < effect.tasks:
-        sample += f" from {count(effect.sources, 'source')}"
-    context = f"{sample}, {count(effect.seeds, 'seed')}; run effect {points(effect.run_sd)}; BH p "
+    context = f"{sample_words(effect.tasks, effect.sources)}, {count(effect.seeds, 'seed')}; run effect {points(effect.run_sd)}; BH p "
     context += f"{probability(effect.p_bh)}, exploratory"
     where, level, reference = f"On {group_words(effect.group)}", effect.levels[0], effect.references[0]
     if effect.kind == "interaction":

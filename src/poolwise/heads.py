@@ -9,7 +9,8 @@ per layer), layer weights W in R^{N×D} (layers only), latents Z in R^{R×D}, he
     Y     = X + (A * gelu(G)) W_2 + b_2               A, G = norm(X) W_1 + b_1
     out   = mean over the R latents of Y
 
-Two steps are reordered, exactly: the queries are computed once and not for each text, and W_2 comes after the mean.
+Two steps are reordered, exactly: the queries are computed once and not for each text, and W_2 comes after the mean. In
+evaluation mode without gradients, much more is computed once: see `folding`.
 
 Norms, softmax, residuals and sums are taken in fp32; projections run in the dtype of their weights (or of autocast).
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poolwise.errors import ModelError
+from poolwise.folding import Folded, foldable
 
 LATENT_STD = 0.02  # of `identity`: small beside the attended states, whose entries are about 1 after their norm
 QUERY_SCALE = 0.1  # of `identity`: attention logits start with a standard deviation of about 0.1, nearly uniform
@@ -121,8 +123,11 @@ class Head(Pooling):
     """What the trainable poolings and their controls share: latents, value path, norms and feed-forward.
 
     `hidden_size` D, `latents` R, `value_width` the inner width of W_v and W_o, `ffn` the feed-forward's width as a
-    multiple of D, `norm` "layer_norm" or "rms_norm", `init` "identity" or "paper".
+    multiple of D, `norm` "layer_norm" or "rms_norm", `init` "identity" or "paper". `single`: it attends to one vector.
     """
+
+    single = False
+    _folded: Folded | None = None
 
     def __init__(self, hidden_size: int, *, latents: int, value_width: int, ffn: int, norm: str, init: str):
         super().__init__()
@@ -159,6 +164,28 @@ class Head(Pooling):
             scale = QUERY_SCALE if name == "to_q.weight" else 1.0
             return scale * shape[1] ** -0.5 * torch.randn(shape, generator=generator)
         return torch.zeros(shape)  # layer weights, W_2, biases; W_o becomes the transpose of W_v
+
+    def folded(self) -> Folded | None:
+        """The weights folded for inference, made when first needed and when they have changed; None in training."""
+        if not foldable(self):
+            self._folded = None  # weights may soon change, and a fused optimiser leaves no trace
+            return None
+        if self._folded is None or not self._folded.fits(self):
+            self._folded = Folded(self)
+        return self._folded
+
+    def train(self, mode: bool = True) -> Head:
+        if mode:
+            self._folded = None
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> Head:
+        self._folded = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles fold for themselves."""
+        return {**self.__dict__, "_folded": None}
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Latents after attention (B, R, D) -> feed-forward, residual and mean over the latents (B, D)."""
@@ -206,10 +233,12 @@ class CrossAttentionHead(Head):
         A state whose mask is 0 has weight 0 and is never read; a row whose mask is all zero attends to nothing.
         Raises `ModelError` for more vectors than there are layer weights.
         """
+        if folded := self.folded():
+            return folded(*self.prepare(states, mask))
         return self.feed_forward(self.latents.float() + self.to_out(self.attend(states, mask)))
 
-    def attend(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention's output for each latent, heads side by side: (B, N, D) -> (B, R, heads · head_dim) fp32."""
+    def prepare(self, states: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """States in fp32, 0 where the mask is, with layer weights added; and the mask as booleans."""
         states = states.float()
         if mask is not None:
             mask = mask.bool()
@@ -218,6 +247,11 @@ class CrossAttentionHead(Head):
             if states.shape[1] > len(self.layer_weights):
                 raise ModelError(f"{states.shape[1]} vectors for a head of {len(self.layer_weights)} layer weights")
             states = states + self.layer_weights[: states.shape[1]].float()
+        return states, mask
+
+    def attend(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention's output for each latent, heads side by side: (B, N, D) -> (B, R, heads · head_dim) fp32."""
+        states, mask = self.prepare(states, mask)
         states = self.norm_states(states)
         query = self._split(self.to_q(self.norm_latents(self.latents)))  # (H, R, E), once for all texts
         key, value = self._split(self.to_k(states)), self._split(self.to_v(states))  # (B, H, N, E)
@@ -247,6 +281,7 @@ class CrossAttention(CrossAttentionHead):
     def __init__(self, hidden_size: int, n_layers: int, *, tokens: str = "all", masked: bool = True, **sizes):
         super().__init__(hidden_size, **sizes)
         self.tokens, self.masked = tokens, masked
+        self.single = tokens == "last"
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.tokens == "last":
@@ -275,59 +310,3 @@ class LayerCrossAttention(CrossAttentionHead):
     ):
         super().__init__(hidden_size, layer_weights=n_layers if layer_weights is None else layer_weights, **sizes)
         self.tokens, self.pad_by_id = tokens, pad_by_id
-
-
-class FeedForwardHead(Head):
-    """Capacity control: the trainable head without its attention, around one vector pooled without weights.
-
-        X = Z + norm(p) W_v W_o        Y = X + (A * gelu(G)) W_2 + b_2,  A, G = norm(X) W_1 + b_1        out = mean Y
-
-    Every latent gets the pooled vector p where the trainable pooling gives it what it attended to. What it shows: how
-    much of a gain of the trainable pooling comes from more weights and a non-linearity after a plain pooling.
-
-    Matched with `cross_attention` of the same arguments: latents, norms of states and feed-forward, the feed-forward,
-    the first weights of equal name and shape, the scale of the first output (W_v W_o is the identity at the start), and
-    the number of parameters: W_v and W_o are twice as wide, which makes up for the missing W_q and W_k exactly, so that
-    only the norm of the queries is missing (2·D parameters; D with rms_norm). Nothing is left without a gradient.
-    Not matched: W_v W_o is a product without a non-linearity, so its double width adds parameters, not functions; the
-    value path costs fewer FLOPs, for it runs once for a text; layer weights W (L·D parameters) have no counterpart.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        n_layers: int,
-        *,
-        latents: int,
-        heads: int,
-        head_dim: int,
-        ffn: int = 4,
-        norm: str = "layer_norm",
-        init: str = "identity",
-    ):
-        width = 2 * heads * head_dim
-        super().__init__(hidden_size, latents=latents, value_width=width, ffn=ffn, norm=norm, init=init)
-        self.reset_parameters()
-
-    def pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """The vector without weights that the head is put around: (B, N, D), (B, N) -> (B, D) fp32."""
-        raise NotImplementedError
-
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States (B, N, D), mask (B, N) or None -> (B, D) fp32, not normalised."""
-        value = self.to_out(self.to_v(self.norm_states(self.pool(states, mask))))
-        return self.feed_forward(self.latents.float() + value[:, None])
-
-
-class LastTokenFFN(FeedForwardHead):
-    """The capacity control around the last token; see `FeedForwardHead`."""
-
-    def pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return last_token(states, mask)
-
-
-class MeanFFN(FeedForwardHead):
-    """The capacity control around the mean over tokens; see `FeedForwardHead`."""
-
-    def pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return weighted_mean(states, attended(states, mask))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,23 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return next(iter(found.values()))
 
 
+def base_model(model: nn.Module) -> Any:
+    """`model` without its PEFT wrapper."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap else model
+
+
+def check_checkpointing(layer: Any) -> None:
+    """Raise `ModelError` where hooks of a decoder layer would run inside its gradient checkpoint, which runs them a
+    second time and loses the gradients of what they kept: transformers < 5.23 checkpoints a layer's `__call__`."""
+    active = layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
+    if active and type(layer).__call__ is not nn.Module.__call__:
+        raise ModelError(
+            f"{type(layer).__name__}: this version of transformers runs hooks inside its gradient checkpoints, so "
+            "per-layer vectors would have no gradient. Fix: transformers >= 5.23, or no gradient checkpointing."
+        )
+
+
 def last_index(mask: Tensor) -> Tensor:
     """Index (B,) of the last 1 in each row of `mask` (B, T), whatever the padding side; 0 for an empty row."""
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -73,11 +90,40 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
 _REDUCE = {"last": last_state, "mean": mean_state}
 
 
+class PackedReduction:
+    """The same reductions for a pack: states (1, N, D) of S texts laid end to end -> (S, D) fp32.
+
+    `ends` (S + 1,): 0 and the end of each text; `pooled` (N,): the tokens that are pooled. Raises `ModelError` for
+    states of another shape.
+    """
+
+    def __init__(self, reduce: str, ends: Tensor, pooled: Tensor):
+        self.reduce, self.pooled = reduce, pooled.bool()
+        lengths = ends.diff().long()
+        tokens = torch.arange(len(pooled), device=pooled.device)
+        self.text = torch.repeat_interleave(lengths, output_size=len(pooled))  # which text a token belongs to
+        self.count = torch.zeros_like(lengths).index_add(0, self.text, self.pooled.long())
+        self.all_pooled = bool(self.pooled.all())
+        pooled_tokens = torch.where(self.pooled, tokens, 0)
+        self.last = torch.zeros_like(lengths).scatter_reduce(0, self.text, pooled_tokens, "amax")
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if states.shape[:2] != (1, len(self.pooled)):
+            raise ModelError(f"LayerCollector: states of shape {tuple(states.shape)}, a pack of {len(self.pooled)}")
+        tokens = states[0]
+        if self.reduce == "last":
+            return tokens[self.last].float().masked_fill((self.count == 0)[:, None], 0.0)
+        if not self.all_pooled:
+            tokens = tokens.masked_fill(~self.pooled[:, None], 0.0)
+        total = torch.zeros(len(self.count), states.shape[-1], device=states.device)
+        return total.index_add(0, self.text, tokens.float()) / self.count.clamp(min=1)[:, None]
+
+
 @dataclass
 class _Call:
     """What one forward pass has collected."""
 
-    mask: Tensor  # (B, T): tokens that are pooled
+    reduced: Callable[[Tensor], Tensor]  # a layer's states -> (B, D) fp32
     vectors: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, D) fp32
 
 
@@ -116,11 +162,23 @@ class LayerCollector:
         prompt's. A row with no token left gives zeros. Raises `ModelError` where this transformers would hide the
         hooks inside a gradient checkpoint.
         """
-        self._check_checkpointing()
-        self._call = _Call(mask if pooling_mask is None else mask.bool() & pooling_mask.bool())
+        pooled = mask if pooling_mask is None else mask.bool() & pooling_mask.bool()
+        with self._open(functools.partial(self._reduced, mask=pooled)):
+            yield self
+
+    @contextlib.contextmanager
+    def collect_packed(self, ends: Tensor, pooled: Tensor) -> Iterator[LayerCollector]:
+        """The same for one packed forward pass; see `PackedReduction`. The vectors are then (S, L, D)."""
+        with self._open(PackedReduction(self.reduce, ends, pooled)):
+            yield self
+
+    @contextlib.contextmanager
+    def _open(self, reduced: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        check_checkpointing(self.layers[0])
+        self._call = _Call(reduced)
         self._collecting = True
         try:
-            yield self
+            yield
         except BaseException:
             self._call = None
             raise
@@ -135,7 +193,7 @@ class LayerCollector:
         call, self._call = self._call, None
         if call is None:
             raise ModelError("LayerCollector.vectors: nothing collected. Fix: run the model inside `collect(mask)`.")
-        call.vectors[len(self.layers) - 1] = self._reduced(last_hidden_state, call.mask)
+        call.vectors[len(self.layers) - 1] = call.reduced(last_hidden_state)
         missing = [index for index in range(len(self.layers)) if index not in call.vectors]
         if missing:
             raise ModelError(
@@ -157,22 +215,12 @@ class LayerCollector:
     def _collect_output(self, index: int, layer: nn.Module, inputs: tuple, output: Any) -> None:
         if self._collecting and self._call is not None:
             states = output if isinstance(output, Tensor) else output[0]
-            self._call.vectors[index] = self._reduced(states, self._call.mask)
+            self._call.vectors[index] = self._call.reduced(states)
 
     def _reduced(self, states: Tensor, mask: Tensor) -> Tensor:
         if states.shape[:2] != mask.shape:
             raise ModelError(
                 f"LayerCollector: states of shape {tuple(states.shape)} do not fit a mask of {tuple(mask.shape)}. "
-                "Fix: pass the padded batch, not a flattened one (unpad_inputs=False)."
+                "Fix: pass the padded batch (unpad_inputs=False), or open `collect_packed` for a pack."
             )
         return _REDUCE[self.reduce](states, mask.to(states.device))
-
-    def _check_checkpointing(self) -> None:
-        """transformers < 5.23 checkpoints a layer's `__call__`, hooks included: their gradients would be lost."""
-        layer: Any = self.layers[0]
-        active = layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()
-        if active and type(layer).__call__ is not nn.Module.__call__:
-            raise ModelError(
-                f"{type(layer).__name__}: this version of transformers runs hooks inside its gradient checkpoints, so "
-                "per-layer vectors would have no gradient. Fix: transformers >= 5.23, or no gradient checkpointing."
-            )

@@ -96,7 +96,8 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
         for task, found in words.filter(pl.col(name).list.len() > 1).sort("task").iter_rows():
             listed = ", ".join(map(repr, found))
             problems.lines.append(f"task {task!r} has {len(found)} values of {name}: {listed}; keep one")
-    repeated = typed.select(pl.struct(KEY).is_duplicated()).to_series()
+    key = [*KEY, "base"] if "base" in typed.columns else KEY
+    repeated = typed.select(pl.struct(key).is_duplicated()).to_series()
     problems.add("the same design, seed, task, split, subset and metric stand there more than once", repeated, "task")
     problems.stop(where)
     order = [*REQUIRED[:2], "step", "task", "task_type", "source", "split", "subset", "metric", "score", "item_id"]

@@ -64,7 +64,8 @@ def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[
 def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     owner, _, key = where.rpartition(".")
-    fields = list(models[re.sub(r"\[\d+\]", "", owner)].model_fields)
+    model = models.get(re.sub(r"\[\d+\]", "", owner))  # none: an entry of a table such as type_weights or prompts
+    fields = list(model.model_fields) if model else []
     if kind == "extra_forbidden":
         if owner.startswith("designs") and key in models["recipe"].model_fields:
             return f"{where}: a design cannot override the recipe; move {key} to [recipe], which holds for all designs"
@@ -78,7 +79,7 @@ def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
         return f"{where} = {value!r}: allowed: {allowed}{guess}"
     if kind == "value_error":
         message = str(context.get("error", item["msg"]))
-        return f"{where}: {message}" if where else message
+        return f"{where}: {message}" if where and not message.startswith(where) else message
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     message = item["msg"][0].lower() + item["msg"][1:]

@@ -52,7 +52,7 @@ def forest(comparison: Comparison) -> list[Panel]:
     The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
     """
     ends = [100 * value for row in comparison.rows for value in _span(row) if value is not None]
-    limits = padded([0.0, *ends])
+    limits = focused([100 * _span(row)[1] for row in comparison.rows], ends)
     panels = []
     for group in comparison.groups:
         rows = [row for row in comparison.rows if row.group == group]
@@ -65,7 +65,8 @@ def forest(comparison: Comparison) -> list[Panel]:
         parts = [
             f"{row.design} {points(_span(row)[1], 2, True)} ({interval(_span(row)[0], _span(row)[2])})" for row in rows
         ]
-        alt = f"Forest plot, {group}: points above {comparison.baseline} with 95 % interval: {'; '.join(parts)}."
+        axis = f"points above {comparison.baseline} with {comparison.percent} % interval"
+        alt = f"Forest plot, {group}: {axis}: {'; '.join(parts)}."
         panels.append(
             _panel(group, alt, [row.design for row in rows], limits, draw, f"points above {comparison.baseline}", True)
         )
@@ -74,14 +75,15 @@ def forest(comparison: Comparison) -> list[Panel]:
 
 def intervals(groups: Sequence[tuple[str, Sequence[tuple[str, float, float, float, str]]]], axis: str) -> list[Panel]:
     """Rows of (label, low, estimate, high, word of `MARKS`), values 0–1: a panel for each group, one scale."""
-    limits = padded([0.0, *(100 * value for _, rows in groups for row in rows for value in row[1:4])])
+    found = [row for _, rows in groups for row in rows]
+    limits = focused([100 * row[2] for row in found], [100 * value for row in found for value in row[1:4]])
     panels = []
     for group, rows in groups:
 
         def draw(axes: Axes, rows: Sequence[tuple[str, float, float, float, str]] = rows) -> None:
             axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
             for place, (_, low, middle, high, word) in enumerate(rows):
-                _bar(axes, place, 100 * low, 100 * high, MARKS[word][2])
+                _bar(axes, place, 100 * low, 100 * high, MARKS[word][2], limits)
                 _mark(axes, place, 100 * middle, word)
 
         parts = [f"{name} {points(middle, 2, True)} ({interval(low, high)})" for name, low, middle, high, _ in rows]
@@ -94,7 +96,10 @@ def task_dots(comparison: Comparison) -> list[Panel]:
     """Difference to the baseline on each task (seeds averaged), a dot for each task, a bar at the mean."""
     differences = {
         (row.group, row.design): 100
-        * (comparison.arm(row.group, row.design).task_means - comparison.arm(row.group, row.baseline).task_means)
+        * (
+            comparison.arm(row.group, row.design).whole().task_means
+            - comparison.arm(row.group, row.baseline).whole().task_means
+        )
         for row in comparison.rows
     }
     limits = padded([0.0, *(float(value) for values in differences.values() for value in values)])
@@ -139,6 +144,14 @@ def _span(row: Row) -> tuple[float | None, float, float | None]:
     return source.ci_low, source.difference, source.ci_high
 
 
+def focused(estimates: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """A scale for estimates and the ends of their intervals; a few very wide intervals do not set it."""
+    low, high = padded([0.0, *estimates, *ends])
+    sizes = sorted(abs(end) for end in ends)
+    reach = max(2.5 * max(map(abs, estimates)), 2 * sizes[len(sizes) // 2]) if sizes else 0.0
+    return (max(low, -reach), min(high, reach)) if reach > 0 else (low, high)
+
+
 def padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 0.5
@@ -152,14 +165,19 @@ def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, 
         reach = 100 * row.verdict.detectable
         axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
     if low is not None and high is not None:
-        _bar(axes, place, 100 * low, 100 * high, edge)
+        _bar(axes, place, 100 * low, 100 * high, edge, limits)
     elif row.p_value is not None:  # too few tasks to bound the difference
         axes.plot(limits, (place, place), color=edge, linewidth=1.4, linestyle=(0, (1, 2.2)), zorder=2)
     _mark(axes, place, 100 * middle, word)
 
 
-def _bar(axes: Axes, place: int, low: float, high: float, colour: str) -> None:
-    axes.plot((low, high), (place, place), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+def _bar(axes: Axes, place: int, low: float, high: float, colour: str, limits: tuple[float, float]) -> None:
+    """An interval; an arrow where it goes on beyond the scale."""
+    shown = max(low, limits[0]), min(high, limits[1])
+    axes.plot(shown, (place, place), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+    for beyond, edge, arrow in ((low < limits[0], limits[0], "<"), (high > limits[1], limits[1], ">")):
+        if beyond:
+            axes.plot([edge], [place], arrow, color=colour, markersize=5, clip_on=False, zorder=2)
 
 
 def _mark(axes: Axes, place: int, value: float, word: str) -> None:

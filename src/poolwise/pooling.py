@@ -1,9 +1,11 @@
 """From hidden states to one vector: the plain poolings, the table of all poolings, and the paper's released heads.
 
 Every pooling is a `torch.nn.Module`, built as `Cls(hidden_size, n_layers, **args)` and called with states (B, N, D)
-and a mask (B, N) or None; it gives (B, D) in fp32, not normalised. `reads` says what it is called with: "tokens" of the
-last layer, or "layers", one vector for each. The mask alone decides what is padding (never a token's id), so an
-embedding does not depend on the side, the amount or the content of padding. The trainable poolings live in `heads.py`.
+and a mask (B, N) or None; it gives (B, D) in fp32, not normalised; where it gives more numbers, `dimension` says how
+many. `reads` says what it is called with: "tokens" of the last layer, or "layers", one vector for each. The mask alone
+decides what is padding (never a token's id), so an embedding does not depend on the side, the amount or the content of
+padding; what is left out of pooling, the prompt or special tokens, is left out of the mask. The trainable poolings live
+in `heads.py`, `controls.py`, `latent.py` and `layer_poolings.py`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poolwise.controls import LastTokenFFN, MeanFFN
 from poolwise.cost import default_latents
 from poolwise.designs import AUTO, POOLING_ARGS
 from poolwise.errors import CheckpointError, StudyError, suggest
 from poolwise.heads import (
     CrossAttention,
     CrossAttentionHead,
-    LastTokenFFN,
     LayerCrossAttention,
-    MeanFFN,
     Pooling,
     attended,
     last_token,
     weighted_mean,
 )
+from poolwise.latent import Attention, LatentAttention, MeanGain
+from poolwise.layer_poolings import LastLayers, LayerAttention, LayerMeanFFN, ScalarMix, SingleLayer
+from poolwise.own import find
 
 
 class FirstToken(Pooling):
@@ -78,17 +82,76 @@ class WeightedMean(Pooling):
         return weighted_mean(states, counted.cumsum(dim=1) * counted)
 
 
+class Max(Pooling):
+    """The largest value of each number over attended tokens: max_t h_t; zeros for a text without tokens."""
+
+    def __init__(self, hidden_size: int, n_layers: int):
+        super().__init__()
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        keep = attended(states, mask).bool()
+        largest = states.float().masked_fill(~keep[..., None], -torch.inf).amax(dim=1)
+        return torch.where(keep.any(dim=1, keepdim=True), largest, 0.0)
+
+
+class LastTokens(Pooling):
+    """The mean of the last k tokens ("last-k" of 2503.02656), or of all where there are fewer; k is `count`.
+
+    Counted from the mask, so whatever the padding side; with k = 1 it is the last token.
+    """
+
+    def __init__(self, hidden_size: int, n_layers: int, *, count: int = 8):
+        super().__init__()
+        self.count = count
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        counted = attended(states, mask).bool()
+        from_the_end = counted.flip(1).cumsum(dim=1).flip(1)
+        return weighted_mean(states, counted * (from_the_end <= self.count))
+
+
+class Concat(Pooling):
+    """Several plain poolings side by side, as they come: [p_1; p_2; …], so D grows to as many times D.
+
+    `parts` joins their names: `last_token+mean`. A part whose numbers are larger counts for more in the cosine.
+    """
+
+    def __init__(self, hidden_size: int, n_layers: int, *, parts: str = "last_token+mean"):
+        super().__init__()
+        self.parts = nn.ModuleList(POOLINGS[name](hidden_size, n_layers) for name in parts.split("+"))
+        self.dimension = len(self.parts) * hidden_size
+
+    def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.cat([part(states, mask) for part in self.parts], dim=-1)
+
+
 POOLINGS: dict[str, type[Pooling]] = {
     "first_token": FirstToken,
     "last_token": LastToken,
     "mean": Mean,
     "weighted_mean": WeightedMean,
+    "max": Max,
+    "last_tokens": LastTokens,
+    "concat": Concat,
+    "attention": Attention,
+    "mean_gain": MeanGain,
+    "latent_attention": LatentAttention,
     "last_token_ffn": LastTokenFFN,
     "mean_ffn": MeanFFN,
     "cross_attention": CrossAttention,
+    "single_layer": SingleLayer,
+    "last_layers": LastLayers,
+    "scalar_mix": ScalarMix,
+    "layer_attention": LayerAttention,
+    "layer_mean_ffn": LayerMeanFFN,
     "layer_cross_attention": LayerCrossAttention,
 }
 """Name in a study file -> module."""
+
+
+def module_class(pooling: str) -> type[Pooling]:
+    """The module of this name, one of ours or a registered one of the user's own."""
+    return POOLINGS.get(pooling) or find(pooling)
 
 
 def resolve_args(pooling: str, args: Mapping[str, Any], config: Any) -> dict[str, Any]:
@@ -97,10 +160,10 @@ def resolve_args(pooling: str, args: Mapping[str, Any], config: Any) -> dict[str
     - heads: as many as the base has, or the next smaller number that divides the hidden size;
     - head_dim: hidden size / heads, so that heads × head_dim is the hidden size;
     - latents: see `poolwise.cost.default_latents`; a capacity control has as many as cross_attention would have;
-    - layer_weights: the number of layers.
+    - layer_weights: the number of layers; layer: the middle one, rounded up; layers: 4, or all of fewer.
 
     Raises `StudyError`, all mistakes at once: an unknown pooling or argument, heads that do not divide the hidden size
-    when the other number is left to us, a table of layer weights shorter than the base has layers.
+    when the other number is left to us, layers that the base does not have or a table of layer weights too short.
     """
     if pooling not in POOLING_ARGS:
         raise StudyError(
@@ -113,7 +176,18 @@ def resolve_args(pooling: str, args: Mapping[str, Any], config: Any) -> dict[str
         raise StudyError([f"pooling_args.{name}: {pooling} {takes}{suggest(name, allowed)}" for name in unknown])
     config = config.get_text_config()
     resolved = {name: args.get(name, arg.default) for name, arg in allowed.items()}
-    if "heads" in resolved:
+    if resolved.get("layer") == AUTO:
+        resolved["layer"] = (config.num_hidden_layers + 1) // 2
+    if resolved.get("layers") == AUTO:
+        resolved["layers"] = min(4, config.num_hidden_layers)
+    for name in ("layer", "layers"):
+        if resolved.get(name, 0) > config.num_hidden_layers:
+            raise StudyError(
+                [f"pooling_args.{name} = {resolved[name]}: the base model has {config.num_hidden_layers} layers"]
+            )
+    if pooling == "attention" and config.hidden_size % resolved["heads"]:
+        raise StudyError([_indivisible("heads", resolved["heads"], config.hidden_size)])
+    if "head_dim" in resolved:
         resolved["heads"], resolved["head_dim"] = _head_sizes(resolved["heads"], resolved["head_dim"], config)
     if resolved.get("layer_weights") == AUTO:
         resolved["layer_weights"] = config.num_hidden_layers
@@ -139,14 +213,13 @@ def _head_sizes(heads: int | str, head_dim: int | str, config: Any) -> tuple[int
     name, other, given = ("heads", "head_dim", heads) if isinstance(heads, int) else ("head_dim", "heads", head_dim)
     assert isinstance(given, int)
     if width % given:
-        near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - given))
-        raise StudyError(
-            [
-                f"pooling_args.{name} = {given}: does not divide the hidden size {width}; "
-                f"give {other} too, or {name} = {near}"
-            ]
-        )
+        raise StudyError([_indivisible(name, given, width, f"give {other} too, or ")])
     return (given, width // given) if name == "heads" else (width // given, given)
+
+
+def _indivisible(name: str, given: int, width: int, fix: str = "") -> str:
+    near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - given))
+    return f"pooling_args.{name} = {given}: does not divide the hidden size {width}; {fix or 'give '}{name} = {near}"
 
 
 class PaperHead(nn.Module):

@@ -11,7 +11,8 @@ from poolwise.attention import check_window, set_attention, verify
 from poolwise.base import cannot_load, check_positions, ensure_eos, load_base
 from poolwise.cost import base_parameters
 from poolwise.data import COUNTS, Pairs
-from poolwise.errors import AttentionError
+from poolwise.errors import AttentionError, ModelError
+from poolwise.layouts import choose
 from poolwise.rows import random_stream
 from poolwise.study import Design, Recipe, Study
 
@@ -23,10 +24,17 @@ SAMPLED_ROWS = 1000
 def check_base(study: Study, path: str, config: Any) -> list[str]:
     """Refuse a base model that cannot carry the study; says what could not be tried yet.
 
-    Raises ModelError where `max_length` exceeds the positions, AttentionError where a design's attention is ignored.
+    Raises ModelError where `max_length` exceeds the positions or a width of `matryoshka` the model's, AttentionError
+    where a design's attention is ignored.
     """
     recipe = study.recipe
     check_positions(recipe, config)
+    width = config.get_text_config().hidden_size
+    if too_wide := [wanted for wanted in recipe.matryoshka if wanted >= width]:
+        raise ModelError(
+            f"recipe.matryoshka = {list(recipe.matryoshka)}: {', '.join(map(str, too_wide))} must be below {width}, "
+            f"the width of {recipe.base_model}'s embeddings, which is trained anyway"
+        )
     if not Path(path).is_dir() or base_parameters(config) > LARGEST or recipe.attn_implementation.startswith("flash"):
         return [f"Whether {recipe.base_model} takes the attention modes is probed when a trial loads it."]
     model = load_base(recipe.base_model, study.base_dir, attn_implementation=recipe.attn_implementation)
@@ -38,7 +46,8 @@ def check_base(study: Study, path: str, config: Any) -> list[str]:
         except AttentionError as error:
             names = _names(study.designs, mode)
             raise AttentionError(f"recipe.base_model = {recipe.base_model!r} cannot carry {names}: {error}") from error
-    return []
+    layout, reason = choose(model, study.designs, recipe.max_length)
+    return [f"Training batches are {layout}, not packed, which costs time: {reason}."] if reason else []
 
 
 def _names(designs: Sequence[Design], mode: str) -> str:

@@ -34,7 +34,7 @@ class Recommendation:
 
     `basis`: `better` (than the baseline after Holm, and the best of those), `cheapest` (none is better: the least
     costly of those not shown worse), `baseline` (none is better, costs unknown), `below_reference` (every design stays
-    below `reference`; `design` is None). `judged`: the group carries verdicts on designs; where it is False, nothing
+    below `reference`; `design` is None). `judged`: the group carries verdicts on designs; where it is False (or they are exploratory), nothing
     could have been shown better, and `stays` (share of `folds`) and `expected_regret` (0–1) are None. `cost` is the
     encode cost in the unit given, `relative_cost` that over the baseline's.
     """
@@ -55,13 +55,14 @@ class Recommendation:
 
 
 def recommend(comparison: Comparison) -> tuple[Recommendation, ...]:
-    """One recommendation for each group, in the order of `comparison.groups`."""
-    return tuple(_group(comparison, group) for group in comparison.groups)
+    """One recommendation for each group, in the order of `comparison.groups`; none for planted mechanisms."""
+    return tuple(_group(comparison, group) for group in comparison.groups if not comparison.of_items(group))
 
 
 def _group(comparison: Comparison, group: str) -> Recommendation:
     rows = [row for row in comparison.rows if row.group == group]
-    judged = all(row.verdict for row in rows) and len(set(_base(comparison, group).sources)) >= FEW_SOURCES
+    judged = not comparison.exploratory and all(row.verdict for row in rows)
+    judged = judged and len(set(_base(comparison, group).sources)) >= FEW_SOURCES
     below = _below_reference(comparison, group)
     if below:
         name, floor, best = below
@@ -138,6 +139,7 @@ def _leave_one_source_out(comparison: Comparison, group: str, chosen: str) -> tu
     candidates = _candidates(comparison)
     means = np.array([scores[design].mean(axis=0) for design in candidates])
     elsewhere = [row.verdict.p_value if row.verdict else float("nan") for row in comparison.rows if row.group != group]
+    elsewhere += [found.verdict.p_value for found in comparison.overall]
     designs = comparison.designs[1:]
     same, regrets = 0, []
     for fold in range(means.shape[1]):

@@ -13,9 +13,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise import factors_report, pareto, tables
+from poolwise import (
+    controls_report,
+    factors_report,
+    layers_report,
+    pareto,
+    ranks_report,
+    robustness_report,
+    side_report,
+    tables,
+    tuning_report,
+)
 from poolwise.comparison import Comparison
 from poolwise.results import write_atomic
+from poolwise.stats import TWO_LOOK_ALPHA
 from poolwise.terminal import terminal
 from poolwise.wording import advice, alarms, count, group_words, headline, listing, outcome, points, sentences
 
@@ -62,8 +73,13 @@ def show(
     def line(*parts: str | tuple[str, str]) -> None:
         console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
 
-    if comparison.banner:
-        console.print(Text(comparison.banner, style="bold yellow"))
+    for warning in (comparison.interim, comparison.exploratory, comparison.banner):
+        if warning:
+            console.print(Text(warning, style="bold yellow"))
+    if comparison.plan:
+        console.print(Text(comparison.plan))
+    for overall in comparison.overall:
+        console.print(Text(side_report.overall_sentence(comparison, overall)))
     for group in comparison.groups:
         console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
     for found in comparison.recommendations:
@@ -86,7 +102,10 @@ def show(
                 line(cells(row))
         if table.note:
             console.print(Text(table.note, style="dim"))
-    for note in (*comparison.notes, *comparison.excluded):
+    reports = (tuning_report, robustness_report, controls_report)
+    for said in (text for module in reports for text in module.sentences(comparison)):
+        console.print(said, highlight=False, markup=False)
+    for note in (*comparison.notes, *_budget_notes(comparison), *comparison.excluded):
         console.print(Text(note, style="yellow"))
 
 
@@ -94,12 +113,23 @@ def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[
     factors = comparison.factorial
     found = (
         tables.means(comparison),
+        side_report.overall(comparison),
         tables.verdicts(comparison),
+        side_report.given(comparison),
         tables.checkpoints(comparison),
+        ranks_report.table(comparison.single_runs, comparison.baseline),
         tables.costs(costs) if costs else None,
+        side_report.equal_cost(comparison.budgets, comparison),
         factors_report.table(factors, comparison.alpha) if factors else None,
+        robustness_report.table(comparison),
+        tuning_report.table(comparison),
+        tuning_report.settings(comparison),
     )
     return [table for table in found if table]
+
+
+def _budget_notes(comparison: Comparison) -> tuple[str, ...]:
+    return comparison.budgets.notes if comparison.budgets else ()
 
 
 def _priced(
@@ -114,6 +144,8 @@ def _priced(
 def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
     """The first line of every report: base model and its size, designs, seeds, tasks."""
     base = info.get("base_model")
+    if base and str(base).startswith((".", "/", "~")):  # a folder: where it lies says nothing
+        base = Path(base).name
     size = info.get("base_parameters")
     named = f"Base model {base}" if base else "Base model not stated"
     if size:
@@ -127,28 +159,38 @@ def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
 
 
 def _types(comparison: Comparison) -> str:
-    sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in comparison.groups]
+    types = [group for group in comparison.groups if not comparison.of_items(group)]
+    sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in types]
+    if planted := len(comparison.groups) - len(types):
+        sizes.append(
+            f"{len(comparison.tasks) - sum(int(size.split()[0]) for size in sizes)} on {count(planted, 'mechanism')}"
+        )
     return listing(sizes)
 
 
 def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
     """The methods paragraph of a paper: which estimator, which family, which scope."""
-    family = f"Holm's correction over the {len(comparison.rows)} contrasts with {comparison.baseline}"
+    family = f"Holm's correction over the {comparison.family} contrasts with {comparison.baseline}"
     wilcoxon = (
         "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
-        "estimate, its exact 95 % interval and the matched-pairs rank-biserial correlation"
+        f"estimate, its exact {comparison.percent} % interval and the matched-pairs rank-biserial correlation"
     )
     start = opening(info, comparison)
+    if comparison.interim:
+        return f"{start} {comparison.interim}"
     if comparison.scope == "checkpoints":
         return (
             f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was "
             "trained once, the tests do not separate designs from the luck of a run."
         )
+    looked = "The study was looked at twice, each time at .03. " if comparison.alpha == TWO_LOOK_ALPHA else ""
+    if comparison.exploratory:
+        looked += "The verdicts are exploratory. "
     return (
         f"{start} Differences between designs were estimated over random runs and random tasks (crossed random "
         "effects, null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source "
         f"averaged first), with {family}; equivalence was tested by two one-sided tests within "
-        f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {CLAIM}"
+        f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {looked}{CLAIM}"
     )
 
 
@@ -168,7 +210,9 @@ def _facts(
     fronts, factors = pareto.fronts(comparison, priced), comparison.factorial
     said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
     answers = []
-    for group, choice in zip(comparison.groups, comparison.recommendations, strict=True):
+    choices = {choice.group: advice(comparison, choice) for choice in comparison.recommendations}
+    choices |= controls_report.predicted(comparison, info.get("predictions"))
+    for group in comparison.groups:
         members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
         found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
         best = max(found, key=lambda pair: (pair[0].verdict or pair[0]).difference, default=None)
@@ -176,11 +220,12 @@ def _facts(
             {
                 "group": group,
                 "headline": headline(comparison, group),
-                "advice": advice(comparison, choice),
-                "best": best[1] if best else None,
+                "advice": choices.get(group, ""),
+                "best": best[1] if best else side_report.reason(comparison, group),
                 "sentences": [text for _, text in members],
             }
         )
+    layers = info.get("layers") or {}
     roles = tables.roles(frame, controls)
     versions = [(name, str(version)) for name, version in (info.get("versions") or {}).items()]
     for label, key in (("machine", "machine"), ("study fingerprint", "fingerprint")):
@@ -192,6 +237,17 @@ def _facts(
         "comparison": comparison,
         "answers": answers,
         "claim": CLAIM,
+        "overall_words": [side_report.overall_sentence(comparison, found) for found in comparison.overall],
+        "overall_answer": side_report.overall_answer(comparison),
+        "overall": side_report.overall(comparison),
+        "given": side_report.given(comparison),
+        "rank_words": ranks_report.sentences(comparison.single_runs),
+        "rank_table": ranks_report.table(comparison.single_runs, comparison.baseline),
+        "rank_panels": ranks_report.panels(comparison.single_runs),
+        "budget_table": side_report.equal_cost(comparison.budgets, comparison),
+        "budget_notes": _budget_notes(comparison),
+        "layer_table": layers_report.table(layers.get("runs", {}), layers.get("texts", 0)),
+        "layer_panels": layers_report.panel(layers.get("runs", {})),
         "means": tables.means(comparison),
         "verdicts": tables.verdicts(comparison),
         "checkpoints": tables.checkpoints(comparison),
@@ -200,6 +256,9 @@ def _facts(
         "over_steps": tables.over_steps(frame, comparison),
         "costs": tables.costs(priced) if priced else None,
         "controls": tables.controls(comparison, roles),
+        "control_words": controls_report.sentences(comparison),
+        "ladder": controls_report.ladder_table(comparison),
+        "predictions": controls_report.predictions_table(comparison, info.get("predictions")),
         "alarms": alarms(comparison, roles),
         "tasks": tables.tasks(frame, comparison),
         "recipe": tables.recipe(info),
@@ -212,6 +271,10 @@ def _facts(
         "strip": plots.run_strip(comparison),
         "pareto": pareto.panels(fronts, comparison.baseline),
         "pareto_table": pareto.table(fronts, comparison.baseline),
+        "tuning_words": tuning_report.sentences(comparison),
+        "tuning_tables": [t for t in (tuning_report.table(comparison), tuning_report.settings(comparison)) if t],
+        "base_words": robustness_report.sentences(comparison),
+        "base_table": robustness_report.table(comparison),
         "factors": factors_report.sentences(factors) if factors else [],
         "unresolved": [*factors.confounded, *factors.notes] if factors else [],
         "factor_table": factors_report.table(factors, comparison.alpha) if factors else None,

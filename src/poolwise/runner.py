@@ -4,6 +4,7 @@ FOLDER/study.json        the study as it was started
 FOLDER/trials.json       its trials
 FOLDER/trials/NAME/      one folder a trial, see `poolwise.trial`
 FOLDER/results.parquet   the long table of all scores, made anew after each run
+FOLDER/search, tuned     of a study that tunes: see `poolwise.search`
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from poolwise import score_files
+from poolwise import looks, score_files
 from poolwise.engines import Event, run_local
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError
 from poolwise.study import Study
 
-GROWS = ("designs", "seeds", "tasks", "references", "controls")
+GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
 """What may be added to under a study that has begun; all else would change what is being compared."""
 
 
@@ -30,13 +31,19 @@ def run(
     *,
     workers: int = 0,
     shard: tuple[int, int] = (1, 1),
+    extend: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, str]:
     """Train and score what is missing of a study. Returns the reasons of the trials that failed, by name.
 
+    extend: after the first look, train up to the declared `extend_to` seeds; from then on every run does.
+
     Raises StudyError where the study changed under a half-done run, PoolwiseError where another process runs it.
     """
     folder = study.folder
+    if extend:
+        looks.check_extension(study, unfinished(study))
+    declared, study = study, looks.running(study, extend)
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
 
@@ -45,6 +52,7 @@ def run(
         if kind == "trials":  # the study could be prepared: from now on it may only grow
             _write(folder / "study.json", study.model_dump(mode="json"))
             _write(folder / "trials.json", content)
+            looks.begin(declared, extend)
         if kind == "failed":
             failed[content[0]] = content[1]
         on_event(event)
@@ -56,6 +64,10 @@ def run(
         finally:
             if (folder / "trials.json").exists():
                 gather(folder)
+    if study.tuning and not failed:
+        from poolwise.search import run_search
+
+        failed = run_search(study, workers=workers, shard=shard, on_event=on_event)
     return failed
 
 
@@ -64,20 +76,24 @@ def guard(study: Study) -> None:
     path = study.folder / "study.json"
     if not path.exists():
         return
-    old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    written = json.loads(path.read_text(encoding="utf-8"))
+    before_study = Study.parse(written)  # what has been added to the file's form since has its default
+    old = before_study.model_dump(mode="json")
     new = study.model_dump(mode="json")
     problems = []
     for key in dict.fromkeys([*old, *new]):
-        if key in GROWS or key in {"name", "output"}:
+        if key in GROWS or key in {"name", "output", "grid"} or (key == "tuning" and old.get(key) is None):
             continue
         before: Any = old.get(key)
         after: Any = new.get(key)
         if key == "recipe":
-            fields = [f for f in {**before, **after} if f not in {"report_to", "save_steps"}]
+            fields = [f for f in {**before, **after} if f not in {"base_model", "report_to", "save_steps"}]
             changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
         else:
             changed = [(key, before, after)] if before != after else []
         problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
+    if gone := [name for name in before_study.bases if name not in study.bases]:
+        problems.append(f"the base model was {', '.join(gone)} and is now {', '.join(study.bases)}")
     now = {design["name"]: design for design in new["designs"]}
     for design in old["designs"]:
         name = design["name"]
@@ -101,7 +117,21 @@ def trials(study: Study) -> list[dict[str, Any]]:
 
 def all_done(study: Study) -> bool:
     """Whether nothing is missing: False after one shard of several."""
+    if study.tuning:
+        from poolwise.search import is_done
+
+        if not is_done(study):
+            return False
     return all(trial["state"] == "done" for trial in trials(study))
+
+
+def unfinished(study: Study) -> list[str]:
+    """The trials of the study's designs at its own seeds that are not done, by name; failed ones count."""
+    wanted = {(design.name, seed) for design in study.designs for seed in study.seeds}
+    rows = [row for row in trials(study) if row["role"] == "design" and (row["label"], row["seed"]) in wanted]
+    started = {(row["label"], row["seed"]) for row in rows}
+    absent = [f"{design}-s{seed}" for design, seed in sorted(wanted - started)]
+    return absent + [row["name"] for row in rows if row["state"] != "done"]
 
 
 def _state(folder: Path) -> dict[str, Any]:

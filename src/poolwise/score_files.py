@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
+LAYERS = "layers.json"
+"""Beside the scores: where the head looks, if it attends to layers."""
+
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows of the long table; the file appears whole or not at all."""

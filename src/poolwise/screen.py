@@ -7,19 +7,25 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from poolwise import probing_report
 from poolwise.engines import Event
 from poolwise.paired import Paired
+from poolwise.results import write_atomic
 from poolwise.runner import run
 from poolwise.study import Study
 from poolwise.terminal import terminal
-from poolwise.wording import interval, points, probability
+from poolwise.wording import count, interval, points, probability
+
+if TYPE_CHECKING:
+    from poolwise.comparison import Comparison
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -82,13 +88,15 @@ def name_was_new(share: dict[str, float], name: str) -> float:
 def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None = None) -> Table:
     """One row a design, one column a run."""
     rows: dict[str, list[str]] = {}
+    bases = {trial["base"] for trial in trials if trial.get("base")}
     for trial in trials:
         state = trial["state"]
         text = {"done": "[green]done[/]", "failed": "[red]failed[/]", "waiting": "[dim]·[/]"}.get(state)
         if text is None:
             part = (share or {}).get(trial["name"])
             text = f"{state} {part:4.0%}" if part is not None else state
-        rows.setdefault(trial["label"], []).append(text)
+        base = trial.get("base") if len(bases) > 1 else None
+        rows.setdefault(f"{trial['label']} on {base}" if base else trial["label"], []).append(text)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("design", overflow="fold")
     for number in range(max(len(cells) for cells in rows.values())):
@@ -98,7 +106,7 @@ def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None 
     return table
 
 
-def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[str, str]:
+def run_with_grid(study: Study, workers: int, shard: tuple[int, int], extend: bool = False) -> dict[str, str]:
     """Run a study under a live grid (a line a trial where stderr is no terminal). Returns the failures."""
     console = terminal(stderr=True)
     grid = Grid()
@@ -107,9 +115,11 @@ def run_with_grid(study: Study, workers: int, shard: tuple[int, int]) -> dict[st
     try:
         if console.is_terminal:
             with Live(grid, console=console, refresh_per_second=2):
-                failed = run(study, workers=workers, shard=shard, on_event=grid.follow)
+                failed = run(study, workers=workers, shard=shard, extend=extend, on_event=grid.follow)
         else:
-            failed = run(study, workers=workers, shard=shard, on_event=lambda event: _print_line(console, grid, event))
+            failed = run(
+                study, workers=workers, shard=shard, extend=extend, on_event=lambda event: _print_line(console, grid, event)
+            )  # fmt: skip
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept, run the same command to go on", soft_wrap=True)
         raise SystemExit(130) from None
@@ -145,7 +155,7 @@ def show_status(trials: Sequence[dict[str, Any]]) -> None:
 
 def amount(number: float) -> str:
     """1278275584 -> 1.28 G."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
@@ -154,9 +164,11 @@ def amount(number: float) -> str:
 def show_check(found: dict[str, Any]) -> None:
     """What `poolwise check` prints."""
     console = terminal()
-    base = found["base_model"]
+    bases = found["base_models"]
+    on = f" on {len(bases)} base models" if len(bases) > 1 else ""
+    named = ", ".join(f"{base['name']} ({amount(base['parameters'])} parameters)" for base in bases)
     console.print(
-        f"{found['study']}: base {base['name']} ({amount(base['parameters'])} parameters), {found['steps']} steps, "
+        f"{found['study']}: base {named}, {found['steps']} steps, "
         f"{found['effective_negatives']} negatives a query, fingerprint {found['fingerprint']}",
         markup=False,
     )
@@ -170,18 +182,29 @@ def show_check(found: dict[str, Any]) -> None:
         factors = f"{len(differs)} factor{'s' * (len(differs) != 1)}: {', '.join(differs)}" if differs else "-"
         if row["design"] == found["baseline"]:
             factors = "(baseline)"
+        name = f"{row['design']} on {row['base']}" if on else row["design"]
         table.add_row(
-            Text(row["design"]), row["attention"], row["pooling"], factors,
+            Text(name), row["attention"], row["pooling"], factors,
             amount(row["trainable_parameters"]), amount(row["head_parameters"]), amount(row["base_flops_32"]),
             amount(row["head_flops_32"]), f"{row['head_flops_32'] / row['base_flops_32']:.1%}",
         )  # fmt: skip
     console.print(table)
     trials = found["trials"]
     console.print(
-        f"\n{trials['trained']} trainings ({trials['of which controls']} of them controls), {trials['untuned']} "
-        f"untuned and {trials['references']} other reference rows; results in {found['folder']}",
+        f"\n{count(len({row['design'] for row in found['designs']}), 'design')}{on}: {trials['trained']} trainings "
+        f"({trials['of which controls']} of them controls), {trials['untuned']} untuned and {trials['references']} "
+        f"other reference rows; results in {found['folder']}",
         markup=False,
     )
+    console.print(f"about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text", markup=False)
+    if tuning := found["tuning"]:
+        console.print(
+            f"tuning: {tuning['searched']} trainings more on {', '.join(tuning['tasks'])} (seed {tuning['seed']}), then "
+            f"up to {tuning['again']} with each design's best setting; up to {amount(tuning['training_flops'])}FLOP",
+            markup=False, soft_wrap=True,
+        )  # fmt: skip
+    for note in found["grid"]:
+        console.print(f"grid, left out: {note}", style="dim", markup=False, soft_wrap=True)
     if found["tasks"]:
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("task type")
@@ -228,6 +251,31 @@ def show_paired(lines: Sequence[Paired]) -> None:
     for line in lines:
         said = f"{line.design}, {line.test}: {line.scope}."
         console.print(Text(f"{said} {line.note}." if line.note else said, style="dim"))
+
+
+def show_predictions(comparison: Comparison) -> None:
+    """What was predicted of each planted mechanism and what came out, a line each."""
+    from poolwise.controls_report import predicted
+    from poolwise.demo import predictions
+
+    console = terminal()
+    console.print()
+    for mechanism, said in predicted(comparison, predictions()).items():
+        console.print(Text.assemble((f"{mechanism}: ", "bold"), said))
+
+
+def show_layers(found: dict[str, Any], page: Path) -> None:
+    """What `poolwise layers` prints, and the page with its pictures."""
+    console = terminal()
+    for made in probing_report.tables(found):
+        table = Table(box=None, pad_edge=False, header_style="bold", title=made.title, title_justify="left")
+        for name in made.columns:
+            table.add_column(name, justify="right")
+        for row in made.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+        console.print(Text(made.note, style="dim"))
+    console.print(f"pictures: {write_atomic(page, probing_report.page(found))}", markup=False, soft_wrap=True)
 
 
 def show_verdict(name: str, found: dict[str, Any]) -> None:

@@ -36,6 +36,10 @@ max_length = 128
 save_steps = 1000
 """
 
+QUICK = ("overlap", "late", "topic")
+"""Mechanisms of `poolwise demo --quick`: every form, and m1 and m5 were predicted to differ on them."""
+QUICK_STEPS = 10
+
 TEMPLATES = {
     "paper": f"""\
 # The five designs of "Pooling and Attention: What are Effective Designs for LLM-Based Embedding Models?"
@@ -77,6 +81,7 @@ name = "demo"
 baseline = "m1"
 seeds = [0, 1, 2]
 tasks = ["demo"]
+references = ["untuned", "tfidf", "tfidf_chars", "bm25"]
 evaluate_at = [1.0]
 
 {DEMO_RECIPE}
@@ -112,11 +117,15 @@ def write(template: str, to: Path | None = None) -> Path:
 
 
 def demo_study(folder: Path, *, quick: bool = False) -> Study:
-    """The study of `poolwise demo`; its runs go to `folder/runs`. quick: m1 and m5, two seeds."""
+    """The study of `poolwise demo`; its runs go to `folder/runs`. quick: m1 and m5, two seeds, `QUICK` mechanisms."""
     import tomllib
+
+    from poolwise import demo
 
     raw = tomllib.loads(TEMPLATES["demo"])
     raw["output"] = str((folder / "runs").resolve())
     if quick:
-        raw.update(name="demo-quick", seeds=[0, 1], designs=[{"preset": "m1"}, {"preset": "m5"}])
+        tasks = [name for name in demo.task_names() if name.removeprefix(demo.PREFIX).startswith(QUICK)]
+        raw["recipe"]["steps"] = QUICK_STEPS
+        raw.update(name="demo-quick", seeds=[0, 1], tasks=tasks, designs=[{"preset": "m1"}, {"preset": "m5"}])
     return Study.parse(raw, where="demo")

@@ -6,184 +6,62 @@ allowed and the nearest guess. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from poolwise import designs as catalogue
+from poolwise import grid as grids
+from poolwise import own
+from poolwise.design import Design
 from poolwise.errors import StudyError, suggest
 from poolwise.mistakes import explain
-
-Attention = Literal["causal", "bidirectional"]
-SeedPart = Literal["init", "order", "dropout", "data"]
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+from poolwise.origins import TASK_TYPES
+from poolwise.recipe import Lora, Recipe, Source, Strict, to_tuple
+from poolwise.tuning import Tuning
 
 
 def _seeds(value: object) -> object:
     """`seeds = 3` means 0, 1, 2."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return tuple(range(value))
-    return _tuple(value)
+    return to_tuple(value)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Source(_Strict):
-    """One set of training pairs: a Hub name, a file or a folder."""
-
-    path: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0)
-    split: str = "train"
-
-
-class Lora(_Strict):
-    """Low-rank adapters on the backbone (Hu et al., arXiv 2106.09685), through PEFT."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    target: str | Annotated[tuple[str, ...], BeforeValidator(_tuple)] = "all-linear"
-
-
-class Recipe(_Strict):
-    """All that is held equal between the designs of a study. A design cannot override any of it."""
-
-    base_model: str = Field(default="nano", min_length=1)
-    dataset: str | None = None
-    sources: Annotated[tuple[Source, ...], BeforeValidator(_tuple)] = ()
-    one_source_batches: bool = False
-    steps: int = Field(default=1000, ge=1)
-    learning_rate: float = Field(default=1e-5, gt=0)
-    head_learning_rate: float = Field(default=1e-5, gt=0)
-    seed_varies: Annotated[tuple[SeedPart, ...], BeforeValidator(_tuple)] = ("init", "order", "dropout", "data")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(default=100, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    batch_size: int = Field(default=64, ge=2)
-    mini_batch_size: int = Field(default=0, ge=0)
-    negatives: int = Field(default=1, ge=0)
-    loss: Literal["infonce", "symmetric_infonce"] = "infonce"
-    temperature: float = Field(default=0.05, gt=0)
-    max_length: int = Field(default=512, ge=2)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    gradient_checkpointing: bool = False
-    append_eos: bool = True
-    query_prompt: str = ""
-    document_prompt: str = ""
-    prompts: dict[str, str] = Field(default_factory=dict)
-    include_prompt: bool = True
-    save_steps: int = Field(default=100, ge=1)
-    report_to: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
-    lora: Lora | Literal[False] | Literal["full"] = Field(default_factory=Lora)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.dataset is not None and self.sources:
-            raise ValueError("give either dataset or sources, not both")
-        if self.mini_batch_size > self.batch_size:
-            raise ValueError(f"mini_batch_size {self.mini_batch_size} is larger than batch_size {self.batch_size}")
-        return self
-
-    @property
-    def data_sources(self) -> tuple[Source, ...]:
-        """The training sets: `sources`, or the one `dataset` (default: the built-in `demo` pairs)."""
-        return self.sources or (Source(path=self.dataset or "demo"),)
-
-
-def _wrong_arguments(pooling: str, given: dict[str, Any]) -> list[str]:
-    """One line for each argument that this pooling does not take or that has a value it may not have."""
-    known = catalogue.POOLING_ARGS[pooling]
-    problems = []
-    for name, value in given.items():
-        arg = known.get(name)
-        if arg is None:
-            allowed = f"allowed: {', '.join(known)}{suggest(name, known)}" if known else "it takes none"
-            problems.append(f"pooling_args.{name} is not an argument of {pooling}; {allowed}")
-        elif value == catalogue.AUTO and arg.default == catalogue.AUTO:
-            continue
-        elif type(value) is not arg.type:
-            also = " or 'auto'" if arg.default == catalogue.AUTO else ""
-            problems.append(f"pooling_args.{name} = {value!r}: allowed: {arg.type.__name__}{also} ({arg.help})")
-        elif arg.allowed and value not in arg.allowed:
-            problems.append(
-                f"pooling_args.{name} = {value!r}: allowed: {', '.join(arg.allowed)}{suggest(value, arg.allowed)}"
-            )
-        elif arg.minimum is not None and isinstance(value, int) and value < arg.minimum:
-            problems.append(f"pooling_args.{name} = {value!r}: must be at least {arg.minimum} ({arg.help})")
-    return problems
-
-
-class Design(_Strict):
-    """The treatment: which tokens may see which, and how the hidden states become one vector."""
-
-    name: str = Field(min_length=1)
-    attention: Attention
-    pooling: str
-    pooling_args: dict[str, Any] = Field(default_factory=dict)
-    preset: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_preset(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        raw = dict(raw)
-        preset = raw.get("preset")
-        if preset is not None:
-            known = catalogue.ALIASES.get(preset, preset) if isinstance(preset, str) else preset
-            if known not in catalogue.PRESETS:
-                allowed = [*catalogue.PRESETS, *catalogue.ALIASES]
-                guess = suggest(preset, allowed)
-                raise ValueError(f"preset {preset!r} is unknown; allowed: {', '.join(allowed)}{guess}")
-            for key, value in catalogue.PRESETS[known].items():
-                if key in raw and raw[key] != value:
-                    raise ValueError(
-                        f"preset {preset!r} sets {key} = {value!r} already; "
-                        f"drop the preset to choose attention, pooling and pooling_args yourself"
-                    )
-                raw[key] = value
-            raw.setdefault("name", preset)
-        elif "attention" in raw and "pooling" in raw:
-            raw.setdefault("name", f"{raw['pooling']}-{raw['attention']}")
-        return raw
-
-    @model_validator(mode="after")
-    def _known_pooling(self) -> Self:
-        if self.pooling not in catalogue.POOLING_ARGS:
-            allowed = list(catalogue.POOLING_ARGS)
-            raise ValueError(
-                f"pooling {self.pooling!r} is unknown; allowed: {', '.join(allowed)}{suggest(self.pooling, allowed)}"
-            )
-        problems = _wrong_arguments(self.pooling, self.pooling_args)
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    def factors(self) -> dict[str, Any]:
-        """What makes this design: `attention`, `pooling` and every argument of its pooling, defaults filled in."""
-        arguments = {name: arg.default for name, arg in catalogue.POOLING_ARGS[self.pooling].items()}
-        return {"attention": self.attention, "pooling": self.pooling, **arguments, **self.pooling_args}
-
-    def differs_from(self, other: Design) -> list[str]:
-        """The factors in which two designs differ; arguments count only where both poolings take them."""
-        mine, theirs = self.factors(), other.factors()
-        return [name for name in mine if name in theirs and mine[name] != theirs[name]]
+def _load_code(raw: dict[str, Any]) -> None:
+    """Import the poolings of the user's own that a study names: among its designs, or in its grid."""
+    designs, axes = raw.get("designs"), raw.get("grid")
+    named = [d.get("pooling") for d in designs if isinstance(d, dict)] if isinstance(designs, list) else []
+    listed = axes.get("pooling") if isinstance(axes, dict) else ()
+    for pooling in [*named, *(listed if isinstance(listed, list | tuple) else [listed])]:
+        if isinstance(pooling, str) and own.is_own(pooling):
+            own.find(pooling)
 
 
 def _missing_baseline(baseline: object, names: list[str]) -> list[str]:
     if not names or baseline in names:
         return []
     return [f"baseline = {baseline!r} is not among the designs; allowed: {', '.join(names)}{suggest(baseline, names)}"]
+
+
+def _axes(value: Any) -> Any:
+    """`latents = 16` is a list of one."""
+    if not isinstance(value, dict):
+        return value
+    return {name: to_tuple(found) if isinstance(found, list | tuple) else (found,) for name, found in value.items()}
+
+
+def _valid_designs(raw_designs: object) -> list[Design]:
+    """Those of the designs as written in which nothing is wrong."""
+    found = []
+    for raw in raw_designs if isinstance(raw_designs, list | tuple) else ():
+        with contextlib.suppress(ValidationError):
+            found.append(Design.model_validate(raw))
+    return found
 
 
 def _names(raw_designs: object) -> list[str]:
@@ -196,22 +74,49 @@ def _names(raw_designs: object) -> list[str]:
     return found
 
 
-class Study(_Strict):
+class Study(Strict):
     """A controlled comparison: every design trained once per seed under one recipe and scored on the same tasks."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     baseline: str = "m1"
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds)] = (0, 1, 2)
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
-    references: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ("untuned", "tfidf", "bm25")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ()
+    base_models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(to_tuple)] = ()
+    references: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ("untuned", "tfidf", "bm25")
     controls: bool = True
-    evaluate_at: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_tuple)] = (0.25, 0.5, 1.0)
+    evaluate_at: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(to_tuple)] = (
+        0.25,
+        0.5,
+        1.0,
+    )
     margin: float = Field(default=0.005, gt=0, lt=1)
+    extend_to: int | None = None
+    type_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     output: str | None = None
+    allow_code: bool = False
     recipe: Recipe = Field(default_factory=Recipe)
-    designs: Annotated[tuple[Design, ...], BeforeValidator(_tuple)] = Field(min_length=1)
+    designs: Annotated[tuple[Design, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
+    tuning: Tuning | None = None
+    grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)] = Field(default_factory=dict)
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_grid(cls, raw: Any) -> Any:
+        """The designs that the grid spells out, after those that are listed."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("grid"), dict) or not raw["grid"]:
+            return raw
+        listed = raw.get("designs") or ()
+        made, _, mistakes = grids.expand(_axes(raw["grid"]), _valid_designs(listed), Design)
+        return raw if mistakes else {**raw, "designs": [*listed, *made]}
+
+    @field_validator("grid")
+    @classmethod
+    def _sensible_grid(cls, axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        if axes and (mistakes := grids.expand(axes, (), Design)[2]):
+            raise ValueError("\n".join(mistakes))
+        return axes
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -222,10 +127,34 @@ class Study(_Strict):
         problems += _missing_baseline(self.baseline, names)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds = {list(self.seeds)}: give at least one seed, each once")
+        if self.extend_to is not None and self.extend_to <= len(self.seeds):
+            problems.append(
+                f"extend_to = {self.extend_to}: must be more than the {len(self.seeds)} seeds of the first look"
+            )
+        for kind in self.type_weights or ():
+            if kind not in TASK_TYPES:
+                allowed = ", ".join(TASK_TYPES)
+                problems.append(f"type_weights.{kind} is no task type; allowed: {allowed}{suggest(kind, TASK_TYPES)}")
         if 1.0 not in self.evaluate_at:
             problems.append(f"evaluate_at = {list(self.evaluate_at)} must contain 1.0, the end of the training")
         if len(set(self.tasks)) != len(self.tasks):
             problems.append("tasks: a task is listed twice")
+        if len(set(self.base_models)) != len(self.base_models):
+            problems.append(f"base_models = {list(self.base_models)}: give each base model once")
+        if self.tuning:
+            problems += self.tuning.problems(self.tasks, self.all_seeds)
+        if self.base_models and "base_model" in self.recipe.model_fields_set:
+            problems.append("give either base_models or recipe.base_model, not both")
+        code = [design.pooling for design in self.designs if own.is_own(design.pooling)]
+        if code and not self.allow_code:
+            problems.append(f"designs: {code[0]} is code of your own; say allow_code = true to have it imported")
+        prompted = self.recipe.query_prompt or self.recipe.document_prompt or self.recipe.prompts
+        for design in self.designs:
+            if "prefix" in design.attention and design.template == "plain" and not prompted:
+                problems.append(
+                    f"designs: {design.name} has attention = {design.attention!r}, and the recipe has no prompt that "
+                    "could be the prefix; give recipe.query_prompt or document_prompt, or another attention"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -251,15 +180,29 @@ class Study(_Strict):
     @classmethod
     def parse(cls, raw: dict[str, Any], base_dir: Path | None = None, where: str = "study") -> Study:
         """Validate a study given as plain dictionaries, as TOML reads them."""
+        allowed = raw.get("allow_code") is True
         try:
-            study = cls.model_validate(raw)
+            with own.allowing(allowed, base_dir):
+                _load_code(raw if allowed else {})
+                study = cls.model_validate(raw)
+        except StudyError as error:
+            raise StudyError(error.problems, where) from None
         except ValidationError as error:
             problems = explain(error, _MODELS)
+            if any(line.startswith("grid") for line in problems):  # what it would have made is missing from the designs
+                problems = [line for line in problems if not line.startswith(("designs = ", "designs is missing"))]
             if not any(line.startswith("baseline") for line in problems):  # other mistakes hide this one from pydantic
                 problems += _missing_baseline(raw.get("baseline", "m1"), _names(raw.get("designs")))
             raise StudyError(problems, where) from None
         study._base_dir = base_dir or Path.cwd()
         return study
+
+    def load_code(self) -> None:
+        """Import the poolings of the user's own, in a process that got this study from another one."""
+        with own.allowing(self.allow_code, self.base_dir):
+            for design in self.designs:
+                if own.is_own(design.pooling):
+                    own.find(design.pooling)
 
     @property
     def base_dir(self) -> Path:
@@ -272,9 +215,41 @@ class Study(_Strict):
         return (self._base_dir / self.output) if self.output else Path("runs") / self.name
 
     @property
+    def bases(self) -> tuple[str, ...]:
+        """The base models: `base_models`, or the recipe's one."""
+        return self.base_models or (self.recipe.base_model,)
+
+    def on_base(self, name: str) -> Study:
+        """The same study on one of its base models."""
+        recipe = self.recipe.model_copy(update={"base_model": name})
+        return self.model_copy(update={"recipe": recipe, "base_models": ()})
+
+    @property
+    def grid_notes(self) -> list[str]:
+        """A line for each combination of the grid that is no design of its own."""
+        return grids.expand(self.grid, self.designs, Design)[1] if self.grid else []
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The planned seeds, and the next numbers up to `extend_to` seeds where an extension is declared."""
+        more = range((self.extend_to or 0) - len(self.seeds))
+        return self.seeds + tuple(max(self.seeds) + 1 + i for i in more)
+
+    def extended(self) -> Study:
+        """The same study with the seeds of its declared extension. Raises StudyError where none is declared."""
+        if self.extend_to is None:
+            raise StudyError(
+                ["no extension is declared, and seeds added after a look make a verdict exploratory: write "
+                 "`extend_to = 5` into the file before the first run"]
+            )  # fmt: skip
+        return self.model_copy(update={"seeds": self.all_seeds})
+
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that bears on results: all but the name, the output folder and the trackers."""
-        content = self.model_dump(mode="json", exclude={"name": True, "output": True, "recipe": {"report_to": True}})
+        content = self.model_dump(
+            mode="json", exclude={"name": True, "output": True, "grid": True, "recipe": {"report_to": True}}
+        )
         return content_hash(content)
 
     def design(self, name: str) -> Design:
@@ -298,4 +273,5 @@ _MODELS: dict[str, type[BaseModel]] = {
     "recipe.lora": Lora,
     "recipe.sources": Source,
     "designs": Design,
+    "tuning": Tuning,
 }

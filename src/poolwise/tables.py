@@ -11,7 +11,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poolwise.comparison import Comparison, Row
-from poolwise.wording import count, group_words, interval, number, outcome, points, probability
+from poolwise.mechanism_items import by_mechanism
+from poolwise.rungs import RUNGS
+from poolwise.wording import (
+    count,
+    detectable_words,
+    group_words,
+    inner_percent,
+    interval,
+    number,
+    outcome,
+    points,
+    probability,
+    sample_words,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -61,16 +74,21 @@ def means(comparison: Comparison) -> Table:
         for group in comparison.groups:
             arm = comparison.arm(group, design)
             runs = [float(value) for value in arm.run_means]
-            mark = "" if design == comparison.baseline else MARKS[outcome(comparison, comparison.row(group, design))]
+            starred = design != comparison.baseline and not comparison.exploratory
+            mark = "" if not starred else MARKS[outcome(comparison, comparison.row(group, design))]
             spread = f" ±{points(statistics.stdev(runs))}" if len(runs) > 1 else ""
             cells.append(f"{mark} {points(arm.mean)}{spread}".strip())
         rows.append(tuple(cells))
     scope = "" if comparison.scope == "designs" else " (checkpoints only)"
-    note = f"Mean over tasks, ×100; ± is the sd of the runs. ▲ above, ▼ below {comparison.baseline} after Holm{scope}"
-    note += f", ≈ equivalent within ±{points(comparison.margin, 1)}." if not scope else "."
+    note = "Mean over tasks, ×100; ± is the sd of the runs."
+    if not comparison.exploratory and not comparison.interim:
+        note += f" ▲ above, ▼ below {comparison.baseline} after Holm{scope}"
+        note += f", ≈ equivalent within ±{points(comparison.margin, 1)}." if not scope else "."
     if comparison.banner:
         note = note.replace("; ± is the sd of the runs", "")
-    heads = [f"{group} ({len(comparison.arm(group, comparison.baseline).tasks)})" for group in comparison.groups]
+    heads = [
+        f"{group} ({len(comparison.arm(group, comparison.baseline).whole().tasks)})" for group in comparison.groups
+    ]
     return Table("Mean scores", ("Design", *heads), (("", tuple(rows)),), note)
 
 
@@ -81,16 +99,14 @@ def verdicts(comparison: Comparison) -> Table | None:
         rows = [
             (
                 row.design, points(v.difference, 2, True), interval(v.ci_low, v.ci_high), probability(v.p_value),
-                probability(v.p_holm), points(v.run_sd), points(v.detectable), v.verdict,
+                probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable), v.verdict,
             )
             for row in comparison.rows
             if row.group == group and (v := row.verdict)
         ]  # fmt: skip
         if rows:
             first = next(row.verdict for row in comparison.rows if row.group == group and row.verdict)
-            sample = count(first.tasks, "task")
-            if first.sources < first.tasks:
-                sample += f" from {count(first.sources, 'source')}"
+            sample = sample_words(first.tasks, first.sources)
             sections.append((f"{group} · {sample}, {count(first.seeds, 'seed')}", tuple(rows)))
     if not sections:
         return None
@@ -100,32 +116,58 @@ def verdicts(comparison: Comparison) -> Table | None:
             noted.setdefault(row.verdict.note, []).append(f"{row.design} ({row.group})")
     notes = "".join(f" Own run variance, as {why}: {', '.join(who)}." for why, who in noted.items())
     note = (
-        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over {len(comparison.rows)} "
+        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over {comparison.family} "
         "contrasts. Run effect: sd of one run. Detectable: true difference found with 80 % power at Holm's first step. "
-        f"Equivalent: 90 % interval inside ±{points(comparison.margin, 1)}.{notes}"
+        f"Equivalent: {inner_percent(comparison)} % interval inside ±{points(comparison.margin, 1)}.{notes}"
     )
-    columns = ("Design", "Difference", "95 % interval", "p", "p Holm", "Run effect", "Detectable", "Verdict")
+    columns = (
+        "Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Run effect", "Detectable",
+        "Verdict",
+    )  # fmt: skip
     return Table("Differences between designs", columns, tuple(sections), note)
 
 
-def checkpoints(comparison: Comparison) -> Table:
-    """Contrasts of checkpoints: exact Wilcoxon over tasks on seed means, the field's usual test."""
+def checkpoints(comparison: Comparison) -> Table | None:
+    """Contrasts of checkpoints: exact Wilcoxon over tasks on seed means, the field's usual test; only differences and
+    wins/ties/losses while runs are missing."""
+    if comparison.interim:
+        return _so_far(comparison)
     sections = []
     for group in comparison.groups:
+        if comparison.of_items(group):
+            continue
         rows = [row for row in comparison.rows if row.group == group]
         title = f"{group} · {count(rows[0].n, 'task')}, smallest reachable p {probability(rows[0].min_reachable_p)}"
         sections.append((title, tuple(_checkpoint_row(row) for row in rows)))
+    if not sections:
+        return None
     note = (
         f"Points against {comparison.baseline}; seeds averaged, tasks as the sample: this speaks about these "
         "checkpoints. Hodges–Lehmann difference with exact interval, exact Wilcoxon p, Holm over "
         f"{len(comparison.rows)} contrasts, matched-pairs rank-biserial effect size, wins/ties/losses."
     )
-    columns = ["Design", "Difference", "95 % interval", "p", "p Holm", "Effect size", "W/T/L"]
+    columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if any(row.tipping_run_sd is not None for row in comparison.rows):
         columns.append("Tipping point")
         note += " Tipping point: the largest run effect at which the mean difference would still stand."
     sections = [(head, tuple(row[: len(columns)] for row in rows)) for head, rows in sections]
     return Table("Differences between checkpoints", tuple(columns), tuple(sections), note)
+
+
+def _so_far(comparison: Comparison) -> Table:
+    sections = tuple(
+        (
+            f"{group} · {count(len(comparison.arm(group, comparison.baseline).tasks), 'task')}",
+            tuple(
+                (row.design, points(row.difference, 2, True), f"{row.wins}/{row.ties}/{row.losses}")
+                for row in comparison.rows
+                if row.group == group
+            ),
+        )
+        for group in comparison.groups
+    )
+    note = f"Points against {comparison.baseline} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
+    return Table("Differences so far", ("Design", "Difference", "W/T/L"), sections, note)
 
 
 def _checkpoint_row(row: Row) -> tuple[str, ...]:
@@ -140,7 +182,7 @@ def task_scores(comparison: Comparison) -> Table:
     """Score of each design on each task, seeds averaged."""
     sections = []
     for group in comparison.groups:
-        arms = [comparison.arm(group, design) for design in comparison.designs]
+        arms = [comparison.arm(group, design).whole() for design in comparison.designs]
         rows = [(task, *(points(float(arm.task_means[i])) for arm in arms)) for i, task in enumerate(arms[0].tasks)]
         sections.append((group, tuple(rows)))
     return Table("Scores on each task", ("Task", *comparison.designs), tuple(sections), "×100, seeds averaged.")
@@ -167,10 +209,11 @@ def over_steps(frame: pl.DataFrame, comparison: Comparison) -> Table | None:
     import polars as pl
 
     scored = frame.filter(pl.col("item_id").is_null() & pl.col("design").is_in(list(comparison.designs)))
+    scored = by_mechanism(scored, scored)
     steps = sorted(scored["step"].drop_nulls().unique().to_list()) if "step" in scored.columns else []
     if len(steps) < 2:
         return None
-    by = pl.lit("all") if comparison.by == "all" else pl.col(comparison.by)
+    by = pl.coalesce("mechanism", pl.lit("all") if comparison.by == "all" else pl.col(comparison.by))
     means = {
         (group, design, step): score
         for group, design, step, score in scored.group_by(by.alias("group"), "design", "step")
@@ -224,6 +267,8 @@ def controls(comparison: Comparison, roles: Mapping[str, str]) -> Table | None:
         return None
     sections = []
     for design in comparison.control_designs:
+        if design in RUNGS:
+            continue
         rows = []
         for row in (row for row in comparison.control_rows if row.design == design):
             shown = row.verdict or row

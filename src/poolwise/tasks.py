@@ -24,6 +24,7 @@ from poolwise.errors import PoolwiseError, TaskError, suggest
 from poolwise.folders import read_folder
 from poolwise.hub import cached_if_unreachable
 from poolwise.in_memory import TaskData, content_identity, mteb_task, read_columns_whole
+from poolwise.origins import origin
 
 __all__ = ["PAPER_TASKS", "Task", "TaskData", "resolve_tasks", "task_from_data"]
 
@@ -75,36 +76,6 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "Summarization": ("SummEval",),
 }
 
-# Tasks whose texts come from one origin are no independent evidence: the first pattern a name begins with names the
-# origin. Any other official task has its dataset's name, so that versions of one dataset still share an origin.
-ORIGINS: tuple[tuple[str, str], ...] = (
-    ("STS22", "sts22-news"),
-    ("STS", "semeval-sts"),
-    ("SICK-R", "sick"),
-    ("Arxiv", "arxiv"),
-    ("ArXiv", "arxiv"),
-    ("Biorxiv", "biorxiv"),
-    ("Medrxiv", "medrxiv"),
-    ("Reddit", "reddit"),
-    ("StackExchange", "stackexchange"),
-    ("StackOverflow", "stackexchange"),
-    ("AskUbuntu", "stackexchange"),
-    ("CQADupstack", "stackexchange"),
-    ("Amazon", "amazon-reviews"),
-    ("Massive", "massive"),
-    ("MTOP", "mtop"),
-    ("Twitter", "twitter"),
-    ("Tweet", "twitter"),
-    ("Emotion", "twitter"),
-    ("FEVER", "wikipedia"),
-    ("ClimateFEVER", "wikipedia"),
-    ("HotpotQA", "wikipedia"),
-    ("DBPedia", "wikipedia"),
-    ("NQ", "wikipedia"),
-    ("Touche", "touche"),
-    ("SCIDOCS", "scidocs"),
-    ("SciDocs", "scidocs"),
-)
 DEMO_EXPERIMENTS = 4
 """Classifiers trained for a built-in classification task; part of what the scores of the demo mean."""
 
@@ -264,8 +235,7 @@ def _official(task: Any, source: str | None = None) -> Task:
     if task.is_aggregate:
         data = f"{len(parts)} datasets, sha256:{hashlib.sha256(data.encode()).hexdigest()[:24]}"
     if source is None:
-        origin = next((origin for start, origin in ORIGINS if metadata.name.startswith(start)), None)
-        source = origin or parts[0].metadata.dataset["path"].split("/")[-1].lower()
+        source = origin(metadata.name) or parts[0].metadata.dataset["path"].split("/")[-1].lower()
     return Task(
         name=metadata.name,
         task_type=metadata.type,

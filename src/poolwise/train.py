@@ -12,9 +12,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -25,7 +25,10 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
+    GISTEmbedLoss,
+    MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from torch.utils.data import SequentialSampler
@@ -33,9 +36,11 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from poolwise import checkpoint
 from poolwise.base import torch_dtype
-from poolwise.encoder import derived_seed
+from poolwise.encoder import Backbone, derived_seed
 from poolwise.errors import TrainingError
-from poolwise.study import Recipe
+from poolwise.layouts import choose
+from poolwise.packing import joined
+from poolwise.study import Design, Recipe
 
 COMPLETE = "complete"
 """Marker written into a checkpoint after everything else: without it, the checkpoint is never resumed from."""
@@ -54,17 +59,19 @@ def train(
     milestones: Sequence[int] = (),
     progress: Callable[[int, float], None] | None = None,
     stop_at_chance: bool = True,
+    designs: Sequence[Design] = (),
 ) -> dict[str, Any]:
     """Train `encoder` in place on `dataset`, whose rows lie in the order of use (`data.training_dataset`).
 
     Checkpoints go to `folder`; a run that was killed goes on from the last complete one, to the same weights.
-    At each step of `milestones` the encoder is also saved to `folder/step-N`.
+    At each step of `milestones` the encoder is also saved to `folder/step-N`. `designs`: those it is compared with,
+    which are all trained in one layout of the batches (`poolwise.packing`): packed, unless one of them cannot be.
 
-    Returns the losses by step, seconds and world size. Raises TrainingError for a loss that is not finite or that
-    stays at chance level.
+    Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is). Raises
+    TrainingError for a loss that is not finite or that stays at chance level.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.batch_size % world:
+    if recipe.part_size % world:
         raise TrainingError(f"recipe.batch_size = {recipe.batch_size} cannot be split over {world} processes")
     folder.mkdir(parents=True, exist_ok=True)
     watch = _Watch(encoder, recipe, folder, set(milestones), progress, stop_at_chance)
@@ -72,7 +79,8 @@ def train(
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size // world,
+        per_device_train_batch_size=recipe.part_size // world,
+        gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
         learning_rate_mapping=head_patterns,
         lr_scheduler_type=recipe.schedule,
@@ -95,23 +103,29 @@ def train(
     )
     if arguments.world_size != world:
         raise TrainingError(f"WORLD_SIZE is {world}, but the trainer found {arguments.world_size}; start with torchrun")
-    trainer = _Trainer(
-        model=encoder,
-        args=arguments,
-        train_dataset=dataset,
-        loss=_loss(encoder, recipe, gather=world > 1),
-        callbacks=[watch],
-    )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
+    backbone = cast(Backbone, encoder[0])
+    own = Design.model_validate(cast(Any, encoder.poolwise)["design"])
+    layout, reason = choose(backbone.model, [own, *designs], recipe.max_length)
     resume = latest_checkpoint(folder)
     started = time.perf_counter()
     if resume is not None:
         watch.losses = _logged(resume)
         watch.recent.extend(watch.losses.values())
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with backbone.in_layout(layout):
+        trainer = _Trainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=dataset,
+            loss=_loss(encoder, recipe, gather=world > 1),
+            callbacks=[watch],
+        )
+        for printer in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(printer)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     encoder.eval()
     return {
+        "layout": layout,
+        "layout_reason": reason,
         "losses": watch.losses,
         "seconds": time.perf_counter() - started,
         "world_size": world,
@@ -160,8 +174,8 @@ class _Watch(TrainerCallback):
         self.encoder, self.folder, self.milestones, self.progress = encoder, folder, milestones, progress
         self.losses: dict[int, float] = {}
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
-        self.chance = math.log(recipe.batch_size * (1 + recipe.negatives))
-        self.stop_at_chance = stop_at_chance and recipe.loss == "infonce"
+        self.chance = math.log(recipe.part_size * (1 + recipe.negatives)) * (1 + len(recipe.matryoshka))
+        self.stop_at_chance = stop_at_chance and recipe.loss == "infonce" and recipe.guide is None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """The loss of the step just made."""
@@ -210,6 +224,31 @@ def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any)
 
 
 def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
+    """InfoNCE as the recipe has it; of each width of `matryoshka` too (arXiv 2205.13147), the losses summed."""
+    loss = _guided(encoder, recipe, gather) if recipe.guide else _infonce(encoder, recipe, gather)
+    if recipe.matryoshka:
+        return MatryoshkaLoss(encoder, loss, [*recipe.matryoshka, cast(int, encoder.get_embedding_dimension())])
+    return loss
+
+
+def _guided(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
+    """InfoNCE without likely false negatives (GISTEmbed, arXiv 2402.16829): those that the guide finds closer to the
+    query than the positive less `guide_margin`. Of its terms only query to document, so that the filter is all that
+    differs from `infonce`."""
+    guide = SentenceTransformer(recipe.guide, device=str(encoder.device)).eval().requires_grad_(False)
+    options: dict[str, Any] = {
+        "temperature": recipe.temperature,
+        "margin": recipe.guide_margin,
+        "contrast_anchors": False,
+        "contrast_positives": False,
+        "gather_across_devices": gather,
+    }
+    if recipe.mini_batch_size:
+        return CachedGISTEmbedLoss(encoder, guide, mini_batch_size=recipe.mini_batch_size, **options)
+    return GISTEmbedLoss(encoder, guide, **options)
+
+
+def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
     options: dict[str, Any] = {
         "scale": 1 / recipe.temperature,
         "gather_across_devices": gather,
@@ -217,7 +256,23 @@ def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.n
     }
     if recipe.mini_batch_size:
         return CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=recipe.mini_batch_size, **options)
-    return MultipleNegativesRankingLoss(encoder, **options)
+    if cast(Backbone, encoder[0]).layout == "padded":
+        return MultipleNegativesRankingLoss(encoder, **options)
+    return _OneForward(encoder, **options)
+
+
+class _OneForward(MultipleNegativesRankingLoss):
+    """sentence-transformers' loss over one forward of all columns.
+
+    It keeps the queries apart itself, because padded to the documents' length they would cost as much. Without padding
+    they do not, and one forward of all texts is cheaper than two.
+    """
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
+        """The loss of columns (query, positive, negatives …) of B texts each."""
+        columns = list(sentence_features)
+        embeddings = self.model(joined(columns))["sentence_embedding"]
+        return self.compute_loss_from_embeddings(list(embeddings.chunk(len(columns))), labels)
 
 
 def _prompts(recipe: Recipe, columns: list[str]) -> dict[str, str] | None:

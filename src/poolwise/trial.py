@@ -4,6 +4,8 @@
     FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
     FOLDER/train.json               losses, seconds; there only when the training is done
     FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
+    FOLDER/scores/ladder-X/TASK.parquet, ladder.json  of the baseline: its rungs, and what was calibrated for them
+    FOLDER/layers.json              attention over the layers at the last step, of heads that attend to layers
     FOLDER/done                     there only while nothing is missing
     FOLDER/failed.json              why it stopped, if it did
 
@@ -15,134 +17,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer
 
-from poolwise import checkpoint, score_files
-from poolwise.base import base_identity, base_path, load_config
+from poolwise import checkpoint, ladder, score_files
+from poolwise.base import base_path
 from poolwise.batches import plan, training_dataset
-from poolwise.data import Pairs, decontaminate, load_pairs
+from poolwise.data import Pairs
 from poolwise.encoder import build
+from poolwise.encoding import KEPT_BYTES, FastEncoder
 from poolwise.errors import PoolwiseError, TrainingError
 from poolwise.evaluation import evaluate
-from poolwise.pooling import resolve_args
-from poolwise.preflight import check_base, data_notes
+from poolwise.inside import attends_to_layers, layer_attention
+from poolwise.preparation import Prepared, Trial, prepare
 from poolwise.references import reference
-from poolwise.study import Design, Recipe, Study, content_hash
-from poolwise.tasks import Task, resolve_tasks
+from poolwise.rungs import RUNGS
+from poolwise.study import Design, Recipe, content_hash
+from poolwise.tasks import Task
 from poolwise.train import train
+
+__all__ = ["Prepared", "Trial", "prepare", "run_trial", "score_file"]
 
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
-ROLES = ("design", "aa", "broken", "untuned", "reference")
-AA_SEEDS = 1000
-"""The A/A arm is the baseline trained with these seeds more."""
-NOT_IN_SPEC = {"base_model", "report_to", "save_steps"}
-BROKEN = Design(name="broken", attention="causal", pooling="first_token")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What is trained or scored. `role` says whether it is part of the comparison (`design`) or a control."""
-
-    label: str
-    role: str
-    seed: int
-    spec: dict[str, Any]
-    design: Design | None = None
-    steps: tuple[int, ...] = (0,)
-
-    @cached_property
-    def id(self) -> str:
-        """Hash of the spec."""
-        return content_hash(self.spec)
-
-    @property
-    def name(self) -> str:
-        """Folder name: readable, and unique by the hash."""
-        label = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
-        return f"{label}-s{self.seed}-{self.id[:8]}"
-
-
-@dataclass
-class Prepared:
-    """A study made ready: base found, sizes resolved, pairs read, cleaned and planned, tasks resolved."""
-
-    study: Study
-    trials: list[Trial]
-    tasks: list[Task]
-    pairs: Pairs | None
-    base: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-
-
-def base_config(study: Study) -> tuple[str, Any]:
-    """Path and configuration of the study's base model. Raises ModelError where it cannot be found."""
-    path = base_path(study.recipe.base_model, study.base_dir)
-    return path, load_config(study.recipe.base_model, path)
-
-
-def milestones(study: Study) -> tuple[int, ...]:
-    """The steps after which every design is scored."""
-    return tuple(sorted({max(1, round(share * study.recipe.steps)) for share in study.evaluate_at}))
-
-
-def prepare(study: Study) -> Prepared:
-    """Everything that is shared by the trials of a study, and the list of trials."""
-    path, config = base_config(study)
-    notes = check_base(study, path, config)
-    base = {"name": study.recipe.base_model, "identity": base_identity(path, getattr(config, "_commit_hash", None))}
-    tasks = resolve_tasks(study.tasks, study.base_dir)
-    pairs = load_pairs(study.recipe, study.base_dir)
-    pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
-    trials = _trials(study, config, base, pairs)
-    return Prepared(study, trials, tasks, pairs, base, notes + data_notes(pairs, study.recipe, path))
-
-
-def _trials(study: Study, config: Any, base: dict[str, Any], pairs: Pairs) -> list[Trial]:
-    recipe = study.recipe.model_dump(mode="json", exclude=NOT_IN_SPEC)
-    orders: dict[int, str] = {}
-
-    def spec(role: str, design: Design, seed: int) -> dict[str, Any]:
-        arguments = resolve_args(design.pooling, design.pooling_args, config)
-        content: dict[str, Any] = {
-            "base": base["identity"],
-            "recipe": recipe,
-            "design": {"attention": design.attention, "pooling": design.pooling, "pooling_args": arguments},
-            "seed": seed,
-            "tuned": role != "untuned",
-        }
-        if role != "untuned":
-            if seed not in orders:
-                orders[seed] = plan(pairs, study.recipe, seed).fingerprint
-            content["data"] = orders[seed]
-        return content
-
-    trials = []
-    for seed in study.seeds:
-        for design in study.designs:
-            trials.append(Trial(design.name, "design", seed, spec("design", design, seed), design, milestones(study)))
-        if study.controls:
-            baseline, last = study.design(study.baseline), milestones(study)[-1:]
-            other = seed + AA_SEEDS
-            trials.append(Trial(f"{baseline.name}-aa", "aa", other, spec("aa", baseline, other), baseline, last))
-            trials.append(Trial("broken", "broken", seed, spec("broken", BROKEN, seed), BROKEN, last))
-    for name in study.references:
-        if name == "untuned":
-            first = study.seeds[0]
-            trials += [
-                Trial(f"{design.name}-untuned", "untuned", first, spec("untuned", design, first), design)
-                for design in study.designs
-            ]
-        else:
-            trials.append(Trial(name, "reference", 0, {"reference": name}))
-    return trials
+LOOKED_AT = 64
+"""Evaluation texts on which that is measured, about."""
 
 
 def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
@@ -167,11 +72,13 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
             if _is_trained(trial):
                 _train(encoder, trial, prepared, folder, report)
             for step in trial.steps:
-                if _missing(step, prepared, folder):
+                if _missing(trial, step, prepared, folder):
                     if step:
                         weights = _milestone(folder, step)
                         checkpoint.verify_files(weights, checkpoint.read_run(weights))
                         checkpoint.load_weights(encoder, weights)
+                    if trial.role == "design" and step == trial.steps[-1]:
+                        _look_at_layers(encoder, prepared, folder)
                     _score(encoder, trial, step, prepared, folder, report)
         (folder / "done").touch()
     except Exception as error:
@@ -179,6 +86,16 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         if not isinstance(error, PoolwiseError) and _disk_is_full(error, folder):
             raise TrainingError(reason) from error
         raise
+
+
+def _look_at_layers(encoder: SentenceTransformer, prepared: Prepared, folder: Path) -> None:
+    """Keep which layers the head attends to, on the first texts of each task; nothing for heads that attend to none."""
+    if not attends_to_layers(encoder) or not prepared.tasks:
+        return
+    each = -(-LOOKED_AT // len(prepared.tasks))
+    texts = [text for task in prepared.tasks for text in itertools.islice(task.texts(), each)]
+    weights = layer_attention(encoder, texts).tolist()
+    checkpoint.write_json(folder / score_files.LAYERS, {"texts": len(texts), "attention": weights})
 
 
 def _is_trained(trial: Trial) -> bool:
@@ -189,7 +106,7 @@ def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
     return (
         (folder / "done").exists()
         and (not _is_trained(trial) or _training_is_done(trial, folder))
-        and not any(_missing(step, prepared, folder) for step in trial.steps)
+        and not any(_missing(trial, step, prepared, folder) for step in trial.steps)
     )
 
 
@@ -208,7 +125,8 @@ def _sweep(folder: Path) -> None:
 
 
 def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
-    encoder = build(prepared.study.recipe, cast(Design, trial.design), trial.seed, base_dir=prepared.study.base_dir)
+    recipe = prepared.study.on_base(cast(str, trial.base)).recipe
+    encoder = build(recipe, cast(Design, trial.design), trial.seed, base_dir=prepared.study.base_dir)
     return encoder.eval()
 
 
@@ -224,6 +142,9 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
     order = plan(cast(Pairs, prepared.pairs), recipe, trial.seed)
     if order.fingerprint != trial.spec["data"]:
         raise TrainingError("the training data changed while the study ran; restore it or start under another name")
+    if recipe.guide:
+        guide = base_path(recipe.guide, prepared.study.base_dir, "recipe.guide")
+        recipe = recipe.model_copy(update={"guide": guide})
     result = train(
         encoder,
         recipe,
@@ -233,27 +154,67 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         milestones=trial.steps,
         progress=lambda step, loss: report("train", step / recipe.steps),
         stop_at_chance=trial.role == "design",
+        designs=prepared.study.designs,
     )
     checkpoint.write_json(folder / "train.json", {**result, "order": order.fingerprint})
 
 
-def score_file(folder: Path, step: int, task: Task) -> Path:
-    """Where the scores of a task lie; the name changes with the task's content."""
+def score_file(folder: Path, scored: str, task: Task) -> Path:
+    """Where the scores of a task lie (`scored`: `step-N` or a rung); the name changes with the task's content."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task.name)
-    return folder / "scores" / f"step-{step}" / f"{safe}-{content_hash(task.identity, 8)}.parquet"
+    return folder / "scores" / scored / f"{safe}-{content_hash(task.identity, 8)}.parquet"
 
 
-def _missing(step: int, prepared: Prepared, folder: Path) -> list[Task]:
-    return [task for task in prepared.tasks if score_files.read(score_file(folder, step, task)) is None]
+def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:
+    scored = [f"step-{step}", *(RUNGS if _has_ladder(trial, step, prepared) else ())]
+    return [task for task in prepared.tasks if any(_unread(folder, name, task) for name in scored)]
+
+
+def _unread(folder: Path, scored: str, task: Task) -> bool:
+    return score_files.read(score_file(folder, scored, task)) is None
+
+
+def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
+    """The baseline's last step carries the dilution ladder."""
+    study = prepared.study
+    return study.controls and trial.role == "design" and trial.label == study.baseline and step == trial.steps[-1]
 
 
 def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> None:
-    missing = _missing(step, prepared, folder)
+    missing = _missing(trial, step, prepared, folder)
+    if isinstance(model, SentenceTransformer):
+        model = FastEncoder(model, keep=KEPT_BYTES)
+    shares = _shares(model, trial, prepared, folder) if missing and _has_ladder(trial, step, prepared) else {}
+    identity, prompts = f"{trial.id}-{step}", _prompts(trial, prepared)
+    mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
+    mine["base"] = trial.base
+
+    def write(name: str, task: Task, rows: list[dict[str, Any]], **other: Any) -> None:
+        score_files.write(score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
+
     for done, task in enumerate(missing):
         report("score", done / len(missing))
-        rows = evaluate(model, [task], identity=f"{trial.id}-{step}", prompts=_prompts(trial, prepared))
-        mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
-        score_files.write(score_file(folder, step, task), [{**row, **mine} for row in rows])
+        scored = ladder.Kept(model) if shares else model
+        if _unread(folder, f"step-{step}", task):
+            write(f"step-{step}", task, evaluate(scored, [task], identity=identity, prompts=prompts))
+        for rung, share in shares.items():
+            if not _unread(folder, rung, task):
+                continue
+            rows = []  # where no noise loses as much, or the embeddings were too many to keep
+            if share is not None and scored.whole:
+                diluted = ladder.Diluted(scored, share, trial.seed)
+                rows = evaluate(diluted, [task], identity=f"{identity}-{rung}", prompts=prompts)
+            write(rung, task, rows, design=rung, role="ladder", noise=share)
+
+
+def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
+    """How much noise each rung of the ladder takes; found once."""
+    path, pairs, recipe = folder / "ladder.json", cast(Pairs, prepared.pairs), prepared.study.recipe
+    if not path.exists():
+        found = ladder.calibrate(model, recipe, pairs, plan(pairs, recipe, trial.seed), trial.seed)
+        checkpoint.write_json(path, found)
+    shares: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))["shares"]
+    return shares
 
 
 def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:

@@ -11,13 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from poolwise import stats
-from poolwise.comparison import Comparison, Row, Verdict
+from poolwise.comparison import Comparison, Given, Row, Verdict
+from poolwise.control_arms import noise_bands
 from poolwise.recommendation import BASELINE, BETTER, Recommendation
 
 MTEB_TYPES = (
     "Classification", "Clustering", "InstructionRetrieval", "MultilabelClassification", "PairClassification",
     "Reranking", "Retrieval", "Summarization", "BitextMining",
 )  # fmt: skip
+NO_VERDICT = "No verdict on designs is possible here"
+MISSING_RUNS = "these are checkpoints, and no verdict on designs is possible"
 ENCODE_COSTS = ("encode_seconds", "encode_flops")  # keys of a cost row, the measured one first
 
 
@@ -56,6 +59,13 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def sample_words(tasks: int, sources: int) -> str:
+    """`10 tasks`, `10 tasks from 7 sources`; of a planted mechanism (items are sources) `152 items of 4 tasks`."""
+    if sources > tasks:
+        return f"{count(sources, 'item')} of {count(tasks, 'task')}"
+    return count(tasks, "task") + (f" from {count(sources, 'source')}" if sources < tasks else "")
+
+
 def group_words(group: str) -> str:
     """mteb's type words as prose: `PairClassification` is `pair classification`; other names stay as they are."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() if group in MTEB_TYPES else group
@@ -81,8 +91,21 @@ def headline(comparison: Comparison, group: str) -> str:
     """The answer for one group of tasks in one line, e.g. "m4 scores above m1; m2 and m3 are inconclusive."."""
     rows = [row for row in comparison.rows if row.group == group]
     rows.sort(key=lambda row: -abs(row.verdict.difference if row.verdict else row.difference))
+    if comparison.interim:
+        shifts = [f"{row.design} {points(row.difference, 1, True)}" for row in rows]
+        return f"So far, in points against {comparison.baseline}: {', '.join(shifts)}. Nothing is tested yet."
     if all(outcome(comparison, row) == "untested" for row in rows):
+        if comparison.of_items(group):
+            return "One run only: no verdict on designs is possible."
         return f"One task only, {comparison.arm(group, comparison.baseline).tasks[0]}: nothing to test over tasks."
+    found = [(row.design, outcome(comparison, row)) for row in rows]
+    parts = outcomes(comparison, found)
+    scope = "" if any(row.verdict for row in rows) else "Checkpoints only: "
+    return f"{'Exploratory: ' if comparison.exploratory else ''}{scope}{parts}."
+
+
+def outcomes(comparison: Comparison, found: Sequence[tuple[str, str]]) -> str:
+    """`m4 scores above m1; m2 and m3 are inconclusive`, from (design, word), the largest difference first."""
     base, parts = comparison.baseline, []
     for word, one, many in (
         ("better", f"scores above {base}", f"score above {base}"),
@@ -90,13 +113,12 @@ def headline(comparison: Comparison, group: str) -> str:
         ("equivalent", f"is equivalent to {base}", f"are equivalent to {base}"),
         ("inconclusive", "is inconclusive", "are inconclusive"),
     ):
-        chosen = [row.design for row in rows if outcome(comparison, row) == word]
+        chosen = [design for design, said in found if said == word]
         if word not in ("better", "worse"):
             chosen.sort(key=comparison.designs.index)
         if chosen:
             parts.append(f"{listing(chosen)} {one if len(chosen) == 1 else many}")
-    scope = "" if any(row.verdict for row in rows) else "Checkpoints only: "
-    return f"{scope}{'; '.join(parts)}."
+    return "; ".join(parts)
 
 
 def advice(comparison: Comparison, found: Recommendation) -> str:
@@ -110,7 +132,8 @@ def advice(comparison: Comparison, found: Recommendation) -> str:
     cheapest = "the cheapest to encode of those not shown worse"
     if not found.judged:
         why = "the baseline, stays the choice" if found.basis == BASELINE else f"{cheapest}, is the choice"
-        return f"No verdict on designs is possible here: {found.design}, {why} for want of evidence."
+        why_not = "Exploratory verdicts carry no recommendation" if comparison.exploratory else NO_VERDICT
+        return f"{why_not}: {found.design}, {why} for want of evidence."
     if found.basis == BETTER:
         said = f"Recommended: {found.design}, the best of what scores above {base} after Holm."
     elif found.basis == BASELINE:
@@ -158,17 +181,15 @@ def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
         shown = [row.verdict or row for row in rows]
         p = stats.holm([1.0 if found.p_value is None else found.p_value for found in shown]).tolist()
         told = [(row.group, q, found) for row, q, found in zip(rows, p, shown, strict=True) if q <= comparison.alpha]
-        if roles.get(design) == "aa" and told:
-            where = listing(
-                [
-                    f"{group_words(group)} ({points(found.difference, 2, True)} points, Holm p {probability(q)})"
-                    for group, q, found in told
-                ]
-            )
-            said.append(
-                f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design "
-                "under other seeds. Something besides the design is at work: read every claim here as exploratory."
-            )
+        for band in noise_bands(comparison, [design]) if roles.get(design) == "aa" else ():
+            if band.differs:
+                where = listing(
+                    [f"{group_words(g)} (Holm p {probability(q)})" for g, q in band.p_holm if g in band.differs]
+                )
+                said.append(
+                    f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design "
+                    "under other seeds. Something besides the design is at work: read every claim here as exploratory."
+                )
         if roles.get(design) == "broken" and rows and not any(found.difference < 0 for _, _, found in told):
             said.append(
                 f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not "
@@ -179,22 +200,29 @@ def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
 
 def _sentence(comparison: Comparison, row: Row, tail: str, costs: Sequence[Mapping[str, Any]]) -> str:
     where = f"On {group_words(row.group)}"
+    if comparison.interim:
+        return (
+            f"{where}, {row.design} lies {above_or_below(row.difference, 1)} {row.baseline} so far "
+            f"({count(row.n, 'task')}; "
+            f"wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing: nothing is tested."
+        )
     if row.verdict:
         return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}{_cost(row, costs)}"
+    if row.p_value is None and comparison.of_items(row.group):
+        return f"{where}, {row.design} scores {above_or_below(row.difference, 2)} {row.baseline}: {MISSING_RUNS}."
     if row.p_value is None:
-        task = comparison.arm(row.group, row.design).tasks[0]
+        task, size = comparison.arm(row.group, row.design).tasks[0], above_or_below(row.difference, 2)
         seeds = count(min(comparison.seeds[row.design], comparison.seeds[row.baseline]), "seed")
         return (
-            f"{where} there is one task, {task}: {row.design} scores {_by(row.difference, 2)} {row.baseline} there "
+            f"{where} there is one task, {task}: {row.design} scores {size} {row.baseline} there "
             f"({seeds}{tail}). One task has no spread over tasks to test against."
         )
-    return f"{where}, {_checkpoint_claim(comparison, row, tail)}"
+    known = f" {_given_claim(comparison, row, row.given)}" if row.given else ""
+    return f"{where}, {_checkpoint_claim(comparison, row, tail)}{known}"
 
 
 def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
-    sample = count(verdict.tasks, "task")
-    if verdict.sources < verdict.tasks:
-        sample += f" from {count(verdict.sources, 'source')}"
+    sample = sample_words(verdict.tasks, verdict.sources)
     seeds = count(verdict.seeds, "seed")
     if verdict.seeds != verdict.baseline_seeds:
         seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
@@ -203,7 +231,8 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
     span = interval(verdict.ci_low, verdict.ci_high, digits)
     if verdict.verdict in ("better", "worse"):
         return (
-            f"{row.design} scores {_by(verdict.difference, digits)} {row.baseline} (95 % interval {span}; {context})."
+            f"{row.design} scores {above_or_below(verdict.difference, digits)} {row.baseline} "
+            f"({comparison.percent} % interval {span}; {context})."
         )
     if verdict.verdict == "equivalent":
         low, high = verdict.equivalence_low, verdict.equivalence_high
@@ -211,12 +240,13 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
         inner = interval(low, high, decimals(*ends))
         margin = points(comparison.margin, 1)
         pair = f"{row.design} and {row.baseline}"
-        return f"{pair} are equivalent within ±{margin} points (90 % interval {inner}; {context})."
+        level = inner_percent(comparison)
+        return f"{pair} are equivalent within ±{margin} points ({level} % interval {inner}; {context})."
     pair = f"{row.design} against {row.baseline}"
     claim = f"{pair} is inconclusive: differences from {span} points are compatible ({context})."
     if verdict.ci_low > 0 or verdict.ci_high < 0:
         claim += (
-            f" The interval leaves out 0, but not after Holm over {len(comparison.rows)} contrasts "
+            f" The interval leaves out 0, but not after Holm over {comparison.family} contrasts "
             f"(p {probability(verdict.p_holm)})."
         )
     margin = points(comparison.margin, 1)
@@ -225,10 +255,18 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
         fewest, most = verdict.settle_low, verdict.settle_high
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
         needed = count(fewest, "seed") if fewest == most else needed
-    return (
-        f"{claim} A true difference of {points(verdict.detectable, 1)} points would be found with 80 % power; "
-        f"one of {margin} points would need {needed}."
-    )
+    return f"{claim} {_power(verdict.detectable)}; one of {margin} points would need {needed}."
+
+
+def _power(detectable: float) -> str:
+    if detectable >= 1:
+        return "No true difference would be found with 80 % power"
+    return f"A true difference of {points(detectable, 1)} points would be found with 80 % power"
+
+
+def detectable_words(value: float) -> str:
+    """A detectable difference in points; none is larger than 100."""
+    return ">100" if value >= 1 else points(value)
 
 
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
@@ -244,7 +282,7 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
         "These are checkpoints, not designs: " + ("one run each" if max(runs) == 1 else "too few runs or sources") + "."
     )
     if row.p_holm is not None and row.p_holm <= comparison.alpha:
-        claim = f"the checkpoint of {row.design} scores {_by(row.difference, digits)} that of {row.baseline}"
+        claim = f"the checkpoint of {row.design} scores {above_or_below(row.difference, digits)} that of {row.baseline}"
         tipping = ""
         if row.tipping_run_sd is not None:
             tipping = (
@@ -252,7 +290,7 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
                 if row.tipping_run_sd
                 else " By the mean over tasks it would not stand even without a run effect."
             )
-        return f"{claim} (Hodges–Lehmann, 95 % interval {span}; {context}). {why}{tipping}"
+        return f"{claim} (Hodges–Lehmann, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
     compatible = f"{count(row.n, 'task')} rule out no size of difference"
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
@@ -260,7 +298,27 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     return f"{pair} is inconclusive: {compatible} ({context}). {why}"
 
 
-def _by(difference: float, digits: int) -> str:
+def _given_claim(comparison: Comparison, row: Row, found: Given) -> str:
+    """What single runs say of the designs, if the run effect is what the user was told elsewhere."""
+    digits = decimals(found.difference, found.ci_low, found.ci_high)
+    span = interval(found.ci_low, found.ci_high, digits)
+    df = "known exactly" if found.run_df == float("inf") else f"{found.run_df:g} df"
+    start = f"Given a run effect of {points(found.run_sd)} points from elsewhere ({df})"
+    sample = f"{count(found.sources, 'source')}, 1 seed each; Holm p {probability(found.p_holm)}"
+    if found.verdict == "inconclusive":
+        return f"{start}, the designs are inconclusive: differences from {span} points are compatible ({sample})."
+    return (
+        f"{start}, the design {row.design} scores {above_or_below(found.difference, digits)} {row.baseline} "
+        f"({comparison.percent} % interval {span}; {sample}); the runs here do not show that effect themselves."
+    )
+
+
+def inner_percent(comparison: Comparison) -> int:
+    """Level of the interval of the two one-sided tests, in percent: 90, or 94 at each of two looks."""
+    return round(100 * (1 - 2 * comparison.alpha))
+
+
+def above_or_below(difference: float, digits: int) -> str:
     size = points(abs(difference), digits)
     if not size.strip(".0"):
         return "level with"

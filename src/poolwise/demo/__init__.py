@@ -12,6 +12,8 @@ other words and other templates. Importing this imports neither torch nor numpy.
 
 from __future__ import annotations
 
+import hashlib
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from poolwise.demo.mechanisms import MECHANISMS
 from poolwise.errors import TaskError, suggest
 from poolwise.folders import TaskData
 
-__all__ = ["MECHANISMS", "nano_path", "task_data", "task_names", "training_pairs"]
+__all__ = ["MECHANISMS", "nano_path", "predictions", "task_data", "task_names", "training_pairs"]
 
 PREFIX = "demo/"
 PAIRS_PER_MECHANISM = 400
@@ -37,6 +39,19 @@ def training_pairs(seed: int = 0) -> list[dict[str, Any]]:
     A function of `seed` alone; no content word and no template of it occurs in an evaluation task.
     """
     return forms.pairs(PAIRS_PER_MECHANISM, seed)
+
+
+def predictions() -> dict[str, Any]:
+    """What each mechanism was predicted to favour, before any design was run.
+
+    The package holds a copy of `studies/predictions.toml`.
+
+    Returns `sha256` of the file, `written` (a date as text), `mechanisms`: name -> favoured, over, bag_of_words, why.
+    """
+    content = (Path(__file__).parent / "predictions.toml").read_bytes()
+    said = tomllib.loads(content.decode())
+    written = said.pop("written")
+    return {"sha256": hashlib.sha256(content).hexdigest(), "written": written.isoformat(), "mechanisms": said}
 
 
 def task_names() -> list[str]:

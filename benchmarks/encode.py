@@ -1,0 +1,109 @@
+"""Whole encodes: tokenising, batching, the base model, pooling.
+
+`encode_st`: a last-token design against sentence-transformers' own `encode` (batches of 32, sorted by length), bf16,
+10,000 documents by slices: every 20th batch of the sorted corpus, so that both sides have the whole corpus's padding.
+The decoder layers are compiled before the clock starts; `compile_seconds`, and `break_even_documents` from which on
+compiling repays itself. `encode_st_plain`: without compilation.
+`encode_paper`: a multi-layers design with a head of the paper's size against the loop and the head of the paper's code:
+batches of 64 in the order of the input, padded to a multiple of 8, queries computed anew for each text.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.corpus import Corpus, one_by_one
+from benchmarks.head import Unfolded
+from benchmarks.measure import angle, hardware, interleave, ratio_record
+from poolwise.designs import PRESETS
+from poolwise.encoding import FastEncoder
+
+DOCUMENTS, BATCH, EVERY = 10_000, 32, 20
+ROUNDS = 5
+PAPER_BATCH, PAPER_ROUNDS = 64, 2
+HEAD_CHUNK = 8  # texts for which the plain head's queries are held at once
+
+
+def run() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        return [*_against_st(Path(first)), _against_paper(Path(second))]
+
+
+def _against_st(folder: Path) -> list[dict[str, Any]]:
+    device, clock = hardware()
+    corpus = Corpus(folder, "bfloat16", device)
+    lengths = np.sort(corpus.lengths(DOCUMENTS))[::-1]
+    starts = range(0, DOCUMENTS - BATCH, BATCH * EVERY)
+    slices = [[corpus.text(n) for n in lengths[start : start + BATCH]] for start in starts]
+    peer, plain, fast = corpus.peer(), FastEncoder(corpus.encoder, compiled=False), FastEncoder(corpus.encoder)
+    texts = [text for part in slices for text in part]
+
+    def theirs() -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([peer.encode(part, batch_size=BATCH) for part in slices]))
+
+    def ours(encoder: FastEncoder) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([encoder.encode(part) for part in slices]))
+
+    alone = one_by_one(corpus.encoder, texts[:: len(texts) // 40])
+    some = {"st": theirs()[:: len(texts) // 40], "plain": ours(plain)[:: len(texts) // 40]}
+    uncompiled = interleave({"st": theirs, "plain": lambda: ours(plain)}, ROUNDS, clock=clock)
+    start = clock()
+    fast.compile()
+    ours(fast)
+    compile_seconds = clock() - start - min(uncompiled["plain"])
+    some["fast"] = ours(fast)[:: len(texts) // 40]
+    times = interleave({"st": theirs, "fast": lambda: ours(fast)}, ROUNDS, clock=clock)
+    saved = (np.median(uncompiled["plain"]) - np.median(times["fast"])) / len(texts)
+    counts = plain.counts
+    facts = {
+        "dtype": "bfloat16", "device": device, "agreement_of": "1 - cosine to batches of one",
+        "documents": len(texts), "extrapolated_to": DOCUMENTS,
+        "padded_per_real": round(counts.computed / counts.tokens, 3),
+        "st_agreement": angle(some["st"], alone), "notes": plain.notes + fast.notes,
+    }  # fmt: skip
+    return [
+        ratio_record(
+            "encode_st", times["st"], times["fast"], 1.3, agreement=angle(some["fast"], alone),
+            compile_seconds=round(compile_seconds, 1),
+            break_even_documents=round(compile_seconds / saved) if saved > 0 else None, **facts,
+        ),
+        ratio_record(
+            "encode_st_plain", uncompiled["st"], uncompiled["plain"], None,
+            agreement=angle(some["plain"], alone), **facts,
+        ),
+    ]  # fmt: skip
+
+
+def _against_paper(folder: Path) -> dict[str, Any]:
+    device, clock = hardware()
+    paper = {"attention": "bidirectional", "pooling": "layer_cross_attention"}
+    arguments = {**PRESETS["m5-paper"]["pooling_args"], "pad_by_id": False, "layer_weights": 12}
+    corpus = Corpus(folder, "bfloat16", device, {**paper, "pooling_args": arguments})
+    fast = FastEncoder(corpus.encoder, compiled=False)
+    texts = [corpus.text(n) for n in corpus.lengths(PAPER_BATCH)]
+    head = copy.deepcopy(Unfolded(corpus.encoder[1].head)).to(torch.bfloat16)
+    backbone, tokenizer = corpus.encoder[0], corpus.tokenizer
+
+    def theirs() -> torch.Tensor:
+        with torch.inference_mode():
+            batch = tokenizer(texts, padding=True, pad_to_multiple_of=8, return_tensors="pt").to(device)
+            features = backbone({key: batch[key] for key in ("input_ids", "attention_mask")})
+            parts = features["layer_embeddings"].split(HEAD_CHUNK)
+            return F.normalize(torch.cat([head(part.to(torch.bfloat16)).float() for part in parts]), dim=-1).cpu()
+
+    def ours() -> torch.Tensor:
+        return torch.from_numpy(fast.encode(texts))
+
+    apart = angle(ours(), theirs())
+    times = interleave({"paper": theirs, "ours": ours}, PAPER_ROUNDS, warmup=0, clock=clock)
+    return ratio_record(
+        "encode_paper", times["paper"], times["ours"], 15.0, agreement=apart, dtype="bfloat16", device=device,
+        agreement_of="1 - cosine to the paper's loop", documents=len(texts),
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""Contrasts at equal cost: by hand where a design is stopped between two checkpoints, and never inside the family."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from poolwise import side_report, stats
+from poolwise.budgets import equal_budgets, training_flops
+from poolwise.comparison import compare
+from poolwise.results import table
+from test_comparison import rows
+
+TASKS, SEEDS = 6, 3
+
+
+def costs(**heads: float) -> list[dict]:
+    """Cost rows of designs whose heads cost so much on a base of 100 under LoRA."""
+    return [
+        {"design": name, "base_flops_128": 100, "head_flops_128": head, "base_parameters": 10,
+         "tuned_base_parameters": 1, "encode_flops": 100 + head}
+        for name, head in heads.items()
+    ]  # fmt: skip
+
+
+def history(*designs: str) -> pl.DataFrame:
+    """Scores at steps 25, 50 and 100 of random designs."""
+    rng = np.random.default_rng(1)
+    found = []
+    for step in (25, 50, 100):
+        for name in designs:
+            x = np.linspace(0.3, 0.6, TASKS) + step / 1000 + rng.normal(0, 0.004, (SEEDS, TASKS))
+            found += rows({name: x.tolist()}, "STS", step=step)
+    return table(found)
+
+
+def compared(frame: pl.DataFrame):
+    return compare(frame.filter(pl.col("step") == 100), "m1")
+
+
+def array(frame: pl.DataFrame, design: str, step: int) -> np.ndarray:
+    part = frame.filter((pl.col("design") == design) & (pl.col("step") == step)).sort("seed", "task")
+    return part["score"].to_numpy().reshape(SEEDS, TASKS)
+
+
+def test_training_flops_count_the_passes():
+    row = costs(m1=10)[0]
+    assert training_flops(row) == 2 * 100 + 3 * 10
+    assert training_flops({**row, "tuned_base_parameters": 10}) == 3 * 100 + 3 * 10
+    assert training_flops({**row, "tuned_base_parameters": 0}) == 100 + 3 * 10
+    assert training_flops({"design": "m1"}) is None
+
+
+def test_the_dearer_design_is_stopped_where_the_baseline_ends():
+    """m2 costs 200 + 3 · 20 = 260 a text against 200: it has spent as much at 76.9 % of its steps."""
+    frame = history("m1", "m2")
+    found = equal_budgets(compared(frame), frame, costs(m1=0, m2=20))
+    (row,) = found.rows
+    share = 200 / 260
+    weight = (100 * share - 50) / 50
+    stopped = (1 - weight) * array(frame, "m2", 50) + weight * array(frame, "m2", 100)
+    expected = stats.crossed(array(frame, "m1", 100), stopped)
+    assert row.stopped == "m2"
+    assert row.at == pytest.approx(share)
+    assert row.difference == pytest.approx(expected.difference, abs=1e-12)
+    assert row.p_value == pytest.approx(expected.p_value, abs=1e-12)
+
+
+def test_a_dearer_baseline_is_stopped_instead():
+    frame = history("m1", "m2")
+    (row,) = equal_budgets(compared(frame), frame, costs(m1=20, m2=0)).rows
+    assert row.stopped == "m1"
+    stopped = (1 - (100 * row.at - 50) / 50) * array(frame, "m1", 50) + (100 * row.at - 50) / 50 * array(
+        frame, "m1", 100
+    )
+    assert row.difference == pytest.approx((array(frame, "m2", 100) - stopped).mean(), abs=1e-12)
+
+
+def test_what_needs_no_contrast_or_allows_none_is_said():
+    frame = history("m1", "m2", "m3")
+    found = equal_budgets(compared(frame), frame, costs(m1=0, m2=0.1, m3=700))
+    assert found.rows == ()
+    assert "Training costs the same FLOPs as m1 within 0.5 %: m2." in found.notes
+    assert "Equal training FLOPs lie before the first evaluated step: m3 (9 % of the steps of m3)." in found.notes
+    assert "No other design costs the same to encode within 5 %: m3." in found.notes
+    assert [note for note in found.notes if note.endswith("one at equal encode cost: m2.")]
+
+
+def test_designs_of_one_encode_cost_are_held_against_each_other():
+    frame = history("m1", "m2", "m3").filter(pl.col("step") == 100)
+    comparison = compared(frame)
+    found = equal_budgets(comparison, frame, costs(m1=0, m2=50, m3=52))
+    (row,) = found.rows
+    assert (row.kind, row.design, row.against) == ("encode cost", "m3", "m2")
+    assert row.apart == pytest.approx(152 / 150 - 1)
+    assert row.difference == pytest.approx((array(frame, "m3", 100) - array(frame, "m2", 100)).mean())
+    swapped = equal_budgets(comparison, frame, costs(m1=0, m3=52, m2=50)).rows
+    assert swapped == found.rows  # by the order of the comparison, not of the cost rows
+
+
+def test_p_values_are_corrected_together_and_carry_no_star():
+    frame = history("m1", "m2", "m3")
+    comparison = compared(frame)
+    found = equal_budgets(comparison, frame, costs(m1=0, m2=20, m3=21))
+    assert len(found.rows) == 3
+    assert [row.p_bh for row in found.rows] == stats.bh([row.p_value for row in found.rows]).tolist()
+    shown = side_report.equal_cost(found, comparison)
+    assert "exploratory" in shown.note
+    assert not [cell for cells in shown.rows for cell in cells if cell in ("better", "worse")]
+    assert comparison.family == 2
+    from dataclasses import replace
+
+    out = json.loads(json.dumps(replace(comparison, budgets=found).to_json(), allow_nan=False))["equal_budget"]
+    assert [row["kind"] for row in out["rows"]] == ["training FLOPs", "training FLOPs", "encode cost"]
+
+
+def test_interim_pictures_and_tables_with_gaps_have_none():
+    frame = history("m1", "m2")
+    interim = compare(frame.filter(pl.col("step") == 100), "m1", interim="Interim: runs are missing.")
+    assert equal_budgets(interim, frame, costs(m1=0, m2=20)) is None
+    last = frame.filter((pl.col("step") == 100) & ((pl.col("design") == "m1") | (pl.col("task") != "STS00")))
+    assert equal_budgets(compare(last, "m1", missing="drop"), frame, costs(m1=0, m2=20)) is None
+    assert equal_budgets(compared(frame), frame, []) is None
