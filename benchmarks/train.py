@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,10 @@ def _figures(base: Path, words: int, dtype: str, device: str) -> list[dict[str, 
     clock = {"clock": wall} if device == "cuda" else {}
     times = interleave({name: step(name) for name in losses}, ROUNDS, warmup=0, **clock)
     facts = {"dtype": dtype, "device": device, "agreement_of": "loss and gradient, relative", **_padding(batches[1:])}
+    print(
+        f"  {dtype}: {facts['real_tokens']} real tokens a step, {facts['padded_per_real']} padded for each",
+        file=sys.stderr,
+    )
     end = "" if dtype == "float32" else "_bf16"
     figures = [
         ratio_record(f"train_{name}{end}", times[slow], times[fast], goal, agreement=apart[other], **facts)

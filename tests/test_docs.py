@@ -184,7 +184,11 @@ def tables() -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize(
     ("heading", "model", "words"),
     [
-        ("Top level", Study, {"tuning": "none", "recipe": "all defaults", "output": "none", "extend_to": "none", "type_weights": "none"}),
+        (
+            "Top level",
+            Study,
+            {"tuning": "none", "recipe": "all defaults", "output": "none", "extend_to": "none", "type_weights": "none"},
+        ),
         ("recipe", Recipe, {"dataset": "none", "guide": "none", "lora": "the defaults below"}),
         ("recipe.lora", Lora, {}),
         ("recipe.sources", Source, {}),

@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import poolwise
-from poolwise import encoding
+from poolwise import encoding, last_layer
 from poolwise.encoding import FastEncoder
 from poolwise.prefix import Prefix, shared_prefix
 from poolwise.study import Design, Lora, Recipe
@@ -130,7 +130,7 @@ def test_a_shortcut_that_moves_embeddings_is_switched_off(shortcut: str, monkeyp
 
         monkeypatch.setattr(Prefix, "forward", wrong)
     else:
-        monkeypatch.setattr(encoding, "last_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
+        monkeypatch.setattr(last_layer, "last_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
     fast = FastEncoder(encoder)
     assert np.abs(fast.encode(texts(), prompt) - expected).max() < 1e-5
     assert len(fast.notes) == 1

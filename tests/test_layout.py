@@ -17,7 +17,7 @@ FLOORS = [
     "hub terminal attention layers masks packing layouts folding heads controls pooling testing inputs cost sources data batches folders in_memory tasks references "
     "tables wording plots ranks_report side_report layers_report layer_poolings latent pareto controls_report factors_report "
     "robustness_report tuning_report probing_report reports",
-    "base encoder prefix encoding adapters",
+    "base backbone frozen encoder prefix last_layer encoding adapters",
     "checkpoint",
     "train inside probing evaluation items exporting ladder",
     "preflight preparation trial layer_view engines runner study_costs search preview beside api starters demo",

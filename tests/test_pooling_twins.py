@@ -188,7 +188,7 @@ def test_layer_mean_ffn():
     ],
 )
 def test_sentence_transformers_has_the_same(ours, args, theirs):
-    """On masks without gaps; for the weighted mean padded on the right, for they count places from the batch's start."""
+    """On masks without gaps; the weighted mean padded on the right, for they count places from the batch's start."""
     masks = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] + [0] * 6])
     if ours != "weighted_mean":
         masks = torch.cat([masks, masks.flip(1)])

@@ -14,7 +14,7 @@ from poolwise import api, robustness
 from poolwise.errors import StatisticsError, StudyError
 from poolwise.long_table import table
 from poolwise.preview import check
-from poolwise.runner import run, trials
+from poolwise.runner import guard, run, trials
 from poolwise.study import Study
 from poolwise.trial import prepare
 from tiny import tiny_folder
@@ -156,12 +156,25 @@ def test_a_study_on_two_bases(study: Study, quick_engine: None) -> None:
     found = api.compare(study)
     assert found.robustness
     assert found.robustness.bases == ("./llama", "./qwen2")
+    assert run(study, workers=2) == {}  # what it wrote down of itself is what it still is
     for path in api.report(study):
         text = path.read_text()
         assert "Base models" in text
         assert "tau" in text or path.suffix == ".tex"
     exported = api.export_design(study, "m1", study.folder / "exported", base="./qwen2")
     assert "qwen2" in (exported / "config.json").read_text()
+
+
+def test_base_models_may_be_added_but_not_dropped(tmp_path: Path) -> None:
+    """From one base model to two is growth, whichever way the one was written; the other way round is refused."""
+    recipe = {**STUDY["recipe"], "base_model": "./llama"}  # type: ignore[dict-item]
+    one = Study.parse({**STUDY, "base_models": [], "recipe": recipe, "output": str(tmp_path)})
+    two = Study.parse({**STUDY, "output": str(tmp_path)})
+    (tmp_path / "study.json").write_text(one.model_dump_json())
+    guard(two)
+    (tmp_path / "study.json").write_text(two.model_dump_json())
+    with pytest.raises(StudyError, match=r"base model was \./qwen2 and is now \./llama"):
+        guard(one)
 
 
 @pytest.mark.parametrize(

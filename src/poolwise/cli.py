@@ -256,7 +256,12 @@ def demo(
 
 
 def _compare_items(
-    sources: list[str], as_json: bool, missing: str, qrels: Path | None, metric: str | None, base: str | None,
+    sources: list[str],
+    as_json: bool,
+    missing: str,
+    qrels: Path | None,
+    metric: str | None,
+    base: str | None,
     **names: Any,
 ) -> None:
     from poolwise.api import compare_items, compare_runs

@@ -15,7 +15,6 @@ embedding is switched off for good, with a line in `notes`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +29,10 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from poolwise.encoder import Backbone, PoolingHead
-from poolwise.layers import decoder_layers, last_index
+from poolwise.backbone import Backbone
+from poolwise.encoder import PoolingHead
+from poolwise.last_layer import can_prune, pruned
+from poolwise.layers import decoder_layers
 from poolwise.layouts import refusal
 from poolwise.prefix import Prefix, shared_prefix
 
@@ -64,6 +65,9 @@ class Counts:
     tokens: int = 0
     computed: int = 0
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
+
 
 class FastEncoder:
     """`encode(texts)` -> (N, D) fp32, for an encoder of `poolwise.build` or `poolwise.load`; any other attribute is the
@@ -90,8 +94,11 @@ class FastEncoder:
             backbone = self.backbone
             if encoder.device.type == "cuda" and refusal(backbone.model, backbone.attention, self._limit()) is None:
                 self.layout = "packed"
-            self.prunes = self.head.pooling == "last_token" and self.layout == "padded" and _can_prune(backbone)
-            self.reuses = backbone.attention == "causal"
+            known = backbone.frozen is not None  # then nothing is left to save
+            self.prunes = (
+                not known and self.head.pooling == "last_token" and self.layout == "padded" and can_prune(backbone)
+            )
+            self.reuses = not known and backbone.attention == "causal"
             self._trusted: set[str] = set()
             self._prefixes: dict[str, Prefix | None] = {}
             self._is_compiled = False
@@ -195,7 +202,7 @@ class FastEncoder:
             with self.backbone.in_layout("packed"):
                 features = self.backbone(features)
         else:
-            with self.backbone.in_layout("right"), _pruned(self.backbone, features, prune):
+            with self.backbone.in_layout("right"), pruned(self.backbone, features, prune):
                 features = self.backbone(features)
         for module in list(self.encoder)[1:]:
             features = module(features)
@@ -308,42 +315,3 @@ def _of_row(value: Any, place: int, mask: Tensor) -> Tensor:
     if value.shape == mask.shape:
         return value[place][mask[place]]
     return value.reshape(-1)[place if value.numel() == len(mask) else 0]
-
-
-def _can_prune(backbone: Backbone) -> bool:
-    """Whether the last decoder layer has the parts that `_pruned` replaces."""
-    layer = decoder_layers(backbone.model)[-1]
-    return hasattr(layer, "mlp") and hasattr(getattr(layer, "self_attn", None), "o_proj")
-
-
-@contextlib.contextmanager
-def _pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterator[None]:
-    """Inside, the last layer's output projection and feed-forward are computed for the last token only, with zeros
-    elsewhere: nothing else of that layer is read by last-token pooling."""
-    if not prune:
-        yield
-        return
-    layer = cast(Any, decoder_layers(backbone.model)[-1])
-    last = last_index(features["attention_mask"])
-    texts = torch.arange(len(last), device=last.device)
-    parts = (layer.mlp, layer.self_attn.o_proj)
-    for part in parts:
-        part.forward = _Only(part.forward, texts, last)
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.forward
-
-
-class _Only:
-    """A module's forward at one token of each text: (B, T, D) -> (B, T, D'), zero at all others."""
-
-    def __init__(self, forward: Any, texts: Tensor, tokens: Tensor) -> None:
-        self.forward, self.texts, self.tokens = forward, texts, tokens
-
-    def __call__(self, states: Tensor) -> Tensor:
-        wanted = self.forward(states[self.texts, self.tokens])
-        out = wanted.new_zeros(*states.shape[:2], wanted.shape[-1])
-        out[self.texts, self.tokens] = wanted
-        return out

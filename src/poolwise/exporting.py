@@ -23,7 +23,8 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from poolwise.attention import MODES, verify
-from poolwise.encoder import TEXT, Backbone, PoolingHead
+from poolwise.backbone import TEXT, Backbone
+from poolwise.encoder import PoolingHead
 from poolwise.errors import CheckpointError, StudyError
 
 STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "max": "max"}

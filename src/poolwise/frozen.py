@@ -51,7 +51,7 @@ class FrozenStates:
             self.size += path.stat().st_size
 
     def states(self, keys: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]) -> list[Tensor]:
-        """The states (N, D) of each text; `compute` is given the numbers of those that are not known, each text once."""
+        """The states (N, D) of each text; `compute` gets the numbers of those that are not known, each once."""
         self.asked += len(keys)
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         missing = [row for key, row in first.items() if key not in self.known]

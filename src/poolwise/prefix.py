@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from poolwise.encoder import Backbone
+from poolwise.backbone import Backbone
 
 
 def shared_prefix(rows: Sequence[Tensor]) -> Tensor:
@@ -68,10 +68,11 @@ class Prefix:
             with backbone.collector.collect(mask[:, : len(ids)], pooled):
                 output = backbone.model(**inputs, past_key_values=cache, use_cache=True)
                 totals = backbone.collector.vectors(output.last_hidden_state) * pooled.sum()
-        kept = [(layer.keys, layer.values) for layer in cache.layers]
-        if any(keys is None or keys.shape[2] != len(ids) for keys, _ in kept):
+        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+        whole_keys = [(keys, values) for keys, values in kept if keys is not None and values is not None]
+        if len(whole_keys) < len(kept) or any(keys.shape[2] != len(ids) for keys, _ in whole_keys):
             return None  # a sliding window shorter than the prefix, or layers of another kind
-        return cls(ids, kept, output.last_hidden_state, totals, int(pooled.sum()))
+        return cls(ids, whole_keys, output.last_hidden_state, totals, int(pooled.sum()))
 
     def forward(self, backbone: Backbone, features: dict[str, Any]) -> dict[str, Any]:
         """What `backbone` adds to the features (B, T) of texts that begin with the prefix, padded on the right."""

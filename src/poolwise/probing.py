@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
 from torch import nn
 
-from poolwise.encoder import Backbone
+from poolwise.backbone import Backbone
 from poolwise.encoding import sentence_vectors
 from poolwise.evaluation import evaluate
 from poolwise.layers import LayerCollector

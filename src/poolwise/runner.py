@@ -77,7 +77,7 @@ def guard(study: Study) -> None:
     if not path.exists():
         return
     written = json.loads(path.read_text(encoding="utf-8"))
-    before_study = Study.parse(written)  # what has been added to the file's form since has its default
+    before_study = Study.parse(written, study.base_dir)  # what has been added to the file's form since has its default
     old = before_study.model_dump(mode="json")
     new = study.model_dump(mode="json")
     problems = []
@@ -142,6 +142,30 @@ def _state(folder: Path) -> dict[str, Any]:
     if (folder / "done").exists():
         return {"state": "done", "scores": scores}
     return {"state": "started" if (folder / "spec.json").exists() else "waiting", "scores": scores}
+
+
+def shared_work(study: Study) -> str | None:
+    """What the trials did not have to do twice, in a sentence; None where nothing was counted."""
+    found = []
+    for path in (study.folder / "trials").glob(f"*/{score_files.WORK}"):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+    total = {name: sum(row.get(name, 0) for row in found) for row in found for name in row}
+    if not total.get("asked"):
+        return None
+    words = (
+        f"shared: one preparation for all trials (data, order, tasks); of {total['asked']:,} texts asked for in "
+        f"evaluation {total['encoded']:,} were encoded, {total['computed'] / max(total['tokens'], 1):.2f} tokens computed "
+        "for each real one"
+    )
+    if total.get("frozen_asked"):
+        words += (
+            f"; the frozen base ran on {total['frozen_computed']:,} of the {total['frozen_asked']:,} texts that it was "
+            "given"
+        )
+    return words
 
 
 def results(study: Study) -> Any:

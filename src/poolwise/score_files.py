@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 LAYERS = "layers.json"
 """Beside the scores: where the head looks, if it attends to layers."""
+WORK = "work.json"
+"""Beside the scores: how many texts were asked for and how many encoded."""
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from poolwise import probing_report
 from poolwise.engines import Event
 from poolwise.paired import Paired
 from poolwise.results import write_atomic
-from poolwise.runner import run
+from poolwise.runner import run, shared_work
 from poolwise.study import Study
 from poolwise.terminal import terminal
 from poolwise.wording import count, interval, points, probability
@@ -125,6 +125,8 @@ def run_with_grid(study: Study, workers: int, shard: tuple[int, int], extend: bo
         raise SystemExit(130) from None
     for note in grid.notes:
         console.print(note, style="dim", markup=False, soft_wrap=True)
+    if words := shared_work(study):
+        console.print(words, style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", style="red", markup=False, soft_wrap=True)
     return failed

@@ -143,7 +143,7 @@ class Study(Strict):
             problems.append(f"base_models = {list(self.base_models)}: give each base model once")
         if self.tuning:
             problems += self.tuning.problems(self.tasks, self.all_seeds)
-        if self.base_models and "base_model" in self.recipe.model_fields_set:
+        if self.base_models and self.recipe.base_model != Recipe.model_fields["base_model"].default:
             problems.append("give either base_models or recipe.base_model, not both")
         code = [design.pooling for design in self.designs if own.is_own(design.pooling)]
         if code and not self.allow_code:

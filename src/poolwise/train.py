@@ -35,8 +35,9 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from poolwise import checkpoint
+from poolwise.backbone import Backbone
 from poolwise.base import torch_dtype
-from poolwise.encoder import Backbone, derived_seed
+from poolwise.encoder import derived_seed
 from poolwise.errors import TrainingError
 from poolwise.layouts import choose
 from poolwise.packing import joined

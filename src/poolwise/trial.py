@@ -6,6 +6,7 @@
     FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
     FOLDER/scores/ladder-X/TASK.parquet, ladder.json  of the baseline: its rungs, and what was calibrated for them
     FOLDER/layers.json              attention over the layers at the last step, of heads that attend to layers
+    FOLDER/work.json                texts asked for, encoded and reused by the last call that did anything
     FOLDER/done                     there only while nothing is missing
     FOLDER/failed.json              why it stopped, if it did
 
@@ -21,20 +22,24 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer
 
 from poolwise import checkpoint, ladder, score_files
+from poolwise.backbone import Backbone
 from poolwise.base import base_path
 from poolwise.batches import plan, training_dataset
 from poolwise.data import Pairs
 from poolwise.encoder import build
-from poolwise.encoding import KEPT_BYTES, FastEncoder
+from poolwise.encoding import KEPT_BYTES, Counts, FastEncoder
 from poolwise.errors import PoolwiseError, TrainingError
 from poolwise.evaluation import evaluate
+from poolwise.frozen import FrozenStates
 from poolwise.inside import attends_to_layers, layer_attention
+from poolwise.layouts import has_dropout
 from poolwise.preparation import Prepared, Trial, prepare
 from poolwise.references import reference
 from poolwise.rungs import RUNGS
@@ -68,7 +73,9 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         if trial.role == "reference":
             _score(reference(trial.label), trial, 0, prepared, folder, report)
         else:
+            work = Counts()
             encoder = _encoder(trial, prepared)
+            _freeze(encoder, trial, folder)
             if _is_trained(trial):
                 _train(encoder, trial, prepared, folder, report)
             for step in trial.steps:
@@ -79,7 +86,8 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
                         checkpoint.load_weights(encoder, weights)
                     if trial.role == "design" and step == trial.steps[-1]:
                         _look_at_layers(encoder, prepared, folder)
-                    _score(encoder, trial, step, prepared, folder, report)
+                    work += _score(encoder, trial, step, prepared, folder, report)
+            checkpoint.write_json(folder / score_files.WORK, {**asdict(work), **_leave_states(encoder)})
         (folder / "done").touch()
     except Exception as error:
         reason = _leave_reason(error, folder)
@@ -128,6 +136,24 @@ def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
     recipe = prepared.study.on_base(cast(str, trial.base)).recipe
     encoder = build(recipe, cast(Design, trial.design), trial.seed, base_dir=prepared.study.base_dir)
     return encoder.eval()
+
+
+def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
+    """Where nothing of the base is tuned, keep its states, in a folder that all trials of the study share."""
+    backbone = cast(Backbone, encoder[0])
+    if trial.spec["recipe"]["lora"] is not False or has_dropout(backbone.model):
+        return
+    kind = [trial.spec["base"], trial.spec["recipe"], backbone.attention, backbone.collect]
+    backbone.frozen = FrozenStates(folder.parents[1] / "frozen" / content_hash(kind))
+
+
+def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
+    """Write the states of a frozen base for the trials to come; how many texts were asked for and how many computed."""
+    frozen = cast(Backbone, encoder[0]).frozen
+    if frozen is None:
+        return {}
+    frozen.leave()
+    return {"frozen_asked": frozen.asked, "frozen_computed": frozen.computed}
 
 
 def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
@@ -180,10 +206,10 @@ def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
     return study.controls and trial.role == "design" and trial.label == study.baseline and step == trial.steps[-1]
 
 
-def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> None:
+def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> Counts:
     missing = _missing(trial, step, prepared, folder)
     if isinstance(model, SentenceTransformer):
-        model = FastEncoder(model, keep=KEPT_BYTES)
+        model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)  # in a forked process: no compiler of its own
     shares = _shares(model, trial, prepared, folder) if missing and _has_ladder(trial, step, prepared) else {}
     identity, prompts = f"{trial.id}-{step}", _prompts(trial, prepared)
     mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
@@ -205,6 +231,7 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
                 diluted = ladder.Diluted(scored, share, trial.seed)
                 rows = evaluate(diluted, [task], identity=f"{identity}-{rung}", prompts=prompts)
             write(rung, task, rows, design=rung, role="ladder", noise=share)
+    return model.counts if isinstance(model, FastEncoder) else Counts()
 
 
 def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
