@@ -11,9 +11,9 @@ from typing import Any
 from transformers import MistralConfig, Qwen2Config
 
 from poolwise.designs import PRESETS
-from poolwise.preview import LENGTHS, base_costs
+from poolwise.reporting.tables import magnitude
+from poolwise.running.preview import LENGTHS, base_costs
 from poolwise.study import Study
-from poolwise.tables import magnitude
 
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 BASES = {

@@ -20,8 +20,8 @@ from transformers import MistralConfig, Qwen2Config
 
 from benchmarks.measure import angle, deviation, extra_memory, hardware, interleave, ratio_record, record
 from poolwise import cost
-from poolwise.heads import LayerCrossAttention
 from poolwise.pooling import resolve_args
+from poolwise.poolings.heads import LayerCrossAttention
 
 WIDTH, LAYERS, LATENTS, HEADS, HEAD_DIM = 896, 24, 768, 32, 2048
 BASES = {

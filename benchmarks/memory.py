@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.measure import deviation, extra_memory, hardware, record
 from benchmarks.train import _base
 from poolwise.encoder import build
-from poolwise.heads import last_token
+from poolwise.poolings.heads import last_token
 from poolwise.study import Design, Lora, Recipe
 
 TEXTS, TOKENS, ROUNDS, GOAL = 4, 96, 3, 1.02

@@ -19,10 +19,11 @@ import numpy as np
 import polars as pl
 
 from benchmarks.measure import interleave, ratio_record
-from poolwise import train, trial
+from poolwise import train
 from poolwise.encoding import FastEncoder
+from poolwise.running import trial
+from poolwise.running.trial import prepare, run_trial
 from poolwise.study import Study
-from poolwise.trial import prepare, run_trial
 
 STEPS, BATCH, ROUNDS = 6, 24, 3
 TASKS = ["demo/early-retrieval", "demo/late-sts", "demo/negation-classification", "demo/topic-clustering"]

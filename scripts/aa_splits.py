@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from poolwise import stats
-from poolwise.arms import arms
+from poolwise.verdicts.arms import arms
 
 ALPHA = 0.05
 SCHEMES = (  # name, seeds a group, groups

@@ -20,10 +20,10 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from poolwise.batches import effective_negatives, plan, training_dataset
 from poolwise.data import Pairs, load_pairs
 from poolwise.errors import DataError
-from poolwise.rows import normalise
+from poolwise.reading.batches import effective_negatives, plan, training_dataset
+from poolwise.reading.rows import normalise
 from poolwise.study import Recipe, Source
 
 
@@ -111,7 +111,7 @@ def test_fingerprint_is_of_the_exact_texts_in_order(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from poolwise.batches import plan
+from poolwise.reading.batches import plan
 from poolwise.data import load_pairs
 from poolwise.study import Recipe, Source
 sources = (Source(path="a.jsonl", weight=2.0), Source(path="b.jsonl"))

@@ -8,10 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import side_report, stats
-from poolwise.budgets import equal_budgets, training_flops
-from poolwise.comparison import compare
+from poolwise import stats
+from poolwise.reporting import side_report
 from poolwise.results import table
+from poolwise.verdicts.budgets import equal_budgets, training_flops
+from poolwise.verdicts.comparison import compare
 from test_comparison import rows
 
 TASKS, SEEDS = 6, 3

@@ -10,10 +10,10 @@ import polars as pl
 import pytest
 
 from poolwise import stats
-from poolwise.comparison import JSON_FIELDS, Comparison, compare
 from poolwise.errors import StatisticsError
+from poolwise.reporting.wording import headline, number, points, probability, sentences
 from poolwise.results import table
-from poolwise.wording import headline, number, points, probability, sentences
+from poolwise.verdicts.comparison import JSON_FIELDS, Comparison, compare
 
 TYPES = {"STS": 6, "Retrieval": 10, "Reranking": 1}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poolwise.batches import plan
 from poolwise.data import Pairs, decontaminate, load_pairs
 from poolwise.errors import DataError
-from poolwise.rows import normalise
+from poolwise.reading.batches import plan
+from poolwise.reading.rows import normalise
 from poolwise.study import Recipe, Source
 
 SHARED = Path(__file__).parents[2] / "shared"

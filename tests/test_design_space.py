@@ -19,13 +19,13 @@ import torch
 
 from poolwise import checkpoint
 from poolwise.attention import influence
+from poolwise.decoder.masks import reachable
 from poolwise.designs import POOLING_ARGS, POOLINGS_READ, PRESETS
 from poolwise.encoder import build
 from poolwise.encoding import FastEncoder
 from poolwise.exporting import export
-from poolwise.factor_levels import control_pairs, pooling_level
-from poolwise.masks import reachable
 from poolwise.study import Design, Lora
+from poolwise.verdicts.factor_levels import control_pairs, pooling_level
 from test_laws import FRESH, TEXTS, recipe
 from tiny import tiny_folder
 

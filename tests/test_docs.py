@@ -21,8 +21,8 @@ import typer.main
 
 from poolwise.cli import app
 from poolwise.designs import POOLING_ARGS
+from poolwise.settings.tuning import Tuning
 from poolwise.study import Design, Lora, Recipe, Source, Study
-from poolwise.tuning import Tuning
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -11,9 +11,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import poolwise
-from poolwise import encoding, last_layer
+from poolwise import encoding
+from poolwise.decoder import last_layer
+from poolwise.decoder.prefix import Prefix, shared_prefix
 from poolwise.encoding import FastEncoder
-from poolwise.prefix import Prefix, shared_prefix
 from poolwise.study import Design, Lora, Recipe
 from tiny import SENTENCES, tiny_folder
 

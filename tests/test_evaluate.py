@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from poolwise.adapters import adapt
 from poolwise.errors import ModelError, TaskError
-from poolwise.evaluation import evaluate, model_identity
-from poolwise.in_memory import TaskData
-from poolwise.items import item_scores
-from poolwise.references import reference
+from poolwise.reading.in_memory import TaskData
+from poolwise.scoring.adapters import adapt
+from poolwise.scoring.evaluation import evaluate, model_identity
+from poolwise.scoring.items import item_scores
+from poolwise.scoring.references import reference
 from poolwise.tasks import Task, task_from_data
 
 
@@ -394,8 +394,8 @@ def test_bm25_is_evaluated_where_it_applies():
 OFFICIAL = """
 import json, sys
 from pathlib import Path
-from poolwise.evaluation import evaluate
-from poolwise.references import reference
+from poolwise.scoring.evaluation import evaluate
+from poolwise.scoring.references import reference
 from poolwise.tasks import resolve_tasks
 tasks = resolve_tasks(["STSBenchmark", "AmazonCounterfactualClassification"], Path())
 rows = evaluate(reference("tfidf_chars"), tasks[:1], identity="t")

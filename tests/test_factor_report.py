@@ -10,11 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import factors_report, pareto, reports, stats
-from poolwise.comparison import compare
+from poolwise import stats
+from poolwise.reporting import factors_report, pareto, reports
 from poolwise.results import table
-from poolwise.starters import TEMPLATES
+from poolwise.running.starters import TEMPLATES
 from poolwise.study import Design, Study
+from poolwise.verdicts.comparison import compare
 from test_comparison import rows
 from test_report import Page
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, Qwen2Config
 
-from poolwise import cost, folding, heads
+from poolwise import cost
 from poolwise.designs import POOLING_ARGS, PRESETS
 from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.folding import Folded, Shape
-from poolwise.heads import CrossAttentionHead, Head
 from poolwise.pooling import POOLINGS, resolve_args
+from poolwise.poolings import folding, heads
+from poolwise.poolings.folding import Folded, Shape
+from poolwise.poolings.heads import CrossAttentionHead, Head
 from poolwise.study import Design, Recipe
 from tiny import tiny_folder
 

@@ -11,14 +11,14 @@ import torch
 
 from poolwise import checkpoint
 from poolwise.cost import base_flops
+from poolwise.decoder.inputs import FORMS, special_frame, write
+from poolwise.decoder.packing import joined
 from poolwise.designs import PRESETS, TEMPLATES, read_tokens
 from poolwise.encoder import build
 from poolwise.encoding import FastEncoder
 from poolwise.errors import ModelError
 from poolwise.exporting import export, load_exported
-from poolwise.inputs import FORMS, special_frame, write
-from poolwise.packing import joined
-from poolwise.preview import base_costs
+from poolwise.running.preview import base_costs
 from poolwise.study import Design, Study
 from poolwise.train import train
 from test_laws import TEXTS, pairs, recipe

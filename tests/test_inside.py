@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from poolwise import api, layers_report, trial
+from poolwise import api
 from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.inside import _attention, attends_to_layers, layer_attention, layer_weights
+from poolwise.reporting import layers_report
+from poolwise.running import trial
+from poolwise.scoring.inside import _attention, attends_to_layers, layer_attention, layer_weights
 from poolwise.study import Design, Recipe, Study
 from tiny import SENTENCES, tiny_folder
 

@@ -12,13 +12,14 @@ import polars as pl
 import pytest
 from scipy.stats import spearmanr
 
-from poolwise import ladder, stats
-from poolwise.comparison import compare
+from poolwise import stats
 from poolwise.data import load_pairs
-from poolwise.rungs import RUNGS, rungs, smallest_seen
-from poolwise.rungs import to_json as ladder_json
+from poolwise.running.trial import prepare, run_trial
+from poolwise.scoring import ladder
 from poolwise.study import Recipe, Study
-from poolwise.trial import prepare, run_trial
+from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.rungs import RUNGS, rungs, smallest_seen
+from poolwise.verdicts.rungs import to_json as ladder_json
 from tiny import tiny_folder
 
 WORDS = ("cat", "dog", "river", "book", "water", "morning", "people", "home", "mat", "walk", "heron", "ferry")

@@ -11,12 +11,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import api, looks, reports, side_report, stats
-from poolwise.comparison import compare
+from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
+from poolwise.reporting import reports, side_report
+from poolwise.reporting.wording import headline, sentences
 from poolwise.stats import TWO_LOOK_ALPHA
 from poolwise.study import Study
-from poolwise.wording import headline, sentences
+from poolwise.verdicts import looks
+from poolwise.verdicts.comparison import compare
 from test_comparison import study as table_of
 
 DESIGNS = [{"preset": "m1"}, {"preset": "m2"}, {"preset": "m5"}]
@@ -145,7 +147,7 @@ def test_an_extension_comes_after_the_first_look_and_stays(tmp_path):
     study = declared(tmp_path, extend_to=5)
     scored(study, 3, without=("m1", 2))
     looks.begin(study)
-    from poolwise.runner import run, unfinished
+    from poolwise.running.runner import run, unfinished
 
     assert unfinished(study) == ["m1-s2"]
     with pytest.raises(CheckpointError, match=r"after the first look.*m1-s2"):

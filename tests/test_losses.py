@@ -12,8 +12,8 @@ from sentence_transformers import SentenceTransformer
 
 from poolwise.encoder import build
 from poolwise.errors import ModelError, StudyError
-from poolwise.preflight import check_base
-from poolwise.preparation import Trial, base_config, prepare
+from poolwise.running.preflight import check_base
+from poolwise.running.preparation import Trial, base_config, prepare
 from poolwise.study import Design, Recipe, Study
 from poolwise.train import _loss, train
 from tiny import tiny_folder

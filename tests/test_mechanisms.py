@@ -15,13 +15,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from poolwise import demo, stats
-from poolwise.comparison import Comparison, compare
-from poolwise.control_arms import noise_bands, scored, unsound
-from poolwise.controls_report import predictions_table, sentences
-from poolwise.mechanism_items import WORDINGS, by_mechanism, whole_task
-from poolwise.reports import opening, render, show
-from poolwise.starters import demo_study
+from poolwise.reporting.controls_report import predictions_table, sentences
+from poolwise.reporting.reports import opening, render, show
+from poolwise.running.starters import demo_study
 from poolwise.terminal import terminal
+from poolwise.verdicts.comparison import Comparison, compare
+from poolwise.verdicts.control_arms import noise_bands, scored, unsound
+from poolwise.verdicts.mechanism_items import WORDINGS, by_mechanism, whole_task
 
 ROOT = Path(__file__).parents[1]
 FORMS = {"sts": ("STS", "cosine_spearman"), "retrieval": ("Retrieval", "ndcg_at_10")}

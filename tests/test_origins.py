@@ -5,9 +5,9 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from poolwise.comparison import compare
-from poolwise.origins import origin
 from poolwise.results import table
+from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.origins import origin
 from test_comparison import rows
 
 
@@ -46,7 +46,7 @@ def test_every_name_in_the_table_is_a_task_of_mteb():
     import re
 
     mteb = pytest.importorskip("mteb")
-    from poolwise.origins import ORIGINS
+    from poolwise.verdicts.origins import ORIGINS
 
     names = {task.metadata.name for task in mteb.get_tasks()}
     for pattern, _ in ORIGINS:

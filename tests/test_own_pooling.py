@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from poolwise import checkpoint, cost, own
+from poolwise import checkpoint, cost
 from poolwise.designs import POOLING_ARGS, POOLINGS_READ
 from poolwise.encoder import build
 from poolwise.errors import CheckpointError, ModelError, StudyError
 from poolwise.exporting import export
-from poolwise.heads import Pooling, weighted_mean
 from poolwise.pooling import POOLINGS, resolve_args
+from poolwise.poolings.heads import Pooling, weighted_mean
+from poolwise.settings import own
 from poolwise.study import Design, Study
 from poolwise.testing import LAWS, check_pooling
 from poolwise.train import train

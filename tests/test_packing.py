@@ -15,16 +15,16 @@ from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import AutoModel, Gemma2Config, GptOssConfig
 
-from poolwise import layouts, packing
 from poolwise import train as training
 from poolwise.attention import backend, set_attention
+from poolwise.decoder import layouts, packing
+from poolwise.decoder.layers import LayerCollector
+from poolwise.decoder.layouts import choose, has_dropout, refusal
+from poolwise.decoder.packing import Rows, Segments, joined
 from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.layers import LayerCollector
-from poolwise.layouts import choose, has_dropout, refusal
-from poolwise.packing import Rows, Segments, joined
-from poolwise.preflight import check_base
-from poolwise.preparation import base_config
+from poolwise.running.preflight import check_base
+from poolwise.running.preparation import base_config
 from poolwise.study import Design, Lora, Recipe, Study
 from test_laws import paper
 from tiny import FAMILIES, tiny_folder, tiny_model

@@ -20,10 +20,10 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 
-from poolwise.batches import effective_negatives
 from poolwise.cost import head_parameters
 from poolwise.encoder import build
 from poolwise.pooling import resolve_args
+from poolwise.reading.batches import effective_negatives
 from poolwise.study import Design, Study
 from poolwise.tasks import PAPER_TASKS
 from poolwise.train import train
@@ -152,8 +152,8 @@ def hub(shared: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
 PROGRAM = """
 import json, sys, tomllib
 from pathlib import Path
-from poolwise.preview import check
-from poolwise.runner import run
+from poolwise.running.preview import check
+from poolwise.running.runner import run
 from poolwise.study import Study
 
 folder = Path.cwd()

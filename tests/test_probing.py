@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from poolwise.cli import app
 from poolwise.encoder import build
 from poolwise.errors import CheckpointError
-from poolwise.evaluation import evaluate
-from poolwise.layer_view import layer_view
-from poolwise.probing import EveryLayer, OneLayer, probe_layers
-from poolwise.probing_report import mean, page, tables
-from poolwise.runner import run, trials
+from poolwise.reporting.probing_report import mean, page, tables
+from poolwise.running.layer_view import layer_view
+from poolwise.running.runner import run, trials
+from poolwise.scoring.evaluation import evaluate
+from poolwise.scoring.probing import EveryLayer, OneLayer, probe_layers
 from poolwise.study import Design, Recipe, Study
 from poolwise.tasks import resolve_tasks
 from tiny import SENTENCES, tiny_folder

@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 
 from poolwise import api, stats
-from poolwise.comparison import compare
+from poolwise.reporting.wording import advice
 from poolwise.results import table
-from poolwise.starters import TEMPLATES
+from poolwise.running.starters import TEMPLATES
 from poolwise.study import Study
-from poolwise.wording import advice
+from poolwise.verdicts.comparison import compare
 from test_comparison import rows, study
 
 KINDS = {"STS": 8}

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import poolwise.references as references
+import poolwise.scoring.references as references
 from poolwise.errors import ModelError
-from poolwise.evaluation import evaluate
-from poolwise.references import Bm25, Tfidf, content_words, reference
+from poolwise.scoring.evaluation import evaluate
+from poolwise.scoring.references import Bm25, Tfidf, content_words, reference
 from poolwise.tasks import resolve_tasks
 
 DOCUMENTS = ["heron heron lake", "lake ferry", "ferry ferry ferry island", "stone"]

@@ -12,9 +12,9 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from poolwise import reports, tables
-from poolwise.comparison import compare
+from poolwise.reporting import reports, tables
 from poolwise.results import table
+from poolwise.verdicts.comparison import compare
 from test_comparison import rows, study
 
 INFO = {

@@ -242,6 +242,6 @@ def test_importing_results_and_comparison_needs_no_heavy_library():
     heavy = (
         "{'torch', 'mteb', 'transformers', 'sentence_transformers', 'polars', 'matplotlib', 'pandas', 'pytrec_eval'}"
     )
-    code = f"import sys, poolwise.results, poolwise.wording; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, poolwise.results, poolwise.reporting.wording; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,13 +10,14 @@ import polars as pl
 import pytest
 import scipy.stats
 
-from poolwise import api, robustness
+from poolwise import api
 from poolwise.errors import StatisticsError, StudyError
-from poolwise.long_table import table
-from poolwise.preview import check
-from poolwise.runner import guard, run, trials
+from poolwise.running.preview import check
+from poolwise.running.runner import guard, run, trials
+from poolwise.running.trial import prepare
 from poolwise.study import Study
-from poolwise.trial import prepare
+from poolwise.verdicts import robustness
+from poolwise.verdicts.long_table import table
 from tiny import tiny_folder
 
 DESIGNS = ("m1", "good", "split", "bad")

@@ -28,8 +28,10 @@ import polars as pl
 import psutil
 import pytest
 
-from poolwise import checkpoint, cli, engines, runner, score_files, trial
+from poolwise import checkpoint, cli
 from poolwise.errors import PoolwiseError, StudyError, TrainingError
+from poolwise.running import engines, runner, trial
+from poolwise.scoring import score_files
 from poolwise.study import Recipe, Study
 from poolwise.train import CHANCE_WINDOW, _Watch
 from tiny import tiny_folder
@@ -117,7 +119,7 @@ def fast_engine() -> Iterator[None]:
     """Engine processes come from a server that has imported the libraries once, which saves 8 s a run."""
     get_context = multiprocessing.get_context
     server = get_context("forkserver")
-    server.set_forkserver_preload(["poolwise.trial"])
+    server.set_forkserver_preload(["poolwise.running.trial"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             multiprocessing, "get_context", lambda kind=None: server if kind == "spawn" else get_context(kind)

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poolwise import ranks_report, reports, stats
-from poolwise.comparison import compare
+from poolwise import stats
+from poolwise.reporting import ranks_report, reports
 from poolwise.results import table
-from poolwise.single_runs import alike
+from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.single_runs import alike
 from test_comparison import rows, study
 
 SHIFTS = {"m1": 0.0, "m2": 0.03, "m3": 0.001, "m4": -0.03}

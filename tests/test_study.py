@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from poolwise import designs
 from poolwise.errors import PoolwiseError, StudyError
-from poolwise.starters import TEMPLATES, demo_study, write
+from poolwise.running.starters import TEMPLATES, demo_study, write
 from poolwise.study import Design, Recipe, Study
 
 COMPLETE = """

@@ -13,7 +13,7 @@ import pytest
 
 import poolwise
 from poolwise.errors import TaskError
-from poolwise.in_memory import TaskData, draw_sets
+from poolwise.reading.in_memory import TaskData, draw_sets
 from poolwise.tasks import PAPER_TASKS, resolve_tasks, task_from_data
 
 STS = [

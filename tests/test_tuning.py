@@ -9,13 +9,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import api, runner, search
-from poolwise.comparison import compare
+from poolwise import api
 from poolwise.errors import StudyError
-from poolwise.long_table import table
-from poolwise.preview import check
+from poolwise.running import runner, search
+from poolwise.running.preview import check
+from poolwise.settings.tuning import Setting, outcomes, settings
 from poolwise.study import Study
-from poolwise.tuning import Setting, outcomes, settings
+from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.long_table import table
 from tiny import tiny_folder
 
 RECIPE = {"base_model": "./llama", "dataset": "demo", "steps": 2, "batch_size": 4, "warmup_steps": 0, "max_length": 48,

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from poolwise.encoder import build
     from poolwise.errors import PoolwiseError
     from poolwise.exporting import export
-    from poolwise.heads import Pooling
-    from poolwise.preview import check
+    from poolwise.poolings.heads import Pooling
+    from poolwise.running.preview import check
     from poolwise.study import Design, Recipe, Study
 
 __version__ = "0.1.0"

@@ -8,19 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise import demo, looks, results, robustness, score_files
-from poolwise.beside import controls_of, equally_tuned, last_step, on_each
-from poolwise.budgets import equal_budgets
-from poolwise.comparison import Comparison
-from poolwise.comparison import compare as compare_scores
+from poolwise import demo, results
 from poolwise.errors import CheckpointError, StatisticsError
-from poolwise.paired import Paired
-from poolwise.paired import compare_items as compare_on_items
-from poolwise.runner import results as study_results
-from poolwise.runner import run, trials
+from poolwise.reporting.tables import priced
+from poolwise.running.beside import controls_of, equally_tuned, last_step, on_each
+from poolwise.running.runner import results as study_results
+from poolwise.running.runner import run, trials
+from poolwise.running.study_costs import known_costs, mean_costs
+from poolwise.scoring import score_files
 from poolwise.study import Study
-from poolwise.study_costs import known_costs, mean_costs
-from poolwise.tables import priced
+from poolwise.verdicts import looks, robustness
+from poolwise.verdicts.budgets import equal_budgets
+from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.comparison import compare as compare_scores
+from poolwise.verdicts.paired import Paired
+from poolwise.verdicts.paired import compare_items as compare_on_items
 
 if TYPE_CHECKING:
     import polars as pl
@@ -174,7 +176,7 @@ def compare_runs(
 
 def report(source: Study | str | Path, *, out: str | Path | None = None, baseline: str | None = None) -> list[Path]:
     """Write `report.md` and `report.html`: into the study's folder, or into `out`. Returns their paths."""
-    from poolwise.reports import render
+    from poolwise.reporting.reports import render
 
     study, frame = scores(source)
     comparison = _compare(study, frame, baseline, "task_type", "error", {})
@@ -231,9 +233,9 @@ def evaluate(
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
     Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
     """
-    from poolwise.evaluation import evaluate as score
-    from poolwise.evaluation import model_identity
-    from poolwise.references import reference
+    from poolwise.scoring.evaluation import evaluate as score
+    from poolwise.scoring.evaluation import model_identity
+    from poolwise.scoring.references import reference
     from poolwise.tasks import resolve_tasks
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())

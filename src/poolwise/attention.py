@@ -4,7 +4,7 @@ transformers >= 5.2 turns a decoder bidirectional when `config.is_causal` is Fal
 `from_pretrained` or to a config it is dropped without a word, some models ignore it, and one (StableLM under SDPA)
 follows it only when the batch is padded. So nothing here is believed: `verify` changes one token at a time and looks
 which hidden states move. The mask decides what is padding, and positions are always given explicitly. Modes in which
-layers or tokens differ are made by hooks: see `poolwise.masks`.
+layers or tokens differ are made by hooks: see `decoder.masks`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from poolwise.decoder.layers import base_model, decoder_layers
+from poolwise.decoder.masks import LayerMasks, attending, inner_modes, layer_masks, reachable
 from poolwise.designs import ATTENTIONS, is_attention
 from poolwise.errors import AttentionError, suggest
-from poolwise.layers import base_model, decoder_layers
-from poolwise.masks import LayerMasks, attending, inner_modes, layer_masks, reachable
 
 MODES = ("causal", "bidirectional")
 PADDINGS = ("none", "left", "right")

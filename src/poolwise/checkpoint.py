@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from poolwise.backbone import Backbone
-from poolwise.base import base_path
+from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.base import base_path
 from poolwise.encoder import PoolingHead, build
 from poolwise.errors import CheckpointError, StudyError
-from poolwise.own import allowing, find, is_own
+from poolwise.settings.own import allowing, find, is_own
 from poolwise.study import Design, Recipe
 
 RUN_FILE = "run.json"

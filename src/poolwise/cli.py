@@ -63,7 +63,7 @@ def init(
     to: Annotated[Path | None, typer.Option(help="File to write; TEMPLATE.toml by default.")] = None,
 ) -> None:
     """Write a study file to start from."""
-    from poolwise.starters import write
+    from poolwise.running.starters import write
 
     print(f"wrote {write(template, to)}; next: poolwise check {to or template + '.toml'}")
 
@@ -76,7 +76,7 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
     loaded = Study.load(study)
     _quiet()
-    from poolwise.preview import check as preview
+    from poolwise.running.preview import check as preview
 
     with stdout_to_stderr():
         found = preview(loaded)
@@ -91,7 +91,7 @@ def run(
     extend: Annotated[bool, typer.Option("--extend", help="After the first look: go on to `extend_to` seeds.")] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
-    from poolwise.runner import all_done
+    from poolwise.running.runner import all_done
     from poolwise.screen import run_with_grid
     from poolwise.study import Study
 
@@ -111,7 +111,7 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why."""
-    from poolwise.runner import trials
+    from poolwise.running.runner import trials
     from poolwise.screen import show_status
     from poolwise.study import Study
 
@@ -143,7 +143,7 @@ def compare(
     if metric or design or test:
         raise PoolwiseError("--metric, --design and --test compare items: name their task with --task")
     from poolwise.api import compare as run_comparison
-    from poolwise.reports import show
+    from poolwise.reporting.reports import show
 
     found = run_comparison(
         _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
@@ -188,7 +188,7 @@ def probe(
     """Show which tokens see which, and whether the model takes both attention modes."""
     _quiet()
     from poolwise.attention import verdict
-    from poolwise.base import load_base
+    from poolwise.decoder.base import load_base
     from poolwise.screen import show_verdict, stdout_to_stderr
 
     with stdout_to_stderr():
@@ -223,7 +223,7 @@ def layers(
 ) -> None:
     """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
     _quiet()
-    from poolwise.layer_view import layer_view
+    from poolwise.running.layer_view import layer_view
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
@@ -237,8 +237,8 @@ def demo(
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
+    from poolwise.running.starters import demo_study
     from poolwise.screen import run_with_grid, show_predictions
-    from poolwise.starters import demo_study
 
     loaded = demo_study(to, quick=quick)
     failed = run_with_grid(loaded, 0, (1, 1))
@@ -246,7 +246,7 @@ def demo(
         raise typer.Exit(1)
     from poolwise.api import compare as run_comparison
     from poolwise.api import report as write_report
-    from poolwise.reports import show
+    from poolwise.reporting.reports import show
 
     found = run_comparison(loaded)
     show(found)
@@ -265,8 +265,8 @@ def _compare_items(
     **names: Any,
 ) -> None:
     from poolwise.api import compare_items, compare_runs
-    from poolwise.paired import to_json
     from poolwise.screen import show_paired
+    from poolwise.verdicts.paired import to_json
 
     if qrels:
         lines = compare_runs(sources, qrels, metric=metric or "ndcg_at_10", **names)

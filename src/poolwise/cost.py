@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from poolwise.designs import POOLINGS_READ
 from poolwise.errors import ModelError
-from poolwise.folding import Shape
-from poolwise.own import OWN
+from poolwise.poolings.folding import Shape
+from poolwise.settings.own import OWN
 
 SHARE = 0.05
 """A default head takes less than this share of the base's FLOPs …"""
@@ -92,7 +92,7 @@ def head_flops(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) 
 
 
 def folded_flops(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -> int:
-    """FLOPs of a pooling for one text as it runs at inference: see `poolwise.folding`; arguments as in `head_flops`."""
+    """FLOPs of a pooling for one text as it runs at inference: see `poolings.folding`; arguments as in `head_flops`."""
     if pooling not in TRAINABLE:
         return head_flops(pooling, args, config, tokens)
     config = config.get_text_config()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from poolwise.errors import DataError
-from poolwise.rows import Rows, RowsBuilder, near_hash
-from poolwise.sources import Mistakes, Opened, Record, open_source
+from poolwise.reading.rows import Rows, RowsBuilder, near_hash
+from poolwise.reading.sources import Mistakes, Opened, Record, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset

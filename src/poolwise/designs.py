@@ -26,7 +26,7 @@ AUTO = "auto"
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_last_N", "prefix", "causal_prefix")
 """Attention modes; `poolwise.attention` says what each means. N: a number of layers, from 1."""
 TEMPLATES: dict[str, tuple[int, int]] = {"plain": (1, 0), "prompteol": (1, 11), "echo": (2, 10)}
-"""What a text is written into before the model reads it (see `poolwise.inputs`) -> how often it is read then, and about
+"""What a text is written into before the model reads it (see `decoder.inputs`) -> how often it is read then, and about
 how many tokens are added."""
 
 

@@ -16,12 +16,12 @@ from sentence_transformers.base.modules import Module, Normalize
 from transformers import PreTrainedModel
 
 from poolwise.attention import check_window, verify
-from poolwise.backbone import Backbone
-from poolwise.base import base_identity, base_path, cannot_load, check_positions, ensure_eos, torch_dtype
+from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.base import base_identity, base_path, cannot_load, check_positions, ensure_eos, torch_dtype
+from poolwise.decoder.hub import cached_if_unreachable
+from poolwise.decoder.layers import decoder_layers
 from poolwise.designs import POOLINGS_READ
 from poolwise.errors import ModelError
-from poolwise.hub import cached_if_unreachable
-from poolwise.layers import decoder_layers
 from poolwise.pooling import module_class, resolve_args
 from poolwise.study import Design, Lora, Recipe
 

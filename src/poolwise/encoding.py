@@ -6,8 +6,9 @@
 - the keys and values of an instruction are computed once where attention is causal: no token of it sees what follows.
   Under bidirectional attention the instruction reads the text, so nothing can be reused;
 - where only the last token is pooled, the last layer's output projection and feed-forward run for that token alone;
-- LoRA is merged into fp32 weights (in half precision that would round them, so there it stays beside them);
-- long jobs compile the decoder layers (one compilation serves all layers).
+- LoRA is merged into fp32 weights (in half precision that would round them, so there it stays beside them), and beside
+  a base in half precision the head multiplies in that precision too;
+- on CUDA long jobs compile the decoder layers (one compilation serves all layers).
 
 None of it is believed: the first texts that take a shortcut are also encoded without it, and a shortcut that moves an
 embedding is switched off for good, with a line in `notes`.
@@ -16,11 +17,11 @@ embedding is switched off for good, with a line in `notes`.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -29,12 +30,12 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from poolwise.backbone import Backbone
+from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.last_layer import can_prune, pruned
+from poolwise.decoder.layers import decoder_layers
+from poolwise.decoder.layouts import refusal
+from poolwise.decoder.prefix import Prefix, shared_prefix
 from poolwise.encoder import PoolingHead
-from poolwise.last_layer import can_prune, pruned
-from poolwise.layers import decoder_layers
-from poolwise.layouts import refusal
-from poolwise.prefix import Prefix, shared_prefix
 
 WINDOW = 8192
 """Texts that are tokenised, sorted and encoded together; the memory of a stream."""
@@ -47,7 +48,7 @@ AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, tor
 CHECKED = 4
 """Texts on which each shortcut is checked."""
 COMPILE_AFTER = 120.0
-"""Seconds a job has still to run for the decoder layers to be compiled: compiling takes 5 to 40, saves about 15 %."""
+"""Seconds a job on CUDA has still to run for the decoder layers to be compiled."""
 
 KEPT_BYTES = 1 << 30
 """Embeddings kept while a model is evaluated, at most."""
@@ -76,14 +77,15 @@ class FastEncoder:
     Args:
         budget: tokens of a batch; None: by device.
         keep: bytes of embeddings to keep, so that a text asked for again is not encoded again.
-        compiled: compile the decoder layers; None: where the job is long enough to repay it.
+        compiled: compile the decoder layers; None: on CUDA, where the job is long enough to repay it. (With batches as
+            small as a CPU likes them it gained nothing.)
     """
 
     def __init__(
         self, encoder: SentenceTransformer, *, budget: int | None = None, keep: int = 0, compiled: bool | None = None
     ) -> None:
         self.ours = isinstance(encoder[0], Backbone)
-        self.encoder = _merged(encoder.eval()) if self.ours else encoder
+        self.encoder = _lighter(encoder.eval()) if self.ours else encoder
         self.budget = budget or BUDGET.get(encoder.device.type, BUDGET["cpu"])
         self.keep, self.compiled = keep, compiled
         self.kept: dict[tuple[str | None, str, str], np.ndarray] = {}
@@ -146,7 +148,7 @@ class FastEncoder:
         with ThreadPoolExecutor(1) as ahead:
 
             def next_window() -> Future[list[Row]] | None:
-                window = list(islice(waiting, WINDOW))
+                window = list(itertools.islice(waiting, WINDOW))
                 return ahead.submit(self._tokenise, window, prompt) if window else None
 
             pending = next_window()
@@ -258,7 +260,8 @@ class FastEncoder:
         return self._prefixes[prompt]
 
     def _compile_if_worthwhile(self, seconds_left: float) -> None:
-        if self.compiled or (self.compiled is None and seconds_left > COMPILE_AFTER):
+        on_cuda = self.encoder.device.type == "cuda"
+        if self.compiled or (self.compiled is None and on_cuda and seconds_left > COMPILE_AFTER):
             self.compile()
 
     def compile(self) -> None:
@@ -285,15 +288,26 @@ def sentence_vectors(model: Any, texts: Sequence[str], side: str | None, prompt:
     return np.asarray(vectors, dtype=np.float32)
 
 
-def _merged(encoder: SentenceTransformer) -> SentenceTransformer:
-    """The encoder with LoRA merged into a copy of its base, where that is fp32 and rounds nothing; else itself."""
-    backbone = cast(Backbone, encoder[0])
-    if not isinstance(backbone.model, PeftModel) or next(backbone.model.parameters()).dtype != torch.float32:
+def _lighter(encoder: SentenceTransformer) -> SentenceTransformer:
+    """The encoder as it is used only to encode: LoRA merged into a copy of an fp32 base; beside a base in half
+    precision the head's matrices in that precision too (norms and sums stay fp32). Itself where neither applies."""
+    backbone, head = cast(Backbone, encoder[0]), encoder[1]
+    dtype = next(backbone.model.parameters()).dtype
+    if dtype in (torch.float32, torch.float64):
+        if not isinstance(backbone.model, PeftModel):
+            return encoder
+        merged = copy.deepcopy(encoder)
+        own = cast(Backbone, merged[0])
+        own.model = cast(Any, own.model).merge_and_unload()
+        return merged.eval()
+    if not any(True for _ in head.parameters()):
         return encoder
-    merged = copy.deepcopy(encoder)
-    own = cast(Backbone, merged[0])
-    own.model = cast(Any, own.model).merge_and_unload()
-    return merged.eval()
+    half = copy.copy(encoder)
+    half._modules = {
+        **encoder._modules,
+        next(itertools.islice(encoder._modules, 1, None)): copy.deepcopy(head).to(dtype),
+    }
+    return half
 
 
 def _batches(order: list[int], rows: list[Row], skipped: int, budget: int) -> Iterator[list[int]]:

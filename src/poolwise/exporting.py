@@ -23,7 +23,7 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from poolwise.attention import MODES, verify
-from poolwise.backbone import TEXT, Backbone
+from poolwise.decoder.backbone import TEXT, Backbone
 from poolwise.encoder import PoolingHead
 from poolwise.errors import CheckpointError, StudyError
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from poolwise.controls import LastTokenFFN, MeanFFN
 from poolwise.cost import default_latents
 from poolwise.designs import AUTO, POOLING_ARGS
 from poolwise.errors import CheckpointError, StudyError, suggest
-from poolwise.heads import (
+from poolwise.poolings.controls import LastTokenFFN, MeanFFN
+from poolwise.poolings.heads import (
     CrossAttention,
     CrossAttentionHead,
     LayerCrossAttention,
@@ -32,9 +32,9 @@ from poolwise.heads import (
     last_token,
     weighted_mean,
 )
-from poolwise.latent import Attention, LatentAttention, MeanGain
-from poolwise.layer_poolings import LastLayers, LayerAttention, LayerMeanFFN, ScalarMix, SingleLayer
-from poolwise.own import find
+from poolwise.poolings.latent import Attention, LatentAttention, MeanGain
+from poolwise.poolings.layer_poolings import LastLayers, LayerAttention, LayerMeanFFN, ScalarMix, SingleLayer
+from poolwise.settings.own import find
 
 
 class FirstToken(Pooling):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import DataError, suggest
-from poolwise.long_table import NOT_IN_RUN, REQUIRED, main_scores, table, validate
+from poolwise.verdicts.long_table import NOT_IN_RUN, REQUIRED, main_scores, table, validate
 
 if TYPE_CHECKING:
     import polars as pl

@@ -15,17 +15,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from poolwise import probing_report
-from poolwise.engines import Event
-from poolwise.paired import Paired
+from poolwise.reporting import probing_report
+from poolwise.reporting.wording import count, interval, points, probability
 from poolwise.results import write_atomic
-from poolwise.runner import run, shared_work
+from poolwise.running.engines import Event
+from poolwise.running.runner import run, shared_work
 from poolwise.study import Study
 from poolwise.terminal import terminal
-from poolwise.wording import count, interval, points, probability
+from poolwise.verdicts.paired import Paired
 
 if TYPE_CHECKING:
-    from poolwise.comparison import Comparison
+    from poolwise.verdicts.comparison import Comparison
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -117,9 +117,11 @@ def run_with_grid(study: Study, workers: int, shard: tuple[int, int], extend: bo
             with Live(grid, console=console, refresh_per_second=2):
                 failed = run(study, workers=workers, shard=shard, extend=extend, on_event=grid.follow)
         else:
-            failed = run(
-                study, workers=workers, shard=shard, extend=extend, on_event=lambda event: _print_line(console, grid, event)
-            )  # fmt: skip
+
+            def lines(event: Event) -> None:
+                _print_line(console, grid, event)
+
+            failed = run(study, workers=workers, shard=shard, extend=extend, on_event=lines)
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept, run the same command to go on", soft_wrap=True)
         raise SystemExit(130) from None
@@ -201,7 +203,8 @@ def show_check(found: dict[str, Any]) -> None:
     console.print(f"about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text", markup=False)
     if tuning := found["tuning"]:
         console.print(
-            f"tuning: {tuning['searched']} trainings more on {', '.join(tuning['tasks'])} (seed {tuning['seed']}), then "
+            f"tuning: {tuning['searched']} more trainings on {', '.join(tuning['tasks'])} "
+            f"(seed {tuning['seed']}), then "
             f"up to {tuning['again']} with each design's best setting; up to {amount(tuning['training_flops'])}FLOP",
             markup=False, soft_wrap=True,
         )  # fmt: skip
@@ -257,8 +260,8 @@ def show_paired(lines: Sequence[Paired]) -> None:
 
 def show_predictions(comparison: Comparison) -> None:
     """What was predicted of each planted mechanism and what came out, a line each."""
-    from poolwise.controls_report import predicted
     from poolwise.demo import predictions
+    from poolwise.reporting.controls_report import predicted
 
     console = terminal()
     console.print()

@@ -15,14 +15,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from poolwise import grid as grids
-from poolwise import own
-from poolwise.design import Design
 from poolwise.errors import StudyError, suggest
-from poolwise.mistakes import explain
-from poolwise.origins import TASK_TYPES
-from poolwise.recipe import Lora, Recipe, Source, Strict, to_tuple
-from poolwise.tuning import Tuning
+from poolwise.settings import grid as grids
+from poolwise.settings import own
+from poolwise.settings.design import Design
+from poolwise.settings.mistakes import explain
+from poolwise.settings.recipe import Lora, Recipe, Source, Strict, to_tuple
+from poolwise.settings.tuning import Tuning
+from poolwise.verdicts.origins import TASK_TYPES
 
 
 def _seeds(value: object) -> object:

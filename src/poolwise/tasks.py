@@ -6,7 +6,7 @@
 | `MTEB(eng, v1)`, … | every task of an mteb benchmark |
 | `paper` | the 47 tasks of "Pooling and Attention" (arXiv 2409.02727), see `PAPER_TASKS` |
 | `demo`, `demo/NAME` | all built-in tasks, or one |
-| `./my-faq`, `/data/faq` | a folder of the user's (`poolwise.folders`), relative to the study file |
+| `./my-faq`, `/data/faq` | a folder of the user's (`reading.folders`), relative to the study file |
 
 Every task is an `mteb` task object in the end; a folder's data are put into it in memory, never through `load_dataset`
 (which takes one file format per dataset and reads JSON lines beside a TSV as a table).
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poolwise.decoder.hub import cached_if_unreachable
 from poolwise.errors import PoolwiseError, TaskError, suggest
-from poolwise.folders import read_folder
-from poolwise.hub import cached_if_unreachable
-from poolwise.in_memory import TaskData, content_identity, mteb_task, read_columns_whole
-from poolwise.origins import origin
+from poolwise.reading.folders import read_folder
+from poolwise.reading.in_memory import TaskData, content_identity, mteb_task, read_columns_whole
+from poolwise.verdicts.origins import origin
 
 __all__ = ["PAPER_TASKS", "Task", "TaskData", "resolve_tasks", "task_from_data"]
 

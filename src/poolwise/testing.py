@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poolwise.errors import ModelError, StudyError
-from poolwise.heads import Pooling
-from poolwise.own import register
 from poolwise.pooling import POOLINGS
+from poolwise.poolings.heads import Pooling
+from poolwise.settings.own import register
 
 WIDTH, LAYERS, TOKENS, TEXTS = 16, 3, 7, 6
 RTOL, ATOL = 1e-4, 1e-5

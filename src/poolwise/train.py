@@ -35,12 +35,12 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from poolwise import checkpoint
-from poolwise.backbone import Backbone
-from poolwise.base import torch_dtype
+from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.base import torch_dtype
+from poolwise.decoder.layouts import choose
+from poolwise.decoder.packing import joined
 from poolwise.encoder import derived_seed
 from poolwise.errors import TrainingError
-from poolwise.layouts import choose
-from poolwise.packing import joined
 from poolwise.study import Design, Recipe
 
 COMPLETE = "complete"
@@ -66,7 +66,7 @@ def train(
 
     Checkpoints go to `folder`; a run that was killed goes on from the last complete one, to the same weights.
     At each step of `milestones` the encoder is also saved to `folder/step-N`. `designs`: those it is compared with,
-    which are all trained in one layout of the batches (`poolwise.packing`): packed, unless one of them cannot be.
+    which are all trained in one layout of the batches (`decoder.packing`): packed, unless one of them cannot be.
 
     Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is). Raises
     TrainingError for a loss that is not finite or that stays at chance level.

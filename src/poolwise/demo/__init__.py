@@ -20,7 +20,7 @@ from typing import Any
 from poolwise.demo import forms
 from poolwise.demo.mechanisms import MECHANISMS
 from poolwise.errors import TaskError, suggest
-from poolwise.folders import TaskData
+from poolwise.reading.folders import TaskData
 
 __all__ = ["MECHANISMS", "nano_path", "predictions", "task_data", "task_names", "training_pairs"]
 

@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def records(name: str, kind: str) -> dict[str, list[dict[str, Any]]]:
-    """The records of one task in the layout of `poolwise.folders.TaskData`."""
+    """The records of one task in the layout of `poolwise.reading.folders.TaskData`."""
     forms: dict[str, Callable[..., dict[str, list[dict[str, Any]]]]] = {
         "sts": _sts,
         "retrieval": _retrieval,

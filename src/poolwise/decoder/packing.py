@@ -1,0 +1,264 @@
+"""Training without padding: the texts of a batch laid end to end in one row, each attending to itself alone.
+
+A pack holds N tokens, the longest text first, positions counted from 0 in each. Its segments travel through
+transformers by FlashAttention's own argument names (`cu_seq_lens_q`, …), so FlashAttention reads them itself; for
+`sdpa` this file registers an attention function, which computes runs of texts of equal length together (or calls
+torch's varlen kernel on CUDA), and a mask function, which makes no mask for a pack. Both are plain `sdpa` for padded
+batches. Loss and gradients equal those of padded batches up to rounding; with dropout the random numbers differ, so
+all designs of a study are trained in one layout (`choose`).
+
+A model that does not hand the segments on would mix its texts without a word. So nothing is believed: `refusal` looks
+whether a text moves when its neighbours change, and every packed forward counts one packed call per layer.
+
+Layouts: `packed`; `grouped`, padded batches of texts of similar length, for models that cannot be packed; `padded`, as
+the batch comes, for a design that reads padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from poolwise.attention import backend, base_model
+from poolwise.decoder.layers import LayerCollector, decoder_layers
+from poolwise.errors import ModelError
+
+VARLEN: Any = None
+"""torch's FlashAttention over segments, where this torch has it in full (about 2.11 on)."""
+with contextlib.suppress(ImportError):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        VARLEN = varlen_attn
+
+PACKED_SDPA = "poolwise_packed_sdpa"
+"""The name under which transformers knows the attention below."""
+UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias")  # of Gemma 2, gpt-oss and T5: they change the logits
+SIMILAR = 2  # texts of one group are at most so many times shorter than its longest
+
+
+class Segments:
+    """Where the texts of a pack begin and end.
+
+    lengths: of the texts in tokens, the longest first. ends (S + 1,) int32: 0 and the ends of the texts. runs:
+    (texts, tokens of each) for each run of equal length. calls: how often attention has read it.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.lengths = lengths
+        self.ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+        self.runs = [(len(list(same)), length) for length, same in groupby(lengths) if length]
+        self.sizes = [texts * length for texts, length in self.runs]
+        self.calls = 0
+
+    def arguments(self, flash: bool) -> dict[str, Any]:
+        """The arguments of the model's forward that carry the segments to its attention."""
+        longest = self.lengths[0]
+        names = {"cu_seq_lens": self.ends, "max_length": longest}
+        given = {f"{name}_{side}": value for name, value in names.items() for side in "qk"}
+        return given if flash else {**given, "segments": self}
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each segment; transformers' `sdpa` where there are none.
+
+    query (1, H, N, E), key and value (1, K, N, E), H a multiple of K -> (1, N, H, E). Raises ModelError for what it
+    cannot honour: a mask, a sliding window shorter than a text, soft caps, sinks, position biases.
+    """
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    if attention_mask is not None:
+        raise ModelError("its attention has a mask of its own")
+    if unknown := [name for name in UNKNOWN_TERMS if kwargs.get(name) is not None]:
+        raise ModelError(f"its attention has {', '.join(unknown)}")
+    window = kwargs.get("sliding_window")
+    if window is not None and segments.lengths[0] > window:
+        raise ModelError(f"a text of {segments.lengths[0]} tokens is longer than its sliding window of {window}")
+    segments.calls += 1
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    grouped = query.shape[1] != key.shape[1]
+    states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (N, heads, E)
+    if _takes_varlen(query, dropout):
+        bounds = (segments.ends, segments.ends, segments.lengths[0], segments.lengths[0])
+        window_size = (-1, 0 if causal else -1)
+        out = VARLEN(*states, *bounds, scale=scaling, window_size=window_size, enable_gqa=grouped)
+        return out[None], None
+    # split, not sliced: the gradient of a slice is as large as the whole, that of all parts of a split together
+    parts = zip(segments.runs, *(tensor.split(segments.sizes) for tensor in states), strict=True)
+    attended = []
+    for run, *split in parts:
+        q, k, v = (tensor.unflatten(0, run).transpose(1, 2) for tensor in split)  # (texts, heads, tokens, E)
+        part = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+        attended.append(part.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)[None], None
+
+
+def _takes_varlen(query: Tensor, dropout: float) -> bool:
+    """Whether torch's own FlashAttention can take it: CUDA from Ampere on, half precision, no dropout."""
+    return (
+        VARLEN is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and not dropout
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _packed_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask for a pack, which is the one batch given without a padding mask; `sdpa`'s for all others."""
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+AttentionInterface.register(PACKED_SDPA, packed_attention)
+AttentionMaskInterface.register(PACKED_SDPA, _packed_mask)
+
+
+class Rows:
+    """The texts of a batch, from the first real token to the last, whatever side it came padded on.
+
+    ids, mask, pooled (B, T): the tokens padded on the right to the longest text, which of them are real, and which of
+    those are pooled. lengths: B numbers of real tokens. came (B, T'): the mask as it came.
+    """
+
+    def __init__(self, ids: Tensor, mask: Tensor, pooled: Tensor):
+        self.came = mask.bool()
+        count = self.came.sum(1)
+        self.lengths: list[int] = count.tolist()
+        self.mask = torch.arange(max(self.lengths), device=ids.device) < count[:, None]
+        self.ids = torch.zeros_like(self.mask, dtype=ids.dtype).masked_scatter(self.mask, ids[self.came])
+        self.pooled = torch.zeros_like(self.mask).masked_scatter(self.mask, pooled.bool()[self.came])
+
+    def as_it_came(self, states: Tensor) -> Tensor:
+        """States (N, D) of all real tokens, text by text, put back to (B, T', D); zeros where there is padding."""
+        padded = states.new_zeros(self.came.numel(), states.shape[-1])
+        return padded.index_copy(0, self.came.flatten().nonzero()[:, 0], states).view(*self.came.shape, -1)
+
+
+def joined(columns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The features of several columns of texts as those of one batch, one column after the other."""
+    width = max(column["input_ids"].shape[1] for column in columns)
+    batch: dict[str, Any] = {
+        name: torch.cat([F.pad(column[name], (0, width - column[name].shape[1])) for column in columns])
+        for name in ("input_ids", "attention_mask")
+    }
+    device = batch["input_ids"].device
+    prompts = [torch.as_tensor(column.get("prompt_length", 0), device=device).reshape(-1) for column in columns]
+    batch["prompt_length"] = torch.cat(
+        [prompt[:1].expand(len(column["input_ids"])) for prompt, column in zip(prompts, columns, strict=True)]
+    )
+    return batch
+
+
+def forward_packed(
+    model: nn.Module, collector: LayerCollector | None, rows: Rows, *, once: bool
+) -> tuple[Tensor, Tensor | None]:
+    """States as the batch came, zeros where there is padding, and the collected vectors (B, L, D): one packed forward.
+
+    once: texts with equal tokens, equally pooled, are encoded once; exact only without dropout. Raises ModelError where
+    a layer does not attend by segments.
+    """
+    chosen, copy = _longest_first(rows, once)
+    order = torch.tensor(chosen, device=rows.ids.device)
+    real = rows.mask[order]
+    lengths = [rows.lengths[row] for row in chosen]
+    segments = Segments(lengths, rows.ids.device)
+    positions = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)
+    inputs = {
+        "input_ids": rows.ids[order][real][None],
+        "position_ids": positions[order][real][None],
+        "return_dict": True,
+        **segments.arguments("flash" in backend(model)),
+    }
+    vectors = None
+    if collector is None:
+        states = model(**inputs).last_hidden_state
+    else:
+        with collector.collect_packed(segments.ends, rows.pooled[order][real]):
+            states = model(**inputs).last_hidden_state
+            vectors = collector.vectors(states)
+    check_calls(model, segments)
+    text = torch.tensor(copy, device=rows.ids.device)  # which text of the pack each row is
+    token = (segments.ends[:-1].long()[text][:, None] + positions)[rows.mask]
+    return rows.as_it_came(states[0].index_select(0, token)), None if vectors is None else vectors[text]
+
+
+def _longest_first(rows: Rows, once: bool) -> tuple[list[int], list[int]]:
+    """Rows to encode, the longest first, and for each row of the batch its place among them."""
+    first = list(range(len(rows.lengths)))
+    if once:
+        seen: dict[tuple, int] = {}
+        ids, pooled = rows.ids.tolist(), rows.pooled.tolist()
+        for row, length in enumerate(rows.lengths):
+            first[row] = seen.setdefault((*ids[row][:length], *pooled[row][:length]), row)
+    chosen = sorted(dict.fromkeys(first), key=lambda row: -rows.lengths[row])
+    place = {row: number for number, row in enumerate(chosen)}
+    return chosen, [place[row] for row in first]
+
+
+def check_calls(model: nn.Module, segments: Segments) -> None:
+    if "flash" in backend(model):
+        return  # FlashAttention does not count; `refusal` has seen what it does
+    layers = len(decoder_layers(model))
+    if segments.calls != layers:
+        raise ModelError(f"{segments.calls} of its {layers} layers were told where the texts of a pack end")
+
+
+def forward_grouped(
+    run: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]], rows: Rows, prefix: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The same from padded forwards of texts of similar length.
+
+    `run` takes ids, mask and pooled mask of each group, and its part of `prefix` (B, 1), the lengths of the prompts.
+    """
+    order = sorted(range(len(rows.lengths)), key=lambda row: -rows.lengths[row])
+    left, states, vectors = order, [], []
+    while left:
+        longest = rows.lengths[left[0]]
+        group = [row for row in left if rows.lengths[row] * SIMILAR >= longest]
+        left = left[len(group) :]
+        chosen = torch.tensor(group, device=rows.ids.device)
+        ids, mask, pooled = (part[chosen, :longest] for part in (rows.ids, rows.mask, rows.pooled))
+        some, collected = run(ids, mask, pooled, prefix[chosen])
+        states.append(F.pad(some, (0, 0, 0, rows.mask.shape[1] - longest)))
+        vectors += [] if collected is None else [collected]
+    back = torch.tensor(order, device=rows.ids.device).argsort()
+    return rows.as_it_came(torch.cat(states)[back][rows.mask]), torch.cat(vectors)[back] if vectors else None
+
+
+@contextlib.contextmanager
+def packed_attention_on(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` can read packs: an `sdpa` model has the attention registered above. FlashAttention needs none."""
+    backbone, before = base_model(model), backend(model)
+    if before == "sdpa":
+        backbone.set_attn_implementation(PACKED_SDPA)
+    try:
+        yield
+    finally:
+        if before == "sdpa":
+            backbone.set_attn_implementation(before)

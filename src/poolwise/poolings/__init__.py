@@ -1,0 +1,1 @@
+"""The trainable poolings, their capacity controls, and how they are folded at inference."""

@@ -1,0 +1,324 @@
+"""Reports: a comparison and what is known of its study as terminal tables, Markdown, LaTeX and one HTML file.
+
+Every part is optional, so that a bare CSV of scores gives a report as well. Nothing is computed here: numbers come from
+`comparison`, words from `wording`, tables from `tables`, pictures from `plots`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from poolwise.reporting import (
+    controls_report,
+    factors_report,
+    layers_report,
+    pareto,
+    ranks_report,
+    robustness_report,
+    side_report,
+    tables,
+    tuning_report,
+)
+from poolwise.reporting.wording import advice, alarms, count, group_words, headline, listing, outcome, points, sentences
+from poolwise.results import write_atomic
+from poolwise.stats import TWO_LOOK_ALPHA
+from poolwise.terminal import terminal
+from poolwise.verdicts.comparison import Comparison
+
+if TYPE_CHECKING:
+    import polars as pl
+    from jinja2 import Environment
+    from rich.console import Console
+
+CLAIM = "Every claim stops at tasks like these, runs like these, this base model and this recipe."
+
+
+def render(
+    study_info: Mapping[str, Any],
+    frame: pl.DataFrame,
+    comparison: Comparison,
+    costs: Sequence[Mapping[str, Any]] | None,
+    controls: Mapping[str, str] | None,
+    out_dir: str | Path,
+) -> list[Path]:
+    """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each whole or not at all; returns their paths.
+
+    Args:
+        study_info: any of name, base_model, base_parameters, recipe (nested dict), recipe_name, designs, fingerprint,
+            versions, machine, command, notes; an empty dict will do.
+        frame: the long table that was compared.
+        costs: rows of a cost table, one for each design (`tables.COST_COLUMNS`).
+        controls: role of each control design (`aa`, `broken`, …, or words); by default the table's column `role`.
+    """
+    facts = _facts(dict(study_info), frame, comparison, costs, controls)
+    folder = Path(out_dir)
+    pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
+    return [write_atomic(folder / name, _templates().get_template(page).render(facts)) for name, page in pages.items()]
+
+
+def show(
+    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None = None, console: Console | None = None
+) -> None:
+    """Print the comparison as tables: means, contrasts of designs, contrasts of checkpoints, cost."""
+    from rich.text import Text
+
+    console = console or terminal()
+    comparison, priced = _priced(comparison, costs)
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
+
+    for warning in (comparison.interim, comparison.exploratory, comparison.banner):
+        if warning:
+            console.print(Text(warning, style="bold yellow"))
+    if comparison.plan:
+        console.print(Text(comparison.plan))
+    for overall in comparison.overall:
+        console.print(Text(side_report.overall_sentence(comparison, overall)))
+    for group in comparison.groups:
+        console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
+    for found in comparison.recommendations:
+        console.print(Text.assemble((f"{found.group}: ", "bold"), advice(comparison, found)))
+    for table in _tables(comparison, priced):
+        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+        words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
+
+        def cells(row: Sequence[str], widths: list[int] = widths, words: list[bool] = words) -> str:
+            padded = zip(row, widths, words, strict=True)
+            return "  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in padded).rstrip()
+
+        line()
+        line((table.title, "bold"))
+        line((cells(table.columns), "dim"))
+        for heading, rows in table.sections:
+            if heading:
+                line((heading, "italic"))
+            for row in rows:
+                line(cells(row))
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+    reports = (tuning_report, robustness_report, controls_report)
+    for said in (text for module in reports for text in module.sentences(comparison)):
+        console.print(said, highlight=False, markup=False)
+    for note in (*comparison.notes, *_budget_notes(comparison), *comparison.excluded):
+        console.print(Text(note, style="yellow"))
+
+
+def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
+    factors = comparison.factorial
+    found = (
+        tables.means(comparison),
+        side_report.overall(comparison),
+        tables.verdicts(comparison),
+        side_report.given(comparison),
+        tables.checkpoints(comparison),
+        ranks_report.table(comparison.single_runs, comparison.baseline),
+        tables.costs(costs) if costs else None,
+        side_report.equal_cost(comparison.budgets, comparison),
+        factors_report.table(factors, comparison.alpha) if factors else None,
+        robustness_report.table(comparison),
+        tuning_report.table(comparison),
+        tuning_report.settings(comparison),
+    )
+    return [table for table in found if table]
+
+
+def _budget_notes(comparison: Comparison) -> tuple[str, ...]:
+    return comparison.budgets.notes if comparison.budgets else ()
+
+
+def _priced(
+    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None
+) -> tuple[Comparison, list[dict[str, Any]]]:
+    """Complete cost rows, and the comparison with what they say of encoding."""
+    priced = tables.priced(costs or [], comparison.baseline)
+    known = tuple((row["design"], float(row["encode_flops"])) for row in priced if row.get("encode_flops"))
+    return (replace(comparison, costs=known) if known else comparison), priced
+
+
+def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
+    """The first line of every report: base model and its size, designs, seeds, tasks."""
+    base = info.get("base_model")
+    if base and str(base).startswith((".", "/", "~")):  # a folder: where it lies says nothing
+        base = Path(base).name
+    size = info.get("base_parameters")
+    named = f"Base model {base}" if base else "Base model not stated"
+    if size:
+        named += f", {tables.magnitude(size)} parameters"
+    runs = sorted(set(comparison.seeds.values()))
+    seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
+    tasks = count(len(comparison.tasks), "task")
+    kinds = count(len(comparison.groups), "group") if comparison.by != "task_type" else _types(comparison)
+    designs = count(len(comparison.designs), "design")
+    return f"{named}; {designs}, {seeds}, {tasks} ({kinds}); baseline {comparison.baseline}."
+
+
+def _types(comparison: Comparison) -> str:
+    types = [group for group in comparison.groups if not comparison.of_items(group)]
+    sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in types]
+    if planted := len(comparison.groups) - len(types):
+        sizes.append(
+            f"{len(comparison.tasks) - sum(int(size.split()[0]) for size in sizes)} on {count(planted, 'mechanism')}"
+        )
+    return listing(sizes)
+
+
+def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
+    """The methods paragraph of a paper: which estimator, which family, which scope."""
+    family = f"Holm's correction over the {comparison.family} contrasts with {comparison.baseline}"
+    wilcoxon = (
+        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
+        f"estimate, its exact {comparison.percent} % interval and the matched-pairs rank-biserial correlation"
+    )
+    start = opening(info, comparison)
+    if comparison.interim:
+        return f"{start} {comparison.interim}"
+    if comparison.scope == "checkpoints":
+        return (
+            f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was "
+            "trained once, the tests do not separate designs from the luck of a run."
+        )
+    looked = "The study was looked at twice, each time at .03. " if comparison.alpha == TWO_LOOK_ALPHA else ""
+    if comparison.exploratory:
+        looked += "The verdicts are exploratory. "
+    return (
+        f"{start} Differences between designs were estimated over random runs and random tasks (crossed random "
+        "effects, null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source "
+        f"averaged first), with {family}; equivalence was tested by two one-sided tests within "
+        f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {looked}{CLAIM}"
+    )
+
+
+def _facts(
+    info: dict[str, Any],
+    frame: pl.DataFrame,
+    comparison: Comparison,
+    costs: Sequence[Mapping[str, Any]] | None,
+    controls: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Everything the templates show."""
+    from poolwise.reporting import plots
+
+    comparison, priced = _priced(comparison, costs)
+    if "base_parameters" not in info and priced:
+        info["base_parameters"] = priced[0].get("base_parameters")
+    fronts, factors = pareto.fronts(comparison, priced), comparison.factorial
+    said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
+    answers = []
+    choices = {choice.group: advice(comparison, choice) for choice in comparison.recommendations}
+    choices |= controls_report.predicted(comparison, info.get("predictions"))
+    for group in comparison.groups:
+        members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
+        found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
+        best = max(found, key=lambda pair: (pair[0].verdict or pair[0]).difference, default=None)
+        answers.append(
+            {
+                "group": group,
+                "headline": headline(comparison, group),
+                "advice": choices.get(group, ""),
+                "best": best[1] if best else side_report.reason(comparison, group),
+                "sentences": [text for _, text in members],
+            }
+        )
+    layers = info.get("layers") or {}
+    roles = tables.roles(frame, controls)
+    versions = [(name, str(version)) for name, version in (info.get("versions") or {}).items()]
+    for label, key in (("machine", "machine"), ("study fingerprint", "fingerprint")):
+        if info.get(key):
+            versions.append((label, str(info[key])))
+    return {
+        "title": info.get("name") or "Scores",
+        "opening": opening(info, comparison),
+        "comparison": comparison,
+        "answers": answers,
+        "claim": CLAIM,
+        "overall_words": [side_report.overall_sentence(comparison, found) for found in comparison.overall],
+        "overall_answer": side_report.overall_answer(comparison),
+        "overall": side_report.overall(comparison),
+        "given": side_report.given(comparison),
+        "rank_words": ranks_report.sentences(comparison.single_runs),
+        "rank_table": ranks_report.table(comparison.single_runs, comparison.baseline),
+        "rank_panels": ranks_report.panels(comparison.single_runs),
+        "budget_table": side_report.equal_cost(comparison.budgets, comparison),
+        "budget_notes": _budget_notes(comparison),
+        "layer_table": layers_report.table(layers.get("runs", {}), layers.get("texts", 0)),
+        "layer_panels": layers_report.panel(layers.get("runs", {})),
+        "means": tables.means(comparison),
+        "verdicts": tables.verdicts(comparison),
+        "checkpoints": tables.checkpoints(comparison),
+        "task_scores": tables.task_scores(comparison),
+        "run_scores": tables.run_scores(comparison),
+        "over_steps": tables.over_steps(frame, comparison),
+        "costs": tables.costs(priced) if priced else None,
+        "controls": tables.controls(comparison, roles),
+        "control_words": controls_report.sentences(comparison),
+        "ladder": controls_report.ladder_table(comparison),
+        "predictions": controls_report.predictions_table(comparison, info.get("predictions")),
+        "alarms": alarms(comparison, roles),
+        "tasks": tables.tasks(frame, comparison),
+        "recipe": tables.recipe(info),
+        "versions": tables.Table("Versions", ("What", "Which"), (("", tuple(versions)),), text=2) if versions else None,
+        "command": info.get("command"),
+        "notes": [*(info.get("notes") or []), *comparison.notes, *comparison.excluded],
+        "paragraph": paragraph(info, comparison),
+        "forest": plots.forest(comparison),
+        "dots": plots.task_dots(comparison),
+        "strip": plots.run_strip(comparison),
+        "pareto": pareto.panels(fronts, comparison.baseline),
+        "pareto_table": pareto.table(fronts, comparison.baseline),
+        "tuning_words": tuning_report.sentences(comparison),
+        "tuning_tables": [t for t in (tuning_report.table(comparison), tuning_report.settings(comparison)) if t],
+        "base_words": robustness_report.sentences(comparison),
+        "base_table": robustness_report.table(comparison),
+        "factors": factors_report.sentences(factors) if factors else [],
+        "unresolved": [*factors.confounded, *factors.notes] if factors else [],
+        "factor_table": factors_report.table(factors, comparison.alpha) if factors else None,
+        "factor_forest": factors_report.forest(comparison, factors) if factors else [],
+    }
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def dress(cell: str) -> Markup:
+        """A cell of an HTML table: the ± part and the mark of a mean get elements of their own."""
+        text = str(escape(cell))
+        text = re.sub(r"±(\S+)$", r'<span class="pm">±\1</span>', text)
+        names = {"▲": "above the baseline", "▼": "below the baseline", "≈": "equivalent to the baseline"}
+        return Markup(
+            re.sub(r"^([▲▼≈]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
+        )  # escaped above
+
+    def glue(text: str) -> str:
+        """No line break inside ±.5, 95 % or 3 seeds, nor before a number that starts with its point."""
+        kept = re.sub(r" (?=[.−]|%)|(?<=\d) (?=(?:task|seed|source|point)s?\b)", "\u00a0", text)
+        return kept.replace("±", "±\u2060")
+
+    def markdown(text: object) -> str:
+        """Text as text in Markdown: no tags, no table cells, no emphasis."""
+        return re.sub(r"([\\`*_\[\]|])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;"))
+
+    def latex(text: object) -> str:
+        """Text as text in LaTeX."""
+        special = dict.fromkeys("&%$#_{}", r"\%s")
+        special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+        special |= {"−": "$-$", "±": r"$\pm$", "∞": r"$\infty$", "×": r"$\times$", "≈": r"$\approx$", "<": "$<$"}
+        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
+        return "".join(special.get(letter, letter).replace("%s", letter) for letter in str(text))
+
+    environment = Environment(
+        loader=PackageLoader("poolwise.reporting"),
+        autoescape=lambda name: bool(name) and ".html" in str(name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex)
+    return environment

@@ -1,0 +1,130 @@
+"""How good is every single layer? Each layer's pooled vector, scored on tasks as an embedding of its own.
+
+One forward pass gives the vectors of all layers; they are kept in a temporary file, so that the backbone runs once for
+each text however many layers are scored ("Layer by Layer", arXiv 2502.02013, probes like this).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
+from torch import nn
+
+from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.layers import LayerCollector
+from poolwise.encoding import sentence_vectors
+from poolwise.scoring.evaluation import evaluate
+from poolwise.tasks import Task
+
+Array = NDArray[np.float32]
+CHUNK = 1024
+"""Texts that are encoded at a time."""
+
+
+def probe_layers(
+    encoder: SentenceTransformer,
+    tasks: Sequence[Task],
+    *,
+    identity: str,
+    reduce: str,
+    prompts: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Main rows of `evaluation.evaluate` for each layer, with `layer` (1 the lowest, L the last, after its norm).
+
+    reduce: `last` or `mean`, what stands for a layer's tokens. The head is left out.
+    """
+    with tempfile.TemporaryDirectory(prefix="poolwise-layers-") as folder:
+        layers = EveryLayer(encoder, reduce, Path(folder))
+        try:
+            rows = []
+            for task in tasks:  # all layers of a task, then the next: its texts are fresh in memory
+                for layer in range(layers.count):
+                    view = OneLayer(layers, layer)
+                    found = evaluate(
+                        view, [task], identity=f"{identity}-layer-{layer + 1}", batch_size=batch_size, items=False,
+                        prompts=prompts,
+                    )  # fmt: skip
+                    rows += [{**row, "layer": layer + 1} for row in found]
+            return rows
+        finally:
+            layers.close()
+
+
+class EveryLayer:
+    """The vectors of all layers of an encoder's backbone: (N, L, D) in a file in `folder`, each text encoded once."""
+
+    def __init__(self, encoder: SentenceTransformer, reduce: str, folder: Path) -> None:
+        self.encoder, self.folder = encoder, folder
+        self.backbone = cast(Backbone, encoder[0])
+        self._own = self.backbone.collector
+        self._collector = LayerCollector(self.backbone.model, reduce=reduce)
+        self.backbone.collector = self._collector
+        config = self.backbone.model.config.get_text_config()
+        self.count, self.width = config.num_hidden_layers, config.hidden_size
+        self._flat = SentenceTransformer(modules=[cast(nn.Module, self.backbone), _Flat()], device=str(encoder.device))
+        self._flat.prompts = encoder.prompts
+        self._known: dict[tuple[str | None, str, str], tuple[int, int]] = {}
+        self._files: list[Any] = []
+
+    def close(self) -> None:
+        """Leave the backbone as it was found."""
+        self._collector.remove()
+        self.backbone.collector = self._own
+
+    def vectors(self, layer: int, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
+        """(N, D) vectors of one layer."""
+        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self._known]
+        if new:
+            self._keep(new, side, prompt, batch_size)
+        places = [self._known[side, prompt, text] for text in texts]
+        return np.stack([self._files[file][row, layer] for file, row in places])
+
+    def _keep(self, texts: list[str], side: str | None, prompt: str, batch_size: int) -> None:
+        path = self.folder / f"{len(self._files)}.f32"
+        kept = np.memmap(path, dtype=np.float32, mode="w+", shape=(len(texts), self.count, self.width))
+        for start in range(0, len(texts), CHUNK):
+            part = texts[start : start + CHUNK]
+            flat = sentence_vectors(self._flat, part, side, prompt, batch_size)
+            kept[start : start + len(part)] = flat.reshape(len(part), self.count, self.width)
+        self._known.update({(side, prompt, text): (len(self._files), row) for row, text in enumerate(texts)})
+        self._files.append(kept)
+
+
+class OneLayer:
+    """One layer of an encoder as a model that mteb can evaluate."""
+
+    def __init__(self, layers: EveryLayer, layer: int) -> None:
+        self.layers, self.layer = layers, layer
+
+    @property
+    def encoder(self) -> SentenceTransformer:
+        """The model whose layer this is."""
+        return self.layers.encoder
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """Its prompts."""
+        return self.layers.encoder.prompts
+
+    def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
+        """(N, D)."""
+        return self.layers.vectors(self.layer, texts, side, prompt, batch_size)
+
+
+class _Flat(Module):
+    """(B, L, D) layer vectors as one embedding (B, L · D)."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        features["sentence_embedding"] = features["layer_embeddings"].flatten(1)
+        return features
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """There is nothing to save."""

@@ -1,0 +1,1 @@
+"""From the long table to verdicts about designs. Arrays, not models: nothing here imports torch."""

@@ -1,0 +1,327 @@
+"""One design against the baseline in one group of tasks: what the checkpoints show, what the designs show.
+
+`Row` and `Verdict` are what a comparison is made of (`verdicts.comparison`); the tests are those of `poolwise.stats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from poolwise import stats
+from poolwise.verdicts.arms import FEW_SOURCES, Arm
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How contrasts are tested, fixed before the runs.
+
+    `alpha` of each test (.03 at each of two declared looks) and 1 − alpha of the intervals; `family`: how many
+    contrasts Holm's correction spans; `interim`: the runs are not complete, so nothing is tested; `run_sd`, `run_df`:
+    the run effect known from elsewhere (0–1) and its degrees of freedom, for designs that were run once.
+    """
+
+    margin: float
+    alpha: float
+    family: int
+    interim: bool = False
+    run_sd: float | None = None
+    run_df: float = float("inf")
+
+    @property
+    def level(self) -> float:
+        """Of the intervals."""
+        return 1 - self.alpha
+
+    @property
+    def strictest(self) -> float:
+        """Level of Holm's first step."""
+        return self.alpha / self.family
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a contrast says about two designs (scope: designs), in scores 0–1.
+
+    `difference` is the mean over runs and sources, with its interval at 1 − alpha (95 %); `equivalence_low/high` is the
+    interval at 1 − 2 alpha (90 %) that lies inside ±margin exactly where the two one-sided tests (`p_equivalence`) find
+    the designs equivalent.
+    `run_sd` is the sd of the effect of one run on the mean over tasks, with its own interval. `detectable` is the true
+    difference that these runs and tasks would find with 80 % power after correction for the family (its first step).
+    `settle_low` to `settle_high` seeds a design would find a difference of the margin, where that is open: a range, as
+    the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
+    `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; `none` for controls.
+    """
+
+    seeds: int
+    baseline_seeds: int
+    tasks: int
+    sources: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    run_sd: float
+    run_sd_low: float
+    run_sd_high: float
+    scope: str
+    note: str
+    detectable: float
+    equivalence_low: float
+    equivalence_high: float
+    p_equivalence: float
+    settle_low: int | None = None
+    settle_high: int | None = None
+    p_holm: float | None = None
+    verdict: str = "none"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What single runs say of two designs if one run's effect on a mean over such tasks has the sd `run_sd`, which was
+    measured elsewhere with `run_df` degrees of freedom (scores 0–1; tasks of one source averaged first)."""
+
+    run_sd: float
+    run_df: float
+    tasks: int
+    sources: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float | None = None
+    verdict: str = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One design against the baseline over all task types that the study gives a weight; `weights` sum to 1."""
+
+    design: str
+    baseline: str
+    weights: tuple[tuple[str, float], ...]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contrast of one group (scope: checkpoints), with the design-level verdict where runs allow one.
+
+    `difference` is design − baseline (Hodges–Lehmann over `n` tasks, seeds averaged); unbounded ends are None.
+    `p_value`, `p_holm` and `effect_size` are None where one task leaves nothing to test, or runs are still missing.
+    `tipping_run_sd`, with one run a side: the largest run effect at which the result would still stand; 0 if none.
+    `given`, with one run a side: the statement about designs under a run effect known from elsewhere.
+    """
+
+    group: str
+    design: str
+    baseline: str
+    n: int
+    difference: float
+    ci_low: float | None
+    ci_high: float | None
+    p_value: float | None
+    p_holm: float | None
+    effect_size: float | None
+    wins: int
+    ties: int
+    losses: int
+    min_reachable_p: float
+    tipping_run_sd: float | None = None
+    verdict: Verdict | None = None
+    given: Given | None = None
+
+
+def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
+    """One design against the baseline on the same tasks, at both scopes; Holm and the verdict's word come later."""
+    differences = arm.task_means - base.task_means
+    n = len(differences)
+    if arm.unit == "item":  # rank tests over items do not keep their level: designs only
+        counts = stats.wins_ties_losses(differences)
+        return Row(
+            arm.group, arm.design, base.design, n, arm.mean - base.mean, None, None, None, None, None,
+            counts.wins, counts.ties, counts.losses, stats.min_reachable_p(n),
+            verdict=None if rules.interim else _verdict(base, arm, lent, rules),
+        )  # fmt: skip
+    shift = stats.hodges_lehmann(differences, rules.level)
+    counts = stats.wins_ties_losses(differences)
+    single = len(base.seeds) == len(arm.seeds) == 1
+    tested = n > 1 and not rules.interim
+    return Row(
+        group=arm.group, design=arm.design, baseline=base.design, n=n, difference=shift.estimate,
+        ci_low=None if rules.interim else shift.ci_low, ci_high=None if rules.interim else shift.ci_high,
+        p_value=stats.signed_rank(differences).p_value if tested else None,
+        p_holm=None,
+        effect_size=stats.rank_biserial(differences).value if tested else None,
+        wins=counts.wins, ties=counts.ties, losses=counts.losses,
+        min_reachable_p=stats.min_reachable_p(n),
+        tipping_run_sd=stats.one_seed(differences, 0, level=rules.level).tipping_run_sd if single and tested else None,
+        verdict=None if rules.interim else _verdict(base, arm, lent, rules),
+        given=_given(base, arm, rules) if single and tested else None,
+    )  # fmt: skip
+
+
+def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Verdict | None:
+    """The design-level contrast; None with one run a side, or with tasks from one source."""
+    if min(len(base.seeds), len(arm.seeds)) < 2 or len(set(base.sources)) < 2:
+        return None
+    pool = [x.by_source for x in lent if base.seeds == arm.seeds == x.seeds]
+    result = stats.crossed(base.by_source, arm.by_source, pool=pool, level=rules.level)
+    return _described(result, base, arm, len(arm.whole().tasks), rules)
+
+
+def _described(result: stats.Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -> Verdict:
+    """A verdict still without its word."""
+    corrected = result
+    if result.null:
+        level = 1 - rules.strictest
+        corrected = replace(result, level=level, critical=result.null.critical(level))
+    same = stats.equivalence(result, rules.margin, alpha=rules.alpha)
+    settled = result.p_value <= rules.strictest or same.equivalent
+    fewest, most = (None, None) if settled else stats.seeds_to_settle(corrected, rules.margin)
+    return Verdict(
+        seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
+        difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
+        run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
+        scope=result.scope, note=result.note,
+        detectable=stats.minimum_detectable_effect(corrected),
+        equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,
+        settle_low=fewest, settle_high=most,
+    )  # fmt: skip
+
+
+def _given(base: Arm, arm: Arm, rules: Rules) -> Given | None:
+    """The design-level statement under a run effect known from elsewhere; None without one, or with a single source."""
+    if rules.run_sd is None or base.by_source.shape[1] < 2:
+        return None
+    differences = (arm.by_source - base.by_source)[0]
+    found = stats.one_seed(differences, rules.run_sd, rules.run_df, rules.level)
+    return Given(
+        rules.run_sd, rules.run_df, len(arm.tasks), found.tasks, found.difference, found.ci_low, found.ci_high,
+        found.p_value,
+    )  # fmt: skip
+
+
+def overall(
+    groups: Mapping[str, Mapping[str, Arm]], baseline: str, design: str, lent: Sequence[str],
+    weights: Mapping[str, float], rules: Rules,
+) -> Overall:  # fmt: skip
+    """The contrast over all task types with weight: types are fixed, the sources within a type are random.
+
+    Raises StatisticsError where a type has one source or a design one run.
+    """
+    kinds = [group for group in groups if group in weights]
+    lent = [name for name in lent if name not in (baseline, design)]
+    joined = {
+        name: np.concatenate([groups[kind][name].by_source for kind in kinds], axis=1)
+        for name in dict.fromkeys([baseline, design, *lent])
+    }
+    base, arm = groups[kinds[0]][baseline], groups[kinds[0]][design]
+    types = [kind for kind in kinds for _ in range(groups[kind][baseline].by_source.shape[1])]
+    pool = [joined[name] for name in lent if base.seeds == arm.seeds == groups[kinds[0]][name].seeds]
+    result = stats.crossed_overall(joined[baseline], joined[design], types, weights, pool, rules.level)
+    total = sum(weights[kind] for kind in kinds)
+    tasks = sum(len(groups[kind][baseline].tasks) for kind in kinds)
+    return Overall(
+        design, baseline, tuple((kind, weights[kind] / total) for kind in kinds),
+        _described(result, base, arm, tasks, rules),
+    )  # fmt: skip
+
+
+def corrected(
+    rows: Sequence[Row], overalls: Sequence[Overall], alpha: float
+) -> tuple[tuple[Row, ...], tuple[Overall, ...]]:
+    """Holm over the family, at each scope by itself, and the word of each verdict (withheld below `FEW_SOURCES`).
+
+    Overall contrasts belong to the family of the designs. A contrast that could not be tested keeps its place: it never
+    makes the others easier to pass.
+    """
+    untested = float("nan")
+    checkpoints = stats.holm([untested if row.p_value is None else row.p_value for row in rows])
+    p = [row.verdict.p_value if row.verdict else untested for row in rows]
+    designs = stats.holm([*p, *(found.verdict.p_value for found in overalls)]).tolist()
+    known = stats.holm([row.given.p_value if row.given else untested for row in rows]).tolist()
+    done = []
+    for row, p_checkpoints, p_designs, p_given in zip(rows, checkpoints.tolist(), designs, known, strict=False):
+        verdict, given = row.verdict, row.given
+        if verdict:
+            verdict = _worded(verdict, p_designs, alpha)
+        if given:
+            word = "better" if given.difference > 0 else "worse"
+            stands = p_given <= alpha and given.sources >= FEW_SOURCES
+            given = replace(given, p_holm=p_given, verdict=word if stands else "inconclusive")
+        p_checkpoints = None if row.p_value is None else p_checkpoints
+        done.append(replace(row, p_holm=p_checkpoints, verdict=verdict, given=given))
+    last = [
+        replace(found, verdict=_worded(found.verdict, q, alpha))
+        for found, q in zip(overalls, designs[len(rows) :], strict=True)
+    ]
+    return tuple(done), tuple(last)
+
+
+def _worded(verdict: Verdict, p_holm: float, alpha: float) -> Verdict:
+    word = "equivalent" if verdict.p_equivalence <= alpha else "inconclusive"
+    if p_holm <= alpha:
+        word = "better" if verdict.difference > 0 else "worse"
+    if verdict.sources < FEW_SOURCES:
+        word = "inconclusive"
+    return replace(verdict, p_holm=p_holm, verdict=word)
+
+
+def thin_groups(groups: Mapping[str, Mapping[str, Arm]], baseline: str) -> list[str]:
+    """What groups with too few tasks or sources cannot say, the groups of a kind together."""
+    bases = [found[baseline] for found in groups.values()]
+    alone = [base.group for base in bases if len(base.tasks) == 1]
+    sources = {base.group: len(set(base.sources)) for base in bases if len(base.tasks) > 1}
+    one = [group for group, n in sources.items() if n == 1]
+    few = [f"{b.group} ({sources[b.group]})" for b in bases
+           if 1 < sources.get(b.group, 0) < FEW_SOURCES and len(b.seeds) > 1]  # fmt: skip
+    said = []
+    if one:
+        said.append(f"{', '.join(one)}: all tasks come from one source, so there is no verdict on designs over tasks.")
+    if few:
+        said.append(
+            f"{', '.join(few)}: so few sources tell little of the spread over tasks, and p-values far below .05 come "
+            f"out too small; a verdict needs {FEW_SOURCES} sources."
+        )
+    if alone:
+        said.append(f"{', '.join(alone)}: one task leaves nothing to test over tasks, so there is no p-value.")
+    return said
+
+
+def usable_weights(
+    groups: Mapping[str, Mapping[str, Arm]],
+    designs: Sequence[str],
+    by: str,
+    weights: Mapping[str, float] | None,
+    interim: str,
+) -> tuple[dict[str, float], list[str]]:
+    """The declared weights that an overall verdict can use, none where there can be no such verdict; and why, in words.
+
+    Types are fixed, so the spread over sources must be seen within each: two sources a type, and in all as many degrees
+    of freedom as `FEW_SOURCES` sources of one type have.
+    """
+    groups = {group: found for group, found in groups.items() if found[designs[0]].unit == "task"}
+    if by != "task_type" or len(groups) < 2 or interim:
+        return {}, []
+    runs = [len(arm.seeds) for found in groups.values() for name, arm in found.items() if name in designs]
+    if min(runs) < 2:
+        return {}, []
+    if not weights:
+        return {}, ["No overall verdict: task types are fixed, so it takes weights ([type_weights] in the study file)."]
+    kept = {group: weights[group] for group in groups if group in weights}
+    said = []
+    if ignored := [name for name in weights if name not in groups]:
+        said.append(f"type_weights: no task is of type {', '.join(ignored)}.")
+    if unweighted := [group for group in groups if group not in weights]:
+        said.append(f"Without weight in the overall verdict: {', '.join(unweighted)}.")
+    arms = [groups[group][designs[0]] for group in kept]
+    sources = [arm.by_source.shape[1] for arm in arms]
+    if not arms:
+        return {}, said
+    if min(sources) < 2 or sum(sources) - len(sources) < FEW_SOURCES - 1:
+        thin = ", ".join(f"{arm.group} {n}" for arm, n in zip(arms, sources, strict=True))
+        return {}, [*said, f"No overall verdict: too few sources within the weighted types ({thin})."]
+    return kept, said

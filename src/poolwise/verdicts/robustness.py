@@ -1,0 +1,196 @@
+"""One study on several base models: what all of them say together, what each says, and whether they agree.
+
+Pooled: each run's score is averaged over the base models, seed by seed; the data order of a seed is the same on all of
+them, and runs and tasks stay the samples. A pooled verdict speaks about these base models, which are no sample. What
+each says alone is a comparison of its own, with its own family for Holm's correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poolwise.errors import StatisticsError, suggest
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from poolwise.verdicts.comparison import Comparison
+
+DRAWS = 2000
+CELL = ("design", "role", "seed", "step", "task", "task_type", "source", "split", "subset", "metric", "item_id")
+
+
+@dataclass(frozen=True)
+class OnBase:
+    """The difference of a design to the baseline on one base model, 0–1, with its 95 % interval and verdict.
+
+    `verdict` is `none` where a single run or source leaves none; the difference is then that of the checkpoints.
+    """
+
+    base: str
+    difference: float
+    ci_low: float | None
+    ci_high: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class AcrossBases:
+    """A design against the baseline on every base model.
+
+    `agreement`: `agrees` (better on all, or worse on all), `contradicts` (better on one, worse on another), `open`.
+    `same_sign`: whether all differences point one way.
+    """
+
+    group: str
+    design: str
+    baseline: str
+    on: tuple[OnBase, ...]
+    same_sign: bool
+    agreement: str
+
+
+@dataclass(frozen=True)
+class RankAgreement:
+    """Kendall's tau-b between the mean scores of the designs on two base models (1: the same ranking, −1: reversed).
+
+    The 95 % interval is a percentile bootstrap: runs of each base model by themselves, sources of tasks together.
+    """
+
+    group: str
+    base: str
+    other: str
+    designs: int
+    tau: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Whether the base models agree."""
+
+    bases: tuple[str, ...]
+    designs: tuple[AcrossBases, ...]
+    rankings: tuple[RankAgreement, ...]
+
+
+def bases(frame: pl.DataFrame) -> list[str]:
+    """The base models of a long table, in order; empty where it does not tell."""
+    if "base" not in frame.columns:
+        return []
+    return frame["base"].drop_nulls().unique(maintain_order=True).to_list()  # type: ignore[no-any-return]
+
+
+def pooled(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    """The long table with scores averaged over base models; what some of them lack is left out, references are kept."""
+    import polars as pl
+
+    key = [name for name in CELL if name in frame.columns]
+    mean = (
+        frame.filter(pl.col("base").is_in(list(names)))
+        .group_by(key, maintain_order=True)
+        .agg(pl.col("score").mean(), pl.col("base").n_unique().alias("_bases"))
+        .filter(pl.col("_bases") == len(names))
+        .drop("_bases")
+    )
+    return pl.concat([mean, frame.filter(pl.col("base").is_null()).select([*key, "score"])], how="diagonal_relaxed")
+
+
+def alone(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The rows of one base model, and those of references that have none."""
+    import polars as pl
+
+    return frame.filter((pl.col("base") == name) | pl.col("base").is_null())
+
+
+def chosen(frame: pl.DataFrame, name: str | None) -> pl.DataFrame:
+    """The rows of the one base model that is asked for. Raises StatisticsError where it is unknown, or not said."""
+    names = bases(frame)
+    if name is None and len(names) > 1:
+        raise StatisticsError(f"the scores are of several base models: choose one with --base ({', '.join(names)})")
+    if name is not None and name not in names:
+        have = ", ".join(names) or "none, as there is no column base"
+        raise StatisticsError(f"base model {name!r} has no scores; those that have: {have}{suggest(name, names)}")
+    return alone(frame, name) if name else frame
+
+
+def robustness(by_base: Sequence[tuple[str, Comparison]]) -> Robustness | None:
+    """Whether comparisons of the same designs on several base models agree; None for fewer than two."""
+    if len(by_base) < 2:
+        return None
+    first = by_base[0][1]
+    shared = [group for group in first.groups if all(group in comparison.groups for _, comparison in by_base)]
+    rows = [
+        _across(group, design, by_base)
+        for group in shared
+        for design in first.designs[1:]
+        if all(design in comparison.designs for _, comparison in by_base)
+    ]
+    rankings = [_ranking(group, *pair) for group in shared for pair in combinations(by_base, 2)]
+    return Robustness(tuple(name for name, _ in by_base), tuple(rows), tuple(rankings))
+
+
+def to_json(comparison: Comparison) -> dict[str, Any] | None:
+    """Whether the base models agree, and the comparison on each; None for a study of one."""
+    if comparison.robustness is None:
+        return None
+    each = {name: found.to_json() for name, found in comparison.by_base}
+    return {**asdict(comparison.robustness), "comparisons": each}
+
+
+def _across(group: str, design: str, by_base: Sequence[tuple[str, Comparison]]) -> AcrossBases:
+    found = []
+    for name, comparison in by_base:
+        row = comparison.row(group, design)
+        shown = row.verdict or row
+        word = row.verdict.verdict if row.verdict else "none"
+        found.append(OnBase(name, shown.difference, shown.ci_low, shown.ci_high, word))
+    words = {on.verdict for on in found}
+    agreement = "open"
+    if words in ({"better"}, {"worse"}):
+        agreement = "agrees"
+    elif {"better", "worse"} <= words:
+        agreement = "contradicts"
+    signs = {np.sign(on.difference) for on in found}
+    return AcrossBases(group, design, by_base[0][1].baseline, tuple(found), len(signs) == 1, agreement)
+
+
+def _ranking(group: str, a: tuple[str, Comparison], b: tuple[str, Comparison]) -> RankAgreement:
+    (name, one), (other, two) = a, b
+    designs = [design for design in one.designs if design in two.designs]
+    ours, theirs = ([c.arm(group, design) for design in designs] for c in (one, two))
+    sources = [source for source in dict.fromkeys(ours[0].sources) if source in theirs[0].sources]
+    x, y = (
+        np.stack([arm.by_source[:, [list(dict.fromkeys(arm.sources)).index(s) for s in sources]] for arm in arms])
+        for arms in (ours, theirs)
+    )
+    tau = kendall_tau(x.mean(axis=(1, 2)), y.mean(axis=(1, 2)))
+    random = np.random.default_rng(0)
+    drawn = np.empty(DRAWS)
+    for draw in range(DRAWS):
+        picked = random.integers(0, len(sources), len(sources))
+        means = []
+        for scores in (x, y):
+            runs = random.integers(0, scores.shape[1], scores.shape[1])
+            means.append(scores[:, runs][:, :, picked].mean(axis=(1, 2)))
+        drawn[draw] = kendall_tau(*means)
+    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
+    return RankAgreement(group, name, other, len(designs), tau, low, high)
+
+
+def kendall_tau(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Kendall's tau-b of two (n,) vectors (Kendall 1945): (concordant − discordant) / √(pairs untied in x × in y).
+
+    0 where all values of a vector are tied, which leaves no ranking to compare.
+    """
+    rows, columns = np.triu_indices(len(x), 1)
+    a, b = np.sign(x[rows] - x[columns]), np.sign(y[rows] - y[columns])
+    untied = np.sqrt(float(np.count_nonzero(a)) * np.count_nonzero(b))
+    return float((a * b).sum() / untied) if untied else 0.0
