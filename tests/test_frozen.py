@@ -145,12 +145,12 @@ def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run_trial(trial, prepared, folder)
         work.append(json.loads((folder / score_files.WORK).read_text()))
     assert 32 < work[0]["frozen_computed"] <= 48 + 32  # training texts, and evaluation texts at the first of two steps
-    assert work[0]["frozen_asked"] == 48 + 2 * 32
+    assert work[0]["frozen_asked"] >= 48 + 2 * 32  # and those that show where the head looks
     assert work[1]["frozen_computed"] == 0  # the second run differs in its first weights and the order
-    assert work[1]["frozen_asked"] == 48 + 2 * 32
+    assert work[1]["frozen_asked"] == work[0]["frozen_asked"]
     assert work[0]["asked"] == 2 * 40
     assert work[0]["encoded"] == 2 * 32
     words = shared_work(study)
     assert words is not None
-    assert f"ran on {work[0]['frozen_computed']} of the 224" in words
+    assert f"ran on {work[0]['frozen_computed']} of the {2 * work[0]['frozen_asked']}" in words
     assert torch.is_grad_enabled()

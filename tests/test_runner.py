@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -174,12 +175,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 def snapshot(folder: Path) -> dict[str, int]:
     """When each file was written."""
     found = {}
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
+    for name, _, files in os.walk(folder):  # not rglob, which fails on a folder that the watched run has just removed
+        for path in (Path(name) / file for file in files):
+            with contextlib.suppress(FileNotFoundError):
                 found[str(path.relative_to(folder))] = path.stat().st_mtime_ns
-        except FileNotFoundError:  # the run that is watched has just removed it
-            continue
     return found
 
 

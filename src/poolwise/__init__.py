@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _WHERE = {  # imported on first use: torch and mteb cost seconds
     "Design": "study",
-    "Pooling": "heads",
+    "FastEncoder": "encoding",
+    "Pooling": "poolings.heads",
     "PoolwiseError": "errors",
     "Recipe": "study",
     "Study": "study",
     "build": "encoder",
-    "check": "preview",
+    "check": "running.preview",
     "compare": "api",
     "evaluate": "api",
     "export": "exporting",
@@ -44,6 +45,7 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
 }
 __all__ = [
     "Design",
+    "FastEncoder",
     "Pooling",
     "PoolwiseError",
     "Recipe",

@@ -177,9 +177,10 @@ def show_check(found: dict[str, Any]) -> None:
         markup=False,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("design", "attention", "pooling", f"differs from {found['baseline']} in"):
-        table.add_column(name, overflow="fold")
-    for name in ("trainable", "of it head", "base FLOPs/32 tok", "head FLOPs", "head share"):
+    for name in ("design", "attention", "pooling"):
+        table.add_column(name, overflow="fold", min_width=min(32, max(len(row[name]) for row in found["designs"])))
+    table.add_column(f"differs from {found['baseline']} in", overflow="fold", min_width=18)
+    for name in ("trainable", "of it head", "FLOPs/32 tok", "of it head"):
         table.add_column(name, justify="right")
     for row in found["designs"]:
         differs = row["differs_in"]
@@ -189,8 +190,9 @@ def show_check(found: dict[str, Any]) -> None:
         name = f"{row['design']} on {row['base']}" if on else row["design"]
         table.add_row(
             Text(name), row["attention"], row["pooling"], factors,
-            amount(row["trainable_parameters"]), amount(row["head_parameters"]), amount(row["base_flops_32"]),
-            amount(row["head_flops_32"]), f"{row['head_flops_32'] / row['base_flops_32']:.1%}",
+            amount(row["trainable_parameters"]), amount(row["head_parameters"]),
+            amount(row["base_flops_32"] + row["head_flops_32"]),
+            f"{row['head_flops_32'] / (row['base_flops_32'] + row['head_flops_32']):.1%}",
         )  # fmt: skip
     console.print(table)
     trials = found["trials"]
@@ -221,6 +223,13 @@ def show_check(found: dict[str, Any]) -> None:
                 f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
             )  # fmt: skip
         console.print(table)
+    if planted := found["mechanisms"]:
+        items = ", ".join(f"{group['mechanism']} {group['items']}" for group in planted)
+        console.print(
+            f"built-in tasks are compared by mechanism, over {count(len(found['seeds']), 'seed')} × items: {items} "
+            f"items; Holm over {count(found['contrasts'], 'contrast')}",
+            markup=False,
+        )
     for note in found["data"]:
         console.print(f"data: {note}", style="dim", markup=False)
     for warning in found["warnings"]:

@@ -28,6 +28,12 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+def item_count(name: str, kind: str) -> int:
+    """Items of one task: pairs, meanings asked for, test examples or sets (`poolwise.verdicts.mechanism_items`)."""
+    sizes = SIZES[name][kind]
+    return sizes[0] * sizes[1] if kind == "retrieval" else sizes[-1]
+
+
 def records(name: str, kind: str) -> dict[str, list[dict[str, Any]]]:
     """The records of one task in the layout of `poolwise.reading.folders.TaskData`."""
     forms: dict[str, Callable[..., dict[str, list[dict[str, Any]]]]] = {

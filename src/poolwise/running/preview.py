@@ -8,6 +8,8 @@ from typing import Any
 
 from poolwise.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
 from poolwise.data import load_pairs
+from poolwise.demo import PREFIX as DEMO_TASKS
+from poolwise.demo.forms import item_count
 from poolwise.designs import AUTO, read_tokens
 from poolwise.pooling import resolve_args
 from poolwise.reading.batches import effective_negatives, plan
@@ -79,9 +81,10 @@ def check(study: Study) -> dict[str, Any]:
 
     Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, parameters, FLOPs), `trials`,
     `effective_negatives`, `tasks` by type with the smallest two-sided p that a Wilcoxon test over them can reach,
-    before and after Holm's first step, `training_flops` of all trainings together (texts of `TRAINED_LENGTH` tokens;
-    evaluation not counted), `tuning` (what `[tuning]` adds to them), `grid` (what the grid did not make, a line each),
-    `data` (what was counted in the training pairs) and `warnings`. Training pairs on the Hub are left to the run.
+    before and after Holm's first step, `mechanisms` (the built-in tasks: their unit is the mechanism, over seeds ×
+    items, so that no test over tasks speaks of them), `training_flops` of all trainings together (texts of
+    `TRAINED_LENGTH` tokens; evaluation not counted), `tuning` (what `[tuning]` adds to them), `grid` (what the grid did
+    not make, a line each), `data` (what was counted in the training pairs) and `warnings`. Training pairs on the Hub are left to the run.
 
     Raises ModelError (AttentionError where the base ignores a design's mode), DataError, TaskError or StudyError.
     """
@@ -100,8 +103,10 @@ def check(study: Study) -> dict[str, Any]:
     for row in designs:
         row["differs_in"] = study.design(row["design"]).differs_from(baseline)
     tasks = resolve_tasks(study.tasks, study.base_dir)
+    planted = _mechanisms([task.name for task in tasks if task.name.startswith(DEMO_TASKS)])
+    tasks = [task for task in tasks if not task.name.startswith(DEMO_TASKS)]
     types = Counter(task.task_type for task in tasks)
-    contrasts = (len(study.designs) - 1) * max(1, len(types))
+    contrasts = (len(study.designs) - 1) * max(1, len(types) + len(planted))
     groups = [
         {
             "task_type": kind,
@@ -136,9 +141,22 @@ def check(study: Study) -> dict[str, Any]:
         "effective_negatives": effective_negatives(study.recipe),
         "contrasts": contrasts,
         "tasks": groups,
+        "mechanisms": planted,
         "data": _data(study, [base["path"] for base in bases]),
         "warnings": untried + list(dict.fromkeys(_warnings(study, designs, groups))),
     }
+
+
+def _mechanisms(names: list[str]) -> list[dict[str, Any]]:
+    """Built-in tasks by what they plant: tasks and items, the units that a verdict averages over."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        mechanism, _, kind = name.removeprefix(DEMO_TASKS).rpartition("-")
+        kinds.setdefault(mechanism, []).append(kind)
+    return [
+        {"mechanism": mechanism, "tasks": len(found), "items": sum(item_count(mechanism, kind) for kind in found)}
+        for mechanism, found in kinds.items()
+    ]
 
 
 def _tuning(study: Study, designs: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -188,18 +206,21 @@ def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str
         warnings.append("No tasks: the designs are trained but not scored.")
     if study.controls and any(seed >= AA_SEEDS for seed in study.seeds):
         warnings.append(f"Seeds from {AA_SEEDS} on are used by the A/A arm.")
+    crowded: dict[str, list[str]] = {}
     for row in designs:
         share = row["head_flops_32"] / row["base_flops_32"]
         design = study.design(row["design"])
         if share > HEAD_SHARE and design.pooling_args.get("latents", AUTO) == AUTO:
             who = f"{row['design']} on {row['base']}" if len(study.bases) > 1 else row["design"]
             head = "even 4 latents cost" if design.factors().get("latents") == AUTO else f"{design.pooling} costs"
-            warnings.append(f"{who}: this base is so small that {head} {share:.1%} of its FLOPs.")
-    for group in groups:
-        if group["min_reachable_p_holm"] > 0.05 and len(study.designs) > 1:
-            warnings.append(
-                f"{group['task_type']}: with {group['tasks']} task(s) and {len(study.designs) - 1} contrast(s) in "
-                f"{len(groups)} group(s), a Wilcoxon test over tasks cannot reach .05 after Holm "
-                f"(at best {group['min_reachable_p_holm']:.3f})."
-            )
+            crowded.setdefault(f"{head} {share:.1%}", []).append(who)
+    for costs, who in crowded.items():
+        warnings.append(f"{', '.join(who)}: this base is so small that {costs} of its FLOPs.")
+    thin = [group for group in groups if group["min_reachable_p_holm"] > 0.05]
+    if thin and len(study.designs) > 1:
+        warnings.append(
+            "A Wilcoxon test over tasks cannot reach .05 after Holm on "
+            + ", ".join(f"{group['task_type']} (at best {group['min_reachable_p_holm']:.3f})" for group in thin)
+            + ": too few tasks for so many contrasts."
+        )
     return warnings
