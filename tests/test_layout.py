@@ -17,18 +17,19 @@ WHOLE = {"stats", "demo"}
 FLOORS = [
     "errors designs mistakes own recipe design grid tuning study results score_files rows long_table arms",
     "factor_levels factorial robustness recommendation origins budgets single_runs contrasts comparison looks",
-    "item_sets paired stats rungs mechanism_items control_arms",
+    "item_sets paired stats rungs mechanism_items control_arms texts",
     "hub terminal attention layers masks packing layouts folding heads controls latent layer_poolings pooling testing",
     "inputs cost sources data batches folders in_memory tasks references tables wording plots pareto ranks_report",
-    "side_report layers_report controls_report factors_report robustness_report tuning_report probing_report reports",
+    "side_report layers_report controls_report factors_report robustness_report tuning_report probing_report",
+    "summary brief reports",
     "base backbone frozen encoder prefix last_layer encoding adapters",
     "checkpoint",
-    "train inside probing evaluation items exporting ladder",
-    "preflight preparation trial layer_view engines runner search beside study_costs preview api starters demo",
+    "train inside probing evaluation items exporting ladder bulk",
+    "preflight preparation trial layer_view engines runner search beside study_costs preview api starters demo serving",
     "screen cli",
 ]
 """File -> floor, the lowest first; lines that belong to one floor are listed in `SAME`."""
-SAME = {0: range(3), 1: range(3, 6), 2: [6], 3: [7], 4: [8], 5: [9], 6: [10]}
+SAME = {0: range(3), 1: range(3, 7), 2: [7], 3: [8], 4: [9], 5: [10], 6: [11]}
 FLOOR = {name: floor for floor, lines in SAME.items() for line in lines for name in FLOORS[line].split()}
 HEAVY = {"torch", "mteb", "transformers", "sentence_transformers", "peft", "datasets", "polars", "matplotlib", "pandas"}
 LAZY = {("data", "demo"), ("sources", "demo"), ("tasks", "demo"), ("base", "demo"), ("checkpoint", "exporting")}

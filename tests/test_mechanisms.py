@@ -179,7 +179,7 @@ def test_no_claim_about_task_types_or_overall(by: str, frame: pl.DataFrame, tmp_
     answers = (tmp_path / "report.md").read_text().split("### Scores on each task")[0]
     assert not TYPES.search(answers)
     assert not TYPES.search(json.dumps([found.to_json()[key] for key in ("comparisons", "verdicts", "notes")]))
-    assert "8 on 2 mechanisms" in opening({}, compare(frame, "m1", controls=["m1-aa", "broken"]))
+    assert "8 tasks on 2 mechanisms" in opening({}, compare(frame, "m1", controls=["m1-aa", "broken"]))
 
 
 def test_other_tasks_keep_their_types(frame: pl.DataFrame) -> None:

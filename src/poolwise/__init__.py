@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from poolwise.errors import PoolwiseError
     from poolwise.exporting import export
     from poolwise.poolings.heads import Pooling
+    from poolwise.running.bulk import encode
     from poolwise.running.preview import check
     from poolwise.study import Design, Recipe, Study
 
@@ -37,6 +38,7 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
     "build": "encoder",
     "check": "running.preview",
     "compare": "api",
+    "encode": "running.bulk",
     "evaluate": "api",
     "export": "exporting",
     "load": "checkpoint",
@@ -53,6 +55,7 @@ __all__ = [
     "build",
     "check",
     "compare",
+    "encode",
     "evaluate",
     "export",
     "load",

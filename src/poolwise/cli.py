@@ -213,6 +213,43 @@ def export(
 
 
 @app.command()
+def encode(
+    model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
+    texts: Annotated[Path, typer.Argument(help="A .txt, one text a line; a .jsonl, .csv, .tsv or .parquet.")],
+    to: Annotated[Path, typer.Option(help="NumPy file to write, such as vectors.npy.")],
+    prompt: Annotated[str | None, typer.Option(help="Text put before each; none by default.")] = None,
+    query: Annotated[
+        bool | None, typer.Option("--query/--document", help="The model's own prompt for queries; or --document.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
+) -> None:
+    """Encode a file of texts into a NumPy file, a row for each, in their order."""
+    _quiet()
+    from poolwise.running.bulk import encode_file
+    from poolwise.screen import stdout_to_stderr
+
+    side = {True: "query", False: "document", None: None}[query]
+    with stdout_to_stderr():
+        path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, say=_say)
+    print(path)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anything but this machine needs a proxy.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
+) -> None:
+    """Serve a model's embeddings over HTTP, in the form of OpenAI's /v1/embeddings."""
+    _quiet()
+    from poolwise.serving import serve as serve_forever
+
+    serve_forever(model, host, port, say=_say)
+
+
+@app.command()
 def layers(
     run: Annotated[str, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")],
     design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
@@ -238,19 +275,21 @@ def demo(
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
     from poolwise.running.starters import demo_study
-    from poolwise.screen import run_with_grid, show_predictions
+    from poolwise.screen import run_with_grid
 
     loaded = demo_study(to, quick=quick)
     failed = run_with_grid(loaded, 0, (1, 1))
     if failed:
         raise typer.Exit(1)
     from poolwise.api import compare as run_comparison
+    from poolwise.api import mean_costs, study_info
     from poolwise.api import report as write_report
-    from poolwise.reporting.reports import show
+    from poolwise.reporting.brief import show_end
+    from poolwise.reporting.reports import opening
 
-    found = run_comparison(loaded)
-    show(found)
-    show_predictions(found)
+    found, info = run_comparison(loaded), study_info(loaded)
+    info["base_parameters"] = mean_costs(loaded)[0]["base_parameters"]
+    show_end(opening(info, found), found, info["predictions"])
     for path in write_report(loaded, out=to):
         print(path)
 
@@ -279,6 +318,10 @@ def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources: give one, or TREC runs with their judgements (--qrels FILE)")
     return sources[0]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

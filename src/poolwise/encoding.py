@@ -140,10 +140,11 @@ class FastEncoder:
         width = self.encoder.get_embedding_dimension() or 0
         return np.stack(answer) if answer else np.zeros((0, width), np.float32)
 
-    def stream(self, texts: Iterable[str], prompt: str = "") -> Iterator[np.ndarray]:
-        """Embeddings of any number of texts, a window (n, D) at a time, in order; the next is tokenised meanwhile."""
+    def stream(self, texts: Iterable[str], prompt: str = "", total: int | None = None) -> Iterator[np.ndarray]:
+        """Embeddings of any number of texts, a window (n, D) at a time, in order; the next is tokenised meanwhile.
+        `total`: how many there are, where `texts` cannot tell; a long job is compiled."""
         waiting = iter(texts)
-        total = len(texts) if isinstance(texts, Sequence) else None
+        total = len(texts) if isinstance(texts, Sequence) else total
         done, started = 0, time.perf_counter()
         with ThreadPoolExecutor(1) as ahead:
 

@@ -5,11 +5,12 @@ Whatever comes in ends as the validated long table of `long_table.py`; every mis
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from poolwise.errors import DataError, suggest
 from poolwise.verdicts.long_table import NOT_IN_RUN, REQUIRED, main_scores, table, validate
@@ -17,7 +18,7 @@ from poolwise.verdicts.long_table import NOT_IN_RUN, REQUIRED, main_scores, tabl
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["main_scores", "read", "read_mteb", "read_trec", "table", "validate", "write", "write_atomic"]
+__all__ = ["main_scores", "open_atomic", "read", "read_mteb", "read_trec", "table", "validate", "write", "write_atomic"]
 
 
 def read(path: str | Path) -> pl.DataFrame:
@@ -236,10 +237,19 @@ def write(frame: pl.DataFrame, path: str | Path) -> Path:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a file under a temporary name beside it, flush it to disk and rename it: never half a file.
+    """Write a file whole or not at all, as `open_atomic` does."""
+    with open_atomic(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name beside `path`; at the end it is flushed to disk and renamed. Whatever
+    stops it, Ctrl-C included, leaves nothing behind and the old file as it was.
 
     Raises:
-        DataError: the disk is full or the folder cannot be written; nothing is left behind.
+        DataError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
     temporary = None
@@ -247,7 +257,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
@@ -255,8 +265,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         advice = "free some space or choose another folder"
         raise DataError(f"{path}: cannot be written ({error.strerror}); {advice}") from error
-    return path
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -21,11 +21,8 @@ from poolwise.results import write_atomic
 from poolwise.running.engines import Event
 from poolwise.running.runner import run, shared_work
 from poolwise.study import Study
-from poolwise.terminal import terminal
+from poolwise.terminal import PIPE_WIDTH, terminal
 from poolwise.verdicts.paired import Paired
-
-if TYPE_CHECKING:
-    from poolwise.verdicts.comparison import Comparison
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -178,9 +175,10 @@ def show_check(found: dict[str, Any]) -> None:
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("design", "attention", "pooling"):
-        table.add_column(name, overflow="fold", min_width=min(32, max(len(row[name]) for row in found["designs"])))
-    table.add_column(f"differs from {found['baseline']} in", overflow="fold", min_width=18)
-    for name in ("trainable", "of it head", "FLOPs/32 tok", "of it head"):
+        longest = max(len(row[name]) for row in found["designs"])
+        table.add_column(name, overflow="fold", min_width=min(36, longest) if console.width >= PIPE_WIDTH else None)
+    table.add_column(f"differs from {found['baseline']} in", overflow="fold")
+    for name in ("trainable", "of it head", "FLOPs", "of it head"):
         table.add_column(name, justify="right")
     for row in found["designs"]:
         differs = row["differs_in"]
@@ -202,7 +200,10 @@ def show_check(found: dict[str, Any]) -> None:
         f"other reference rows; results in {found['folder']}",
         markup=False,
     )
-    console.print(f"about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text", markup=False)
+    console.print(
+        f"FLOPs: forward pass of 32 tokens; about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text",
+        markup=False,
+    )
     if tuning := found["tuning"]:
         console.print(
             f"tuning: {tuning['searched']} more trainings on {', '.join(tuning['tasks'])} "
@@ -265,17 +266,6 @@ def show_paired(lines: Sequence[Paired]) -> None:
     for line in lines:
         said = f"{line.design}, {line.test}: {line.scope}."
         console.print(Text(f"{said} {line.note}." if line.note else said, style="dim"))
-
-
-def show_predictions(comparison: Comparison) -> None:
-    """What was predicted of each planted mechanism and what came out, a line each."""
-    from poolwise.demo import predictions
-    from poolwise.reporting.controls_report import predicted
-
-    console = terminal()
-    console.print()
-    for mechanism, said in predicted(comparison, predictions()).items():
-        console.print(Text.assemble((f"{mechanism}: ", "bold"), said))
 
 
 def show_layers(found: dict[str, Any], page: Path) -> None:

@@ -46,11 +46,13 @@ def predictions() -> dict[str, Any]:
 
     The package holds a copy of `studies/predictions.toml`.
 
-    Returns `sha256` of the file, `written` (a date as text), `mechanisms`: name -> favoured, over, bag_of_words, why.
+    Returns `sha256` of the file, `written` (a date as text), `mechanisms`: name -> favoured, over, bag_of_words, why,
+    and what it `plants`, in a few words.
     """
     content = (Path(__file__).parent / "predictions.toml").read_bytes()
     said = tomllib.loads(content.decode())
     written = said.pop("written")
+    said = {name: {**favours, "plants": MECHANISMS[name].plants} for name, favours in said.items()}
     return {"sha256": hashlib.sha256(content).hexdigest(), "written": written.isoformat(), "mechanisms": said}
 
 

@@ -18,6 +18,37 @@ def sentences(comparison: Comparison) -> list[str]:
     return [*_bands(comparison), *_broken(comparison), *_ladder(comparison)]
 
 
+def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
+    """What the controls say against the study: an A/A arm that differs, a broken arm that nobody notices.
+
+    Args:
+        roles: `aa` or `broken` for those of `comparison.control_designs`; other roles raise no alarm.
+    """
+    said = []
+    for design in comparison.control_designs:
+        rows = [
+            row for row in comparison.control_rows if row.design == design and (row.verdict or row.p_value is not None)
+        ]
+        shown = [row.verdict or row for row in rows]
+        p = stats.holm([1.0 if found.p_value is None else found.p_value for found in shown]).tolist()
+        told = [(row.group, q, found) for row, q, found in zip(rows, p, shown, strict=True) if q <= comparison.alpha]
+        for band in noise_bands(comparison, [design]) if roles.get(design) == "aa" else ():
+            if band.differs:
+                where = listing(
+                    [f"{group_words(g)} (Holm p {probability(q)})" for g, q in band.p_holm if g in band.differs]
+                )
+                said.append(
+                    f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design "
+                    "under other seeds. Something besides the design is at work: read every claim here as exploratory."
+                )
+        if roles.get(design) == "broken" and rows and not any(found.difference < 0 for _, _, found in told):
+            said.append(
+                f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not "
+                "notice a design that does not work."
+            )
+    return said
+
+
 def _bands(comparison: Comparison) -> list[str]:
     said = []
     for band in noise_bands(comparison):
@@ -67,7 +98,7 @@ def _ladder(comparison: Comparison) -> list[str]:
             f"Dilution ladder: the smallest loss that this study's own test calls one, in points: {listing(seen)}."
         )
     if unseen:
-        said.append(f"Dilution ladder: the largest loss tried is not seen, in points: {listing(unseen)}.")
+        said.append(f"Dilution ladder: the largest loss tried is too small to be seen, in points: {listing(unseen)}.")
     verdicts = [row.verdict for row in comparison.rows if row.verdict]
     if not seen and verdicts:
         found_from = sorted(verdict.detectable for verdict in verdicts)

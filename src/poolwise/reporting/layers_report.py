@@ -40,6 +40,12 @@ def _cell(runs: Mapping[int, Sequence[float]], layer: int) -> str:
     return f"{number(mean, 1)} ±{number(sd, 1)}"
 
 
+def most(found: Found) -> str:
+    """The largest share of one layer in one run, in percent: the strongest colour of the heat map."""
+    shares = [weight for runs in found.values() for weights in runs.values() for weight in weights]
+    return f"{100 * max(shares, default=0):.0f}"
+
+
 def panel(found: Found) -> list[plots.Panel]:
     """A row for each run of each design, a cell for each layer: the stronger its colour, the more attention."""
     if not found:

@@ -24,11 +24,14 @@ from poolwise.reporting import (
     tables,
     tuning_report,
 )
-from poolwise.reporting.wording import advice, alarms, count, group_words, headline, listing, outcome, points, sentences
+from poolwise.reporting.brief import print_table
+from poolwise.reporting.summary import designs, recommended, summary
+from poolwise.reporting.wording import advice, count, group_words, headline, listing, outcome, points, sentences
 from poolwise.results import write_atomic
 from poolwise.stats import TWO_LOOK_ALPHA
 from poolwise.terminal import terminal
 from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.control_arms import unsound
 
 if TYPE_CHECKING:
     import polars as pl
@@ -70,38 +73,20 @@ def show(
     console = console or terminal()
     comparison, priced = _priced(comparison, costs)
 
-    def line(*parts: str | tuple[str, str]) -> None:
-        console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
-
-    for warning in (comparison.interim, comparison.exploratory, comparison.banner):
-        if warning:
-            console.print(Text(warning, style="bold yellow"))
+    for warning in (*warnings(comparison), *controls_report.alarms(comparison, dict(comparison.roles))):
+        console.print(Text(warning, style="bold yellow"))
     if comparison.plan:
         console.print(Text(comparison.plan))
+    if answer := summary(comparison):
+        console.print(Text(answer, style="bold"))
     for overall in comparison.overall:
         console.print(Text(side_report.overall_sentence(comparison, overall)))
     for group in comparison.groups:
         console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
-    for found in comparison.recommendations:
+    for found in recommended(comparison):
         console.print(Text.assemble((f"{found.group}: ", "bold"), advice(comparison, found)))
     for table in _tables(comparison, priced):
-        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-        words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
-
-        def cells(row: Sequence[str], widths: list[int] = widths, words: list[bool] = words) -> str:
-            padded = zip(row, widths, words, strict=True)
-            return "  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in padded).rstrip()
-
-        line()
-        line((table.title, "bold"))
-        line((cells(table.columns), "dim"))
-        for heading, rows in table.sections:
-            if heading:
-                line((heading, "italic"))
-            for row in rows:
-                line(cells(row))
-        if table.note:
-            console.print(Text(table.note, style="dim"))
+        print_table(console, table)
     reports = (tuning_report, robustness_report, controls_report)
     for said in (text for module in reports for text in module.sentences(comparison)):
         console.print(said, highlight=False, markup=False)
@@ -152,20 +137,29 @@ def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
         named += f", {tables.magnitude(size)} parameters"
     runs = sorted(set(comparison.seeds.values()))
     seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
-    tasks = count(len(comparison.tasks), "task")
-    kinds = count(len(comparison.groups), "group") if comparison.by != "task_type" else _types(comparison)
+    tasks = f"{count(len(comparison.tasks), 'task')} ({count(len(comparison.groups), 'group')})"
+    if comparison.by == "task_type":
+        tasks = _types(comparison)
     designs = count(len(comparison.designs), "design")
-    return f"{named}; {designs}, {seeds}, {tasks} ({kinds}); baseline {comparison.baseline}."
+    return f"{named}; {designs}, {seeds}, {tasks}; baseline {comparison.baseline}."
 
 
 def _types(comparison: Comparison) -> str:
     types = [group for group in comparison.groups if not comparison.of_items(group)]
     sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in types]
+    if not types:
+        return f"{count(len(comparison.tasks), 'task')} on {count(len(comparison.groups), 'mechanism')}"
     if planted := len(comparison.groups) - len(types):
         sizes.append(
             f"{len(comparison.tasks) - sum(int(size.split()[0]) for size in sizes)} on {count(planted, 'mechanism')}"
         )
-    return listing(sizes)
+    return f"{count(len(comparison.tasks), 'task')} ({listing(sizes)})"
+
+
+def warnings(comparison: Comparison) -> list[str]:
+    """What stands above everything; an A/A arm that makes all exploratory has its own words (`alarms`)."""
+    exploratory = "" if comparison.exploratory == unsound(comparison) else comparison.exploratory
+    return [text for text in (comparison.interim, exploratory, comparison.banner) if text]
 
 
 def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
@@ -186,11 +180,17 @@ def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
     looked = "The study was looked at twice, each time at .03. " if comparison.alpha == TWO_LOOK_ALPHA else ""
     if comparison.exploratory:
         looked += "The verdicts are exploratory. "
+    planted = [comparison.of_items(group) for group in comparison.groups]
+    units = "items of each mechanism" if all(planted) else "tasks"
+    averaged = "" if all(planted) else ", tasks of one source averaged first"
+    if any(planted) and not all(planted):
+        units += ", on built-in mechanisms random items"
+    checkpoints = "" if all(planted) else f" Checkpoints were compared by {wilcoxon}."
     return (
-        f"{start} Differences between designs were estimated over random runs and random tasks (crossed random "
-        "effects, null distribution by parametric bootstrap at the truncated variance estimates, tasks of one source "
-        f"averaged first), with {family}; equivalence was tested by two one-sided tests within "
-        f"±{points(comparison.margin, 1)} points. Checkpoints were compared by {wilcoxon}. {looked}{CLAIM}"
+        f"{start} Differences between designs were estimated over random runs and random {units} (crossed random "
+        f"effects, null distribution by parametric bootstrap at the truncated variance estimates{averaged}), with "
+        f"{family}; equivalence was tested by two one-sided tests within ±{points(comparison.margin, 1)} points."
+        f"{checkpoints} {looked}{CLAIM}"
     )
 
 
@@ -210,8 +210,9 @@ def _facts(
     fronts, factors = pareto.fronts(comparison, priced), comparison.factorial
     said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
     answers = []
-    choices = {choice.group: advice(comparison, choice) for choice in comparison.recommendations}
-    choices |= controls_report.predicted(comparison, info.get("predictions"))
+    choices = {choice.group: advice(comparison, choice) for choice in recommended(comparison)}
+    predictions = info.get("predictions")
+    choices |= controls_report.predicted(comparison, predictions)
     for group in comparison.groups:
         members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
         found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
@@ -236,6 +237,11 @@ def _facts(
         "opening": opening(info, comparison),
         "comparison": comparison,
         "answers": answers,
+        "summary": summary(comparison, predictions),
+        "designs": designs(comparison),
+        "warnings": warnings(comparison),
+        "many": tables.MANY_GROUPS,
+        "plants": {group: said.get("plants", "") for group, said in (predictions or {}).get("mechanisms", {}).items()},
         "claim": CLAIM,
         "overall_words": [side_report.overall_sentence(comparison, found) for found in comparison.overall],
         "overall_answer": side_report.overall_answer(comparison),
@@ -248,6 +254,7 @@ def _facts(
         "budget_notes": _budget_notes(comparison),
         "layer_table": layers_report.table(layers.get("runs", {}), layers.get("texts", 0)),
         "layer_panels": layers_report.panel(layers.get("runs", {})),
+        "layer_most": layers_report.most(layers.get("runs", {})),
         "means": tables.means(comparison),
         "verdicts": tables.verdicts(comparison),
         "checkpoints": tables.checkpoints(comparison),
@@ -258,8 +265,8 @@ def _facts(
         "controls": tables.controls(comparison, roles),
         "control_words": controls_report.sentences(comparison),
         "ladder": controls_report.ladder_table(comparison),
-        "predictions": controls_report.predictions_table(comparison, info.get("predictions")),
-        "alarms": alarms(comparison, roles),
+        "predictions": controls_report.predictions_table(comparison, predictions),
+        "alarms": controls_report.alarms(comparison, roles),
         "tasks": tables.tasks(frame, comparison),
         "recipe": tables.recipe(info),
         "versions": tables.Table("Versions", ("What", "Which"), (("", tuple(versions)),), text=2) if versions else None,

@@ -13,6 +13,7 @@ from poolwise.reporting.wording import (
     inner_percent,
     interval,
     number,
+    opened,
     outcome,
     outcomes,
     points,
@@ -79,7 +80,9 @@ def overall_answer(comparison: Comparison) -> tuple[str, str] | None:
     ordered = sorted(comparison.overall, key=lambda found: -abs(found.verdict.difference))
     words = outcomes(comparison, [(found.design, found.verdict.verdict) for found in ordered])
     weights = ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in ordered[0].weights)
-    return f"{'Exploratory: ' if comparison.exploratory else ''}{words}.", f"By the declared weights: {weights}."
+    return opened(
+        f"{'Exploratory: ' if comparison.exploratory else ''}{words}."
+    ), f"By the declared weights: {weights}."
 
 
 def overall_sentence(comparison: Comparison, found: Overall) -> str:

@@ -40,6 +40,7 @@ COST_COLUMNS = {  # key of a cost row -> heading; others are left out
     "encode_seconds": "Encode, s",
     "train_seconds": "Train, s",
 }
+MANY_GROUPS = 6  # of more groups than this, means stand a row a group and pictures are folded
 ENCODE_TOKENS = 128  # length of the text whose encoding is priced
 ROLES = {
     "aa": "A/A arm: the baseline again, other seeds; must not differ",
@@ -70,7 +71,7 @@ def means(comparison: Comparison) -> Table:
     """Mean score of each design by group, with the sd of its runs."""
     rows = []
     for design in comparison.designs:
-        cells = [design]
+        cells = []
         for group in comparison.groups:
             arm = comparison.arm(group, design)
             runs = [float(value) for value in arm.run_means]
@@ -78,7 +79,7 @@ def means(comparison: Comparison) -> Table:
             mark = "" if not starred else MARKS[outcome(comparison, comparison.row(group, design))]
             spread = f" ±{points(statistics.stdev(runs))}" if len(runs) > 1 else ""
             cells.append(f"{mark} {points(arm.mean)}{spread}".strip())
-        rows.append(tuple(cells))
+        rows.append(cells)
     scope = "" if comparison.scope == "designs" else " (checkpoints only)"
     note = "Mean over tasks, ×100; ± is the sd of the runs."
     if not comparison.exploratory and not comparison.interim:
@@ -89,7 +90,11 @@ def means(comparison: Comparison) -> Table:
     heads = [
         f"{group} ({len(comparison.arm(group, comparison.baseline).whole().tasks)})" for group in comparison.groups
     ]
-    return Table("Mean scores", ("Design", *heads), (("", tuple(rows)),), note)
+    if len(heads) > max(MANY_GROUPS, len(rows)):  # a row a group: a page is wide enough for designs
+        body = tuple((head, *cells) for head, *cells in zip(heads, *rows, strict=True))
+        return Table("Mean scores", ("Tasks", *comparison.designs), (("", body),), note)
+    body = tuple((design, *cells) for design, cells in zip(comparison.designs, rows, strict=True))
+    return Table("Mean scores", ("Design", *heads), (("", body),), note)
 
 
 def verdicts(comparison: Comparison) -> Table | None:

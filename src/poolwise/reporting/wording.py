@@ -10,9 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from poolwise import stats
 from poolwise.verdicts.comparison import Comparison, Given, Row, Verdict
-from poolwise.verdicts.control_arms import noise_bands
 from poolwise.verdicts.recommendation import BASELINE, BETTER, Recommendation
 
 MTEB_TYPES = (
@@ -101,12 +99,17 @@ def headline(comparison: Comparison, group: str) -> str:
     found = [(row.design, outcome(comparison, row)) for row in rows]
     parts = outcomes(comparison, found)
     scope = "" if any(row.verdict for row in rows) else "Checkpoints only: "
-    return f"{'Exploratory: ' if comparison.exploratory else ''}{scope}{parts}."
+    return opened(f"{'Exploratory: ' if comparison.exploratory else ''}{scope}{parts}.")
+
+
+def opened(sentence: str) -> str:
+    """A sentence with a capital where it begins with a word of its own, and not with the name of a design."""
+    return re.sub("^no design", "No design", sentence)
 
 
 def outcomes(comparison: Comparison, found: Sequence[tuple[str, str]]) -> str:
     """`m4 scores above m1; m2 and m3 are inconclusive`, from (design, word), the largest difference first."""
-    base, parts = comparison.baseline, []
+    base, parts = comparison.baseline, list[str]()
     for word, one, many in (
         ("better", f"scores above {base}", f"score above {base}"),
         ("worse", f"scores below {base}", f"score below {base}"),
@@ -116,7 +119,12 @@ def outcomes(comparison: Comparison, found: Sequence[tuple[str, str]]) -> str:
         chosen = [design for design, said in found if said == word]
         if word not in ("better", "worse"):
             chosen.sort(key=comparison.designs.index)
-        if chosen:
+        elif len(chosen) > 8:  # the largest differences stand for them
+            chosen = [*chosen[:3], f"{len(chosen) - 3} others"]
+        if word == "inconclusive" and len(chosen) > 2:
+            alone = f"no design is shown to differ from {base}: all {len(chosen)}"
+            parts.append(f"{f'the other {len(chosen)}' if parts else alone} are inconclusive")
+        elif chosen:
             parts.append(f"{listing(chosen)} {one if len(chosen) == 1 else many}")
     return "; ".join(parts)
 
@@ -165,37 +173,6 @@ def sentences(
     tail = "".join(f"; {word} {name}" for word, name in (("recipe", recipe), ("base", base)) if name)
     priced = list(costs or ())
     return [_sentence(comparison, row, tail, priced) for row in comparison.rows]
-
-
-def alarms(comparison: Comparison, roles: Mapping[str, str]) -> list[str]:
-    """What the controls say against the study: an A/A arm that differs, a broken arm that nobody notices.
-
-    Args:
-        roles: `aa` or `broken` for those of `comparison.control_designs`; other roles raise no alarm.
-    """
-    said = []
-    for design in comparison.control_designs:
-        rows = [
-            row for row in comparison.control_rows if row.design == design and (row.verdict or row.p_value is not None)
-        ]
-        shown = [row.verdict or row for row in rows]
-        p = stats.holm([1.0 if found.p_value is None else found.p_value for found in shown]).tolist()
-        told = [(row.group, q, found) for row, q, found in zip(rows, p, shown, strict=True) if q <= comparison.alpha]
-        for band in noise_bands(comparison, [design]) if roles.get(design) == "aa" else ():
-            if band.differs:
-                where = listing(
-                    [f"{group_words(g)} (Holm p {probability(q)})" for g, q in band.p_holm if g in band.differs]
-                )
-                said.append(
-                    f"The A/A arm {design} differs from {comparison.baseline} on {where}, though it is the same design "
-                    "under other seeds. Something besides the design is at work: read every claim here as exploratory."
-                )
-        if roles.get(design) == "broken" and rows and not any(found.difference < 0 for _, _, found in told):
-            said.append(
-                f"The broken arm {design} is not found below {comparison.baseline} anywhere: this study would not "
-                "notice a design that does not work."
-            )
-    return said
 
 
 def _sentence(comparison: Comparison, row: Row, tail: str, costs: Sequence[Mapping[str, Any]]) -> str:

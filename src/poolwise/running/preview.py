@@ -84,7 +84,8 @@ def check(study: Study) -> dict[str, Any]:
     before and after Holm's first step, `mechanisms` (the built-in tasks: their unit is the mechanism, over seeds ×
     items, so that no test over tasks speaks of them), `training_flops` of all trainings together (texts of
     `TRAINED_LENGTH` tokens; evaluation not counted), `tuning` (what `[tuning]` adds to them), `grid` (what the grid did
-    not make, a line each), `data` (what was counted in the training pairs) and `warnings`. Training pairs on the Hub are left to the run.
+    not make, a line each), `data` (what was counted in the training pairs) and `warnings`. Training pairs on the Hub
+    are left to the run.
 
     Raises ModelError (AttentionError where the base ignores a design's mode), DataError, TaskError or StudyError.
     """
