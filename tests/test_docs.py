@@ -39,6 +39,8 @@ EXAMPLES = {
     "probe": ["poolwise probe nano"],
     "layers": [],
     "export": ["poolwise export first.toml mean-bi --to my-embedder"],
+    "encode": ["poolwise encode my-embedder texts.txt --to vectors.npy"],
+    "serve": [],
     "demo": [],
 }
 """What the page shows; `RERUN` are quick and depend on little, so the test runs them again."""
@@ -102,6 +104,7 @@ def prepare(folder: Path) -> Path:
     """The folder in which the examples are run."""
     (folder / "first.toml").write_text(first_study())
     (folder / "scores.csv").write_text(SCORES)
+    (folder / "texts.txt").write_text("The ferry takes forty minutes.\nThe heron waits for a fish.\n")
     return folder
 
 

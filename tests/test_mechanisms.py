@@ -15,9 +15,14 @@ import pytest
 from scipy.stats import spearmanr
 
 from poolwise import demo, stats
+from poolwise.demo.forms import item_count, records
+from poolwise.reporting.brief import show_end
 from poolwise.reporting.controls_report import predictions_table, sentences
 from poolwise.reporting.reports import opening, render, show
-from poolwise.running.starters import demo_study
+from poolwise.reporting.summary import designs
+from poolwise.running.preview import check
+from poolwise.running.starters import QUICK, demo_study
+from poolwise.screen import show_check
 from poolwise.terminal import terminal
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.control_arms import noise_bands, scored, unsound
@@ -301,6 +306,56 @@ def test_the_hash_of_the_predictions_stands_in_the_report(
         text = (tmp_path / name).read_text()
         assert demo.predictions()["sha256"][:16] in text
         assert "Predicted: m5 above m1" in text  # topic
+
+
+def test_the_demo_ends_with_the_answer(found: Comparison) -> None:
+    console = terminal()
+    with console.capture() as captured:
+        show_end("Base model nano, 3.84 M parameters.", found, demo.predictions(), console)
+    lines = captured.get().splitlines()
+    assert lines[1] == "Base model nano, 3.84 M parameters."
+    answer = next(line for line in lines if line.startswith("Above m1: m5 on roles."))
+    assert "2 predictions written before the runs" not in answer  # m3, favoured for roles, is not in this study
+    assert "Of 1 prediction written before the runs" in " ".join(lines)
+    assert any(line.startswith("topic") and "m5 over m1" in line for line in lines)
+    assert any(line.startswith("Broken arm: broken is found below m1 in 2 of 2 groups") for line in lines)
+    assert not any("contrasts of checkpoints" in line or "Run effect" in line for line in lines)
+    assert designs(found) == ""  # no study, so nothing is known of them
+    assert designs(replace(found, treatments=demo_study(Path("demo"), quick=True).designs)).startswith(
+        "m1: causal, last_token; m5: bidirectional, layer_cross_attention"
+    )
+
+
+def test_the_report_says_what_a_mechanism_plants(frame: pl.DataFrame, found: Comparison, tmp_path: Path) -> None:
+    render({"name": "demo", "predictions": demo.predictions()}, frame, found, None, None, tmp_path)
+    assert f"<span>{demo.MECHANISMS['topic'].plants}</span>" in (tmp_path / "report.html").read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "random runs and random items of each mechanism" in markdown
+    assert "Wilcoxon" not in markdown.split("### Methods")[1]
+
+
+# ---------------------------------------------------------------- poolwise check
+
+
+@pytest.mark.parametrize("name", demo.task_names())
+def test_items_are_counted_before_anything_runs(name: str) -> None:
+    mechanism, kind = name.removeprefix("demo/").split("-")
+    made = records(mechanism, kind)
+    units = len(made["queries"]) // 2 if kind == "retrieval" else len(made["test"])
+    assert item_count(mechanism, kind) == units
+
+
+def test_check_speaks_of_mechanisms_and_not_of_task_types(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = demo_study(tmp_path, quick=True)
+    found = check(study)
+    assert found["tasks"] == []
+    assert {row["mechanism"] for row in found["mechanisms"]} == set(QUICK)
+    assert found["contrasts"] == len(QUICK)
+    assert not any("Wilcoxon" in warning for warning in found["warnings"])
+    show_check(found)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "compared by mechanism, over 2 seeds × items" in said
+    assert "task type" not in said
 
 
 # ---------------------------------------------------------------- the demo's study

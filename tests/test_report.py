@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from poolwise.reporting import reports, tables
+from poolwise.reporting.summary import summary
+from poolwise.reporting.wording import headline
 from poolwise.results import table
 from poolwise.verdicts.comparison import compare
 from test_comparison import rows, study
@@ -271,3 +273,60 @@ def test_scores_while_training(tmp_path):
     assert tables.over_steps(frame.filter(pl.col("step") == 100), comparison) is None
     paths = reports.render(INFO, frame, comparison, None, None, tmp_path)
     assert "Scores while training" in next(p for p in paths if p.suffix == ".html").read_text()
+
+
+def test_the_report_opens_with_the_answer_over_all_groups(tmp_path, full):
+    markdown, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
+    answer = "Above m1: m2 on retrieval and STS. Nothing can be tested on reranking."
+    text = " ".join(Page(html).text)
+    assert text.index("Base model nano") < text.index(answer) < text.index("Mean scores")
+    assert markdown.index(answer) < markdown.index("- **Retrieval.**")
+    nothing = compare(study({"m1": 0, "m2": 0, "m3": 0}, run_sd=0.01), "m1", margin=1e-6)
+    assert summary(nothing).startswith(
+        "No design is shown to differ from m1 on any of 2 task types that can be tested: all 4 contrasts are "
+        "inconclusive."
+    )
+    assert headline(nothing, "STS") == "m2 and m3 are inconclusive."
+    one = compare(full.filter(pl.col("task_type") == "STS"), "m1", controls=["m1-aa"])
+    assert summary(one) == ""  # its headline says it
+    unfinished = compare(full, "m1", controls=["m1-aa"], interim="Runs are missing.")
+    assert summary(unfinished) == ""
+
+
+def test_of_many_designs_the_answer_counts(tmp_path):
+    many = {"m1": 0.0, **{f"m{i}": 0.02 + 0.005 * i for i in range(2, 13)}, "m13": -0.05}
+    found = compare(study(many), "m1")
+    answer = "Above m1: 11 of 12 designs on retrieval; 11 of 12 designs on STS. Below m1: m13 on retrieval and STS."
+    assert answer in summary(found)
+    assert headline(found, "STS") == "m12, m11, m10 and 8 others score above m1; m13 scores below m1."
+    alike = compare(study({f"m{i}": 0 for i in range(1, 6)}, run_sd=0.01), "m1", margin=1e-6)
+    assert headline(alike, "STS") == "No design is shown to differ from m1: all 4 are inconclusive."
+
+
+def test_an_exploratory_study_says_why_once(tmp_path):
+    aa = study({"m1-aa": 0.02}, seed=5).with_columns(pl.lit("aa").alias("role"))
+    frame = pl.concat([study({"m1": 0, "m2": 0.02}), aa], how="diagonal_relaxed")
+    markdown, html, _ = written(tmp_path, frame, controls=["m1-aa"], baseline="m1")
+    for text in (markdown, " ".join(Page(html).text)):
+        assert text.count("The A/A arm m1-aa differs from m1") == 1
+        assert "the A/A arm, m1 under other seeds" not in text
+        assert text.count("carry no recommendation") == 1
+    declared = compare(frame, "m1", controls=["m1-aa"], exploratory="Exploratory: three designs were added.")
+    assert reports.warnings(declared) == ["Exploratory: three designs were added."]
+
+
+def test_many_groups_stand_in_rows_and_their_pictures_are_folded(tmp_path):
+    few, wide = study({"m1": 0, "m2": 0.02}), []
+    for i in range(4):
+        wide.append(few.with_columns(pl.format("{}{}", "task_type", pl.lit(i)).alias("task_type"),
+                                     pl.format("{}-{}", "task", pl.lit(i)).alias("task")))  # fmt: skip
+    frame = pl.concat(wide)
+    means = tables.means(compare(frame, "m1"))
+    assert means.columns == ("Tasks", "m1", "m2")
+    assert len(means.rows) == 12
+    assert means.rows[0][0].startswith("Reranking0 (1)")
+    assert tables.means(compare(few, "m1")).columns[0] == "Design"
+    _, html, _ = written(tmp_path / "many", frame, baseline="m1")
+    assert "<details><summary>Task by task in pictures</summary>" in html
+    _, html, _ = written(tmp_path / "few", few, baseline="m1")
+    assert "in pictures" not in html

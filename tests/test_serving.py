@@ -202,13 +202,16 @@ def test_pages(server: Server, folder: Path):
     code, about = ask(server, None, "/health", "GET")
     assert (code, about) == (200, {"status": "ok", "model": str(folder), "dimensions": 32, "max_length": 48})
     for path, method in ((ROUTE, "GET"), ("/v1/chat", "POST"), ("/", "GET")):
-        code, answer = ask(server, None, path, method)
+        code, answer = ask(server, b"{}" if method == "POST" else None, path, method)
         assert code == 404
         assert f"POST {ROUTE}" in answer["error"]["message"]
     assert ask(server, None, ROUTE, "PUT")[0] == 501
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    connection.request("POST", ROUTE, iter([b"{}"]), {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+    connection.putrequest("POST", ROUTE)
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
     assert connection.getresponse().status == 400
+    connection.close()
 
 
 def test_a_connection_is_kept_and_a_lost_client_is_no_error(server: Server, capfd):

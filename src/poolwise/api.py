@@ -174,8 +174,17 @@ def compare_runs(
     )  # fmt: skip
 
 
-def report(source: Study | str | Path, *, out: str | Path | None = None, baseline: str | None = None) -> list[Path]:
-    """Write `report.md` and `report.html`: into the study's folder, or into `out`. Returns their paths."""
+def report(
+    source: Study | str | Path,
+    *,
+    out: str | Path | None = None,
+    baseline: str | None = None,
+    command: str | None = None,
+) -> list[Path]:
+    """Write `report.md` and `report.html`: into the study's folder, or into `out`. Returns their paths.
+
+    command: what repeats the study, where it is not `poolwise run` of its file.
+    """
     from poolwise.reporting.reports import render
 
     study, frame = scores(source)
@@ -186,6 +195,7 @@ def report(source: Study | str | Path, *, out: str | Path | None = None, baselin
         return render(info, frame, comparison, None, None, folder)
     folder = Path(out) if out else study.folder
     found = {**study_info(study), "layers": layer_attention(study)}
+    found |= {"command": command} if command else {}
     return render(found, frame, comparison, mean_costs(study), None, folder)
 
 

@@ -290,7 +290,7 @@ def demo(
     found, info = run_comparison(loaded), study_info(loaded)
     info["base_parameters"] = mean_costs(loaded)[0]["base_parameters"]
     show_end(opening(info, found), found, info["predictions"])
-    for path in write_report(loaded, out=to):
+    for path in write_report(loaded, out=to, command=f"poolwise demo{' --quick' if quick else ''}"):
         print(path)
 
 

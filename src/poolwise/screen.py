@@ -177,9 +177,9 @@ def show_check(found: dict[str, Any]) -> None:
     for name in ("design", "attention", "pooling"):
         longest = max(len(row[name]) for row in found["designs"])
         table.add_column(name, overflow="fold", min_width=min(36, longest) if console.width >= PIPE_WIDTH else None)
-    table.add_column(f"differs from {found['baseline']} in", overflow="fold")
-    for name in ("trainable", "of it head", "FLOPs", "of it head"):
-        table.add_column(name, justify="right")
+    table.add_column("differs in", overflow="fold")
+    for name in ("trained", "of it head", "FLOPs", "head"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in found["designs"]:
         differs = row["differs_in"]
         factors = f"{len(differs)} factor{'s' * (len(differs) != 1)}: {', '.join(differs)}" if differs else "-"
@@ -200,10 +200,8 @@ def show_check(found: dict[str, Any]) -> None:
         f"other reference rows; results in {found['folder']}",
         markup=False,
     )
-    console.print(
-        f"FLOPs: forward pass of 32 tokens; about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text",
-        markup=False,
-    )
+    console.print("FLOPs: forward pass of a text of 32 tokens, and the share of the head in it", style="dim")
+    console.print(f"about {amount(found['training_flops'])}FLOP of training, at 128 tokens a text", markup=False)
     if tuning := found["tuning"]:
         console.print(
             f"tuning: {tuning['searched']} more trainings on {', '.join(tuning['tasks'])} "

@@ -126,15 +126,17 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE
+    disable_nagle_algorithm = True  # or each body waits 40 ms until its head is acknowledged
     server: Server
 
     def do_POST(self) -> None:
         """Every request."""
         try:
+            body = self._body() if self.command == "POST" else b""
             if (self.command, self.path) == ("GET", "/health"):
                 answer = self.server.about()
             elif (self.command, self.path) == ("POST", ROUTE):
-                answer = self._embeddings(self._body())
+                answer = self._embeddings(body)
             else:
                 raise RequestError(
                     404, f"no such page: {self.command} {self.path}; there are GET /health and POST {ROUTE}"
@@ -230,6 +232,7 @@ class Server(ThreadingHTTPServer):
 
     model: str
     batcher: Batcher
+    request_queue_size = WAITING  # connections that wait to be accepted: the default of 5 loses some to time-outs
 
     def about(self) -> dict[str, Any]:
         """What is served: the model, the width of its vectors, the tokens that it reads of a text."""

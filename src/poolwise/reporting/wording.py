@@ -227,7 +227,8 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
             f"(p {probability(verdict.p_holm)})."
         )
     margin = points(comparison.margin, 1)
-    needed = "more tasks, as no number of seeds up to 50 would do"
+    units = "items" if comparison.of_items(row.group) else "tasks"
+    needed = f"more {units}, as no number of seeds up to 50 would do"
     if verdict.settle_low is not None:
         fewest, most = verdict.settle_low, verdict.settle_high
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"

@@ -157,8 +157,13 @@ def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: int
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    import torch
+
     from poolwise.running.trial import run_trial
 
+    # After a fork torch renews its thread pool at the first call that asks for it; two threads asking at once (as when
+    # weights are loaded) may find none: "Invalid thread pool!". Asked for here, by the only thread, it is there.
+    torch.set_num_threads(1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
