@@ -4,13 +4,15 @@ scores can be compared.
 `study`: against loops like those of the paper's code: three padded forwards a step, texts encoded in the order in which
 they come, 64 at a time, each as often as a task asks for it. `study_st`: against sentence-transformers' own padded
 training and its `encode`, sorted by length. Same process, one after the other, seed by seed; CPU seconds.
+`study_heads`: the four designs with a head, nothing else tuned (`lora = false`), the states of the frozen base
+kept from step to step and from trial to trial, against the same code without keeping them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +22,7 @@ import polars as pl
 
 from benchmarks.measure import interleave, ratio_record
 from poolwise import train
-from poolwise.encoding import FastEncoder
+from poolwise.encoding import Counts, FastEncoder
 from poolwise.running import trial
 from poolwise.running.trial import prepare, run_trial
 from poolwise.study import Study
@@ -51,7 +53,7 @@ class _Plain(FastEncoder):
     batch, unsorted = 32, False
 
     def __init__(self, encoder: Any, **_: Any) -> None:
-        self.encoder = encoder.eval()
+        self.encoder, self.counts = encoder.eval(), Counts()
 
     def encode(self, texts: Any, prompt: str = "", **_: Any) -> np.ndarray:
         order = (
@@ -76,9 +78,26 @@ def _loops(encoder: type[FastEncoder]) -> Iterator[None]:
 
 
 def run() -> list[dict[str, Any]]:
-    study = Study.parse(STUDY)
+    whole = {"ours": contextlib.nullcontext, "reference": lambda: _loops(_Unsorted), "st": lambda: _loops(_Plain)}
+    heads = {"ours": contextlib.nullcontext, "forgetful": lambda: patch.object(trial, "_freeze", lambda *_: None)}
+    only_heads = {
+        "recipe": {**STUDY["recipe"], "lora": False, "steps": 3 * STEPS, "head_learning_rate": 1e-3},
+        "designs": STUDY["designs"][1:],
+    }
+    return [
+        *_figures(STUDY, whole, {"study": ("reference", 2.0), "study_st": ("st", None)}),
+        *_figures({**STUDY, **only_heads}, heads, {"study_heads": ("forgetful", None)}),
+    ]
+
+
+def _figures(
+    content: dict[str, Any],
+    variants: dict[str, Callable[[], Any]],
+    against: dict[str, tuple[str, float | None]],
+) -> list[dict[str, Any]]:
+    """Each seed's trials in every variant, one variant after the other; the first seed is not counted."""
+    study = Study.parse(content)
     prepared = prepare(study)
-    variants = {"ours": contextlib.nullcontext, "reference": lambda: _loops(_Unsorted), "st": lambda: _loops(_Plain)}
     with tempfile.TemporaryDirectory() as folder:
         turn = dict.fromkeys(variants, 0)
 
@@ -88,15 +107,15 @@ def run() -> list[dict[str, Any]]:
             with variants[name]():
                 for each in prepared.trials:
                     if each.seed == seed:
-                        run_trial(each, prepared, Path(folder) / name / each.name)
+                        run_trial(each, prepared, Path(folder) / name / "trials" / each.name)
 
         times = interleave({name: lambda name=name: one(name) for name in variants}, ROUNDS, warmup=1)
-        scores = {name: _scores(Path(folder) / name) for name in variants}
+        scores = {name: _scores(Path(folder) / name / "trials") for name in variants}
     facts = {
-        "designs": 5,
+        "designs": len(study.designs),
         "seeds": ROUNDS,
         "tasks": len(TASKS),
-        "steps": STEPS,
+        "steps": study.recipe.steps,
         "agreement_of": "largest score difference",
     }
     return [
@@ -104,7 +123,7 @@ def run() -> list[dict[str, Any]]:
             name, times[slow], times["ours"], goal,
             agreement=float(np.abs(scores["ours"] - scores[slow]).max()), **facts,
         )
-        for name, slow, goal in (("study", "reference", 2.0), ("study_st", "st", None))
+        for name, (slow, goal) in against.items()
     ]  # fmt: skip
 
 
