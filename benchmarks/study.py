@@ -31,8 +31,8 @@ from poolwise.running.trial import prepare, run_trial
 from poolwise.study import Study
 
 ROUNDS = 3
-WHOLE_STEPS, WHOLE_BATCH, DOCUMENTS, QUERIES = 2, 6, 64, 16
-HEAD_STEPS, HEAD_BATCH = 18, 24
+WHOLE_STEPS, WHOLE_BATCH, DOCUMENTS, QUERIES = 1, 6, 28, 8
+HEAD_STEPS, HEAD_BATCH = 12, 16
 HEAD_TASKS = ["demo/early-retrieval", "demo/late-sts", "demo/negation-classification", "demo/topic-clustering"]
 COMMON: dict[str, Any] = {"references": [], "controls": False}
 PRESETS = ("m1", "m2", "m3", "m4", "m5")
@@ -80,7 +80,7 @@ def _loops(encoder: type[FastEncoder]) -> Iterator[None]:
 def run() -> list[dict[str, Any]]:
     whole = {"ours": contextlib.nullcontext, "reference": lambda: _loops(_Unsorted), "st": lambda: _loops(_Plain)}
     heads = {"ours": contextlib.nullcontext, "forgetful": lambda: patch.object(trial, "_freeze", lambda *_: None)}
-    recipe = {"base_model": "nano", "steps": HEAD_STEPS, "batch_size": HEAD_BATCH, "lora": False}
+    recipe = {"base_model": "nano", "steps": HEAD_STEPS, "batch_size": HEAD_BATCH, "warmup_steps": 0, "lora": False}
     only_heads = {
         **COMMON,
         "name": "heads",
@@ -122,7 +122,7 @@ def _long_texts(folder: Path) -> dict[str, Any]:
         "evaluate_at": [1.0],
         "recipe": {
             "base_model": "./base", "dataset": "./pairs.jsonl", "steps": WHOLE_STEPS, "batch_size": WHOLE_BATCH,
-            "learning_rate": 1e-3, "dtype": "float32", "max_length": 512, "lora": {"dropout": 0.0},
+            "learning_rate": 1e-3, "warmup_steps": 0, "dtype": "float32", "max_length": 512, "lora": {"dropout": 0.0},
         },
         "designs": [{"preset": name} for name in PRESETS],
     }  # fmt: skip
