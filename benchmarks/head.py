@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MistralConfig, Qwen2Config
+from transformers import Qwen2Config
 
+from benchmarks.cost_table import BASES as PAPER_BASES
 from benchmarks.measure import angle, deviation, extra_memory, hardware, interleave, ratio_record, record
 from poolwise import cost
 from poolwise.pooling import resolve_args
@@ -33,15 +34,8 @@ BASES = {
         num_key_value_heads=2,
         vocab_size=8192,
     ),
-    "qwen2_0.5b": Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "mistral_7b": MistralConfig(),  # the defaults are Mistral-7B-v0.1
+    "qwen2_0.5b": PAPER_BASES["Qwen2-0.5B"],
+    "mistral_7b": PAPER_BASES["Mistral-7B"],
 }
 
 

@@ -117,12 +117,12 @@ def test_a_text_that_does_not_begin_with_the_prefix_is_encoded_whole():
     assert np.abs(fast.encode(more, PROMPT) - one_by_one(encoder, more, PROMPT)).max() < 1e-5
 
 
-@pytest.mark.parametrize("shortcut", ["prefix", "last layer"])
-def test_a_shortcut_that_moves_embeddings_is_switched_off(shortcut: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("shortcuts", [("prefix",), ("last layer",), ("prefix", "last layer")])
+def test_a_shortcut_that_moves_embeddings_is_switched_off(shortcuts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     encoder = build()
-    prompt = PROMPT if shortcut == "prefix" else ""
+    prompt = PROMPT if "prefix" in shortcuts else ""
     expected = one_by_one(encoder, texts(), prompt)
-    if shortcut == "prefix":
+    if "prefix" in shortcuts:
         right = Prefix.forward
 
         def wrong(self: Prefix, backbone: object, features: dict) -> dict:
@@ -130,12 +130,24 @@ def test_a_shortcut_that_moves_embeddings_is_switched_off(shortcut: str, monkeyp
             return {**out, "token_embeddings": out["token_embeddings"].flip(-1)}
 
         monkeypatch.setattr(Prefix, "forward", wrong)
-    else:
+    if "last layer" in shortcuts:
         monkeypatch.setattr(last_layer, "last_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
     fast = FastEncoder(encoder)
     assert np.abs(fast.encode(texts(), prompt) - expected).max() < 1e-5
-    assert len(fast.notes) == 1
-    assert shortcut in fast.notes[0]
+    assert len(fast.notes) == len(shortcuts)
+    assert all(name in note for name, note in zip(shortcuts, fast.notes, strict=True))
+
+
+def test_one_text_is_not_taken_for_the_instruction():
+    """The prefix ends where the prompt does, also if the first texts begin alike."""
+    encoder = build()
+    fast = FastEncoder(encoder)
+    fast.encode(["The heron stands here", "The heron stands there"], PROMPT)
+    before = fast.counts
+    fast.counts = type(before)()
+    more = ["Which tokens", "Pooling is second"]
+    assert np.abs(fast.encode(more, PROMPT) - one_by_one(encoder, more, PROMPT)).max() < 1e-5
+    assert fast.counts.computed < fast.counts.tokens
 
 
 def test_the_encoder_is_left_as_it_was():

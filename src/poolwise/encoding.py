@@ -30,7 +30,7 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.backbone import DIFFERENT, Backbone
 from poolwise.decoder.last_layer import can_prune, pruned
 from poolwise.decoder.layers import decoder_layers
 from poolwise.decoder.layouts import refusal
@@ -102,6 +102,7 @@ class FastEncoder:
             )
             self.reuses = not known and backbone.attention == "causal"
             self._trusted: set[str] = set()
+            self._after_prompt: dict[str, list[Row]] = {}
             self._prefixes: dict[str, Prefix | None] = {}
             self._is_compiled = False
 
@@ -184,13 +185,10 @@ class FastEncoder:
     def _batch(self, rows: list[Row], prefix: Prefix | None) -> Tensor:
         """(B, D) embeddings of one batch."""
         prefix = prefix if prefix and all(prefix.starts(row["input_ids"]) for row in rows) else None
-        shortcuts = [name for name, used in (("prefix", prefix), ("last layer", self.prunes and not prefix)) if used]
-        for name in shortcuts:
-            if name not in self._trusted:
-                self._check(name, rows[-CHECKED:], prefix)
-        if "prefix" in shortcuts and not self.reuses:
+        if prefix and not self._trusts("prefix", rows, prefix):
             prefix = None
-        return self._forward(rows, prefix, self.prunes and prefix is None)
+        prune = self.prunes and prefix is None and self._trusts("last layer", rows, None)
+        return self._forward(rows, prefix, prune)
 
     def _forward(self, rows: list[Row], prefix: Prefix | None, prune: bool) -> Tensor:
         features = self._padded(rows)
@@ -211,20 +209,23 @@ class FastEncoder:
             features = module(features)
         return features["sentence_embedding"]
 
-    def _check(self, name: str, rows: list[Row], prefix: Prefix | None) -> None:
-        """Encode a few texts with the shortcut and without it; switch it off where they differ."""
-        counts = copy.copy(self.counts)
-        short = self._forward(rows, prefix if name == "prefix" else None, name == "last layer")
-        plain = self.encoder(self._padded(rows))["sentence_embedding"]
-        self.counts = counts
-        apart = float((short.float() - plain.float()).abs().max())
-        self._trusted.add(name)
-        if not apart <= AGREEMENT.get(next(self.backbone.model.parameters()).dtype, 1e-2):
-            self.notes.append(f"the shortcut {name!r} moved embeddings by {apart:.1e} and is not used")
-            if name == "prefix":
-                self.reuses = False
-            else:
-                self.prunes = False
+    def _trusts(self, name: str, rows: list[Row], prefix: Prefix | None) -> bool:
+        """Whether a shortcut may be used: the first time a few texts are encoded with it and without it, and where they
+        differ it is switched off."""
+        if name not in self._trusted:
+            self._trusted.add(name)
+            rows, counts = rows[-CHECKED:], copy.copy(self.counts)
+            short = self._forward(rows, prefix, prefix is None)
+            plain = self.encoder(self._padded(rows))["sentence_embedding"]
+            self.counts = counts
+            apart = float((short.float() - plain.float()).abs().max())
+            if not apart <= AGREEMENT.get(next(self.backbone.model.parameters()).dtype, 1e-2):
+                self.notes.append(f"the shortcut {name!r} moved embeddings by {apart:.1e} and is not used")
+                if prefix is not None:
+                    self.reuses = False
+                else:
+                    self.prunes = False
+        return self.prunes if prefix is None else self.reuses
 
     def _padded(self, rows: list[Row]) -> dict[str, Any]:
         """One batch of features (B, T), padded on the right."""
@@ -238,7 +239,14 @@ class FastEncoder:
         return features
 
     def _tokenise(self, texts: list[str], prompt: str) -> list[Row]:
-        """Each text's features without padding, from the encoder's own preprocessing."""
+        """Each text's features without padding. Of a new prompt also what texts that differ from their first token on
+        look like after it; here and not in `_prefix`, since a tokenizer serves one thread at a time."""
+        if prompt and self.reuses and prompt not in self._after_prompt:
+            self._after_prompt[prompt] = self._rows(list(DIFFERENT), prompt)
+        return self._rows(texts, prompt)
+
+    def _rows(self, texts: list[str], prompt: str) -> list[Row]:
+        """The same from the encoder's own preprocessing, texts of similar length together."""
         rows: list[Row] = [{}] * len(texts)
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         for start in range(0, len(order), CHUNK):
@@ -255,6 +263,7 @@ class FastEncoder:
         if not prompt or not self.reuses:
             return None
         if prompt not in self._prefixes:
+            rows = [*self._after_prompt[prompt], *rows]  # of the texts too: a prompt's last space may merge with them
             ids = shared_prefix([row["input_ids"] for row in rows])
             with torch.inference_mode():
                 self._prefixes[prompt] = Prefix.of(self.backbone, ids, rows[0]) if len(ids) else None

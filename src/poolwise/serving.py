@@ -37,8 +37,6 @@ WAITING = 256
 """Requests in the queue; further ones are answered with 503."""
 PATIENCE = 60
 """Seconds that a client may be silent."""
-WARM_UP = ("a", "The", "zebra", "7", '"', "(")
-"""Texts that share no first token, so that what they have in common is the instruction alone."""
 
 
 class RequestError(Exception):
@@ -61,7 +59,7 @@ class Batcher:
         self.fast = fast
         self.prompts = {side: prompt_of(fast, None, side) for side in (None, *SIDES)}
         for side, prompt in self.prompts.items():
-            self.width = fast.encode(WARM_UP, prompt, side=side).shape[1]
+            self.width = fast.encode(["warm up"], prompt, side=side).shape[1]
         self.queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.closing = False
         self.thread = threading.Thread(target=self._work, daemon=True)

@@ -22,6 +22,8 @@ from poolwise.decoder.layouts import has_dropout
 from poolwise.decoder.masks import attending
 from poolwise.decoder.packing import Rows, forward_grouped, forward_packed, packed_attention_on
 
+DIFFERENT = ("a", "The", "zebra", "7", '"', "(")
+"""Texts that share no first token: what they have in common after a prompt is the prompt's alone."""
 TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
@@ -207,7 +209,7 @@ class Backbone(Transformer):
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
         """Tokens that belong to the prompt whatever follows it (a trailing space may merge with the next word)."""
         if prompt not in self._prompt_length_mapping:
-            ids = [self.words(prompt + text)["input_ids"] for text in ("a", "The", "zebra", "7", '"', "(")]
+            ids = [self.words(prompt + text)["input_ids"] for text in DIFFERENT]
             shared = 0
             while all(len(row) > shared and row[shared] == ids[0][shared] for row in ids):
                 shared += 1
