@@ -209,12 +209,3 @@ def test_compiled_layers_agree(design: str):
     fast.compile()
     assert np.abs(fast.encode(texts(), PROMPT) - expected).max() < 1e-5
     assert np.abs(encoder.encode(texts(), prompt=PROMPT) - expected).max() < 1e-5  # not compiled
-
-
-def test_other_models_are_encoded_by_themselves(tmp_path):
-    encoder = build(lora=False)
-    poolwise.export(encoder, tmp_path / "out")
-    plain = SentenceTransformer(str(tmp_path / "out"))
-    fast = FastEncoder(plain)
-    assert not fast.ours
-    assert (fast.encode(texts(), PROMPT) == plain.encode(texts(), prompt=PROMPT)).all()

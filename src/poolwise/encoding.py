@@ -30,21 +30,23 @@ from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
+from poolwise.adopted import AGREEMENT, adopted, check, moved, own_vectors
 from poolwise.decoder.backbone import DIFFERENT, Backbone
 from poolwise.decoder.last_layer import can_prune, pruned
 from poolwise.decoder.layers import decoder_layers
 from poolwise.decoder.layouts import refusal
+from poolwise.decoder.packing import sent
 from poolwise.decoder.prefix import Prefix, shared_prefix
 from poolwise.encoder import PoolingHead
 
 WINDOW = 8192
 """Texts that are tokenised, sorted and encoded together; the memory of a stream."""
+FIRST = (1024, 2048, 4096)
+"""The first windows where batches are packed, so need no sorting: a GPU does not wait for the whole first one."""
 CHUNK = 256
 """Texts of one call of the tokenizer, of similar length."""
 BUDGET = {"cpu": 512, "cuda": 32768}
 """Tokens of a batch, padding included. Small on a CPU, so that a layer's states stay in its cache."""
-AGREEMENT = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""How far a number of a unit-length embedding may move by a shortcut: rounding."""
 CHECKED = 4
 """Texts on which each shortcut is checked."""
 COMPILE_AFTER = 120.0
@@ -71,8 +73,8 @@ class Counts:
 
 
 class FastEncoder:
-    """`encode(texts)` -> (N, D) fp32, for an encoder of `poolwise.build` or `poolwise.load`; any other attribute is the
-    encoder's own. A sentence-transformers model that poolwise did not build is encoded by its own `encode`.
+    """`encode(texts)` -> (N, D) fp32, for an encoder of `poolwise.build` or `poolwise.load` and models that `adopted`
+    takes; any other attribute is the encoder's own. Further models are encoded by their own `encode`: `notes` says why.
 
     Args:
         budget: tokens of a batch; None: by device.
@@ -84,13 +86,19 @@ class FastEncoder:
     def __init__(
         self, encoder: SentenceTransformer, *, budget: int | None = None, keep: int = 0, compiled: bool | None = None
     ) -> None:
-        self.ours = isinstance(encoder[0], Backbone)
+        self.ours, self.notes, own = True, list[str](), encoder
+        if not isinstance(own[0], Backbone):
+            try:
+                encoder = adopted(own)
+                check(own, FastEncoder(encoder).encode)
+            except Exception as error:  # whatever a model that poolwise has never seen may raise
+                self.ours, encoder, reason = False, own, str(error).split("\n")[0].split(". Fix")[0]
+                self.notes = [f"encoded without shortcuts, by the model's own `encode`: {reason or type(error)}"]
         self.encoder = _lighter(encoder.eval()) if self.ours else encoder
         self.budget = budget or BUDGET.get(encoder.device.type, BUDGET["cpu"])
         self.keep, self.compiled = keep, compiled
         self.kept: dict[tuple[str | None, str, str], np.ndarray] = {}
         self.counts = Counts()
-        self.notes: list[str] = []
         self.layout = "padded"
         if self.ours:
             backbone = self.backbone
@@ -123,7 +131,7 @@ class FastEncoder:
         self, texts: Sequence[str], prompt: str = "", *, side: str | None = None, batch_size: int = 32
     ) -> np.ndarray:
         """(N, D) fp32 embeddings in the order of `texts`. `side` (`query` or `document`) and `batch_size` are for
-        models that poolwise did not build, which may tell sides apart by more than the prompt."""
+        models with an `encode` of their own, which may tell sides apart by more than the prompt."""
         self.counts.asked += len(texts)
         side = None if self.ours else side
         new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self.kept]
@@ -132,7 +140,7 @@ class FastEncoder:
             if self.ours:
                 vectors = np.concatenate([*self.stream(new, prompt)])
             else:
-                vectors = sentence_vectors(self.encoder, new, side, prompt, batch_size)
+                vectors = own_vectors(self.encoder, new, side, prompt, batch_size)
                 self.counts.encoded += len(new)
             fresh = dict(zip(new, vectors, strict=True))
         answer = [fresh[text] if text in fresh else self.kept[side, prompt, text] for text in texts]
@@ -147,10 +155,11 @@ class FastEncoder:
         waiting = iter(texts)
         total = len(texts) if isinstance(texts, Sequence) else total
         done, started = 0, time.perf_counter()
+        sizes = itertools.chain(FIRST if self.layout == "packed" else (), itertools.repeat(WINDOW))
         with ThreadPoolExecutor(1) as ahead:
 
             def next_window() -> Future[list[Row]] | None:
-                window = list(itertools.islice(waiting, WINDOW))
+                window = list(itertools.islice(waiting, next(sizes)))
                 return ahead.submit(self._tokenise, window, prompt) if window else None
 
             pending = next_window()
@@ -167,19 +176,18 @@ class FastEncoder:
         prefix = self._prefix(prompt, rows)
         skipped = prefix.length if prefix else 0
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
-        vectors: np.ndarray | None = None
+        found: list[Tensor] = []  # fetched at the end: a GPU that is asked for a batch has nothing to do after it
         before = done
         with torch.inference_mode():
             for batch in _batches(order, rows, skipped, self.budget):
-                found = self._batch([rows[row] for row in batch], prefix).float().cpu().numpy()
-                if vectors is None:
-                    vectors = np.empty((len(rows), found.shape[1]), np.float32)
-                vectors[batch] = found
+                found.append(self._batch([rows[row] for row in batch], prefix).float())
                 done += len(batch)
                 if left is not None and not self._is_compiled:
                     seconds = (time.perf_counter() - started) / done * (left - (done - before))
                     self._compile_if_worthwhile(seconds)
-        assert vectors is not None
+            together = torch.cat(found).cpu().numpy()
+        vectors = np.empty_like(together)
+        vectors[order] = together
         return vectors
 
     def _batch(self, rows: list[Row], prefix: Prefix | None) -> Tensor:
@@ -191,17 +199,20 @@ class FastEncoder:
         return self._forward(rows, prefix, prune)
 
     def _forward(self, rows: list[Row], prefix: Prefix | None, prune: bool) -> Tensor:
-        features = self._padded(rows)
-        tokens = int(features["attention_mask"].sum())
+        packed = self.layout == "packed" and prefix is None
+        aside = packed and self.backbone.frozen is None  # a pack is laid out on the CPU
+        features = self._padded(rows, "cpu" if aside else self.encoder.device)
+        tokens = sum(len(row["input_ids"]) for row in rows)
         self.counts.tokens += tokens
         start = prefix.length if prefix else 0
         width = features["attention_mask"].shape[1] - start
-        self.counts.computed += tokens if self.layout == "packed" and not prefix else len(rows) * width
+        self.counts.computed += tokens if packed else len(rows) * width
         if prefix is not None:
             features = prefix.forward(self.backbone, features)
-        elif self.layout == "packed":
+        elif packed:
             with self.backbone.in_layout("packed"):
                 features = self.backbone(features)
+            features["pooling_mask"] = sent(features["pooling_mask"], self.encoder.device)
         else:
             with self.backbone.in_layout("right"), pruned(self.backbone, features, prune):
                 features = self.backbone(features)
@@ -216,9 +227,9 @@ class FastEncoder:
             self._trusted.add(name)
             rows, counts = rows[-CHECKED:], copy.copy(self.counts)
             short = self._forward(rows, prefix, prefix is None)
-            plain = self.encoder(self._padded(rows))["sentence_embedding"]
+            plain = self.encoder(self._padded(rows, self.encoder.device))["sentence_embedding"]
             self.counts = counts
-            apart = float((short.float() - plain.float()).abs().max())
+            apart = moved(short, plain)
             if not apart <= AGREEMENT.get(next(self.backbone.model.parameters()).dtype, 1e-2):
                 self.notes.append(f"the shortcut {name!r} moved embeddings by {apart:.1e} and is not used")
                 if prefix is not None:
@@ -227,15 +238,13 @@ class FastEncoder:
                     self.prunes = False
         return self.prunes if prefix is None else self.reuses
 
-    def _padded(self, rows: list[Row]) -> dict[str, Any]:
+    def _padded(self, rows: list[Row], device: torch.device | str) -> dict[str, Any]:
         """One batch of features (B, T), padded on the right."""
-        device, features = self.encoder.device, {}
+        features = {}
         for name, first in rows[0].items():
             values = [row[name] for row in rows]
-            if first.ndim:
-                features[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True).to(device)
-            else:
-                features[name] = torch.stack(values).to(device)
+            whole = torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
+            features[name] = sent(whole, torch.device(device))
         return features
 
     def _tokenise(self, texts: list[str], prompt: str) -> list[Row]:
@@ -253,9 +262,9 @@ class FastEncoder:
             part = order[start : start + CHUNK]
             features = self.encoder.preprocess([texts[number] for number in part], prompt=prompt or None)
             mask = features["attention_mask"].bool()
-            given = {name: value for name, value in features.items() if name != "modality"}
+            given = {name: _by_text(value, mask) for name, value in features.items() if name != "modality"}
             for place, number in enumerate(part):
-                rows[number] = {name: _of_row(value, place, mask) for name, value in given.items()}
+                rows[number] = {name: values[place] for name, values in given.items()}
         return rows
 
     def _prefix(self, prompt: str, rows: list[Row]) -> Prefix | None:
@@ -277,11 +286,12 @@ class FastEncoder:
     def compile(self) -> None:
         """Compile the decoder layers now; the first batches after it take as long as the compiler needs.
 
-        Not where each layer's output is collected by a hook: the compiled layer would take the hook along.
+        Not where each layer's output is collected by a hook: the compiled layer would take the hook along. Nor the last
+        one where it runs for one token: what replaces its parts is new for each batch, and so would its compilation be.
         """
         self._is_compiled = True
         if self.backbone.collector is None:
-            for layer in decoder_layers(self.backbone.model):
+            for layer in decoder_layers(self.backbone.model)[: -1 if self.prunes else None]:
                 layer.compile(dynamic=True)
 
     def _limit(self) -> int:
@@ -292,10 +302,7 @@ def sentence_vectors(model: Any, texts: Sequence[str], side: str | None, prompt:
     """(N, D) fp32 embeddings by a `FastEncoder`, or by a sentence-transformers model's own `encode`."""
     if isinstance(model, FastEncoder):
         return model.encode(texts, prompt, side=side, batch_size=batch_size)
-    by_side = {"query": model.encode_query, "document": model.encode_document}
-    encode = by_side.get(side or "", model.encode)  # a Router sends the sides through different modules
-    vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
-    return np.asarray(vectors, dtype=np.float32)
+    return own_vectors(model, texts, side, prompt, batch_size)
 
 
 def _lighter(encoder: SentenceTransformer) -> SentenceTransformer:
@@ -321,11 +328,12 @@ def _lighter(encoder: SentenceTransformer) -> SentenceTransformer:
 
 
 def _batches(order: list[int], rows: list[Row], skipped: int, budget: int) -> Iterator[list[int]]:
-    """Rows in `order` (the longest first) cut into batches of at most `budget` tokens, padding included."""
+    """Rows in `order` (the longest first) cut into batches of at most `budget` tokens, padding included; a text without
+    tokens is never a batch of its own, which no model takes."""
     batch: list[int] = []
     for row in order:
         longest = len(rows[batch[0] if batch else row]["input_ids"]) - skipped
-        if batch and (len(batch) + 1) * longest > budget:
+        if batch and len(rows[row]["input_ids"]) and (len(batch) + 1) * longest > budget:
             yield batch
             batch = []
         batch.append(row)
@@ -333,9 +341,10 @@ def _batches(order: list[int], rows: list[Row], skipped: int, budget: int) -> It
         yield batch
 
 
-def _of_row(value: Any, place: int, mask: Tensor) -> Tensor:
-    """What one text has of a feature: its tokens without padding, its number, or what all texts share."""
+def _by_text(value: Any, mask: Tensor) -> Sequence[Tensor]:
+    """What each text has of a feature: its tokens without padding, its number, or what all texts share."""
     value = torch.as_tensor(value)
     if value.shape == mask.shape:
-        return value[place][mask[place]]
-    return value.reshape(-1)[place if value.numel() == len(mask) else 0]
+        return value[mask].split(mask.sum(1).tolist())
+    flat = value.reshape(-1)
+    return (flat if len(flat) == len(mask) else flat[:1].expand(len(mask))).unbind()

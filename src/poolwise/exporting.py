@@ -22,13 +22,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from poolwise.adopted import STANDARD
 from poolwise.attention import MODES, verify
 from poolwise.decoder.backbone import TEXT, Backbone
 from poolwise.encoder import PoolingHead
 from poolwise.errors import CheckpointError, StudyError
 
-STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "max": "max"}
-"""Our pooling -> the mode of sentence-transformers' own."""
 PROBE_TEXTS = [
     "A short text.",
     "The second text is longer than the first, so that a batch of the two has padding in it.",

@@ -79,6 +79,19 @@ class Backbone(Transformer):
         set_attention(self.model, attention)
         self.collector = LayerCollector(self.model, reduce=collect) if collect else None
 
+    @classmethod
+    def of(cls, loaded: Transformer, attention: str) -> Backbone:
+        """A backbone around the model and the tokenizer of `loaded`, which stays as it is. The attention is not set:
+        it must be the one that the model has."""
+        own = cls.__new__(cls)
+        own.__dict__.update(vars(loaded), _modules=dict(loaded._modules), _prompt_length_mapping={})
+        own.unpad_inputs = False
+        own.attention, own.collect, own.collector, own.frozen = attention, None, None, None
+        own.include_prompt, own.pad_by_id, own.skip_start, own.special_tokens = True, False, 0, True
+        own.template, own.layout, own.once = "plain", "padded", False
+        own.takes_position_ids = takes_position_ids(own.model)
+        return own
+
     @property
     def words(self) -> PreTrainedTokenizerBase:
         """The tokenizer, which every text model has."""

@@ -98,12 +98,12 @@ class PackedReduction:
     """
 
     def __init__(self, reduce: str, ends: Tensor, pooled: Tensor):
-        self.reduce, self.pooled = reduce, pooled.bool()
+        self.all_pooled = bool(pooled.all())  # asked where `pooled` comes from: on the CPU no GPU has to wait
+        self.reduce, self.pooled = reduce, pooled.bool().to(ends.device, non_blocking=True)
         lengths = ends.diff().long()
-        tokens = torch.arange(len(pooled), device=pooled.device)
+        tokens = torch.arange(len(pooled), device=ends.device)
         self.text = torch.repeat_interleave(lengths, output_size=len(pooled))  # which text a token belongs to
         self.count = torch.zeros_like(lengths).index_add(0, self.text, self.pooled.long())
-        self.all_pooled = bool(self.pooled.all())
         pooled_tokens = torch.where(self.pooled, tokens, 0)
         self.last = torch.zeros_like(lengths).scatter_reduce(0, self.text, pooled_tokens, "amax")
 

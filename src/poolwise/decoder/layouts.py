@@ -50,7 +50,7 @@ def refusal(model: nn.Module, mode: str, max_length: int) -> str | None:
         return f"{name} has a sliding window of {window} tokens, shorter than max_length = {max_length}"
     if other := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
         return f"{name} has layers of {', '.join(sorted(other))}"
-    declared = get_attention(model)
+    declared, unset = get_attention(model), not hasattr(config, "is_causal")
     try:
         set_attention(model, mode)
         with packed_attention_on(model), evaluating(model), torch.no_grad():
@@ -59,6 +59,8 @@ def refusal(model: nn.Module, mode: str, max_length: int) -> str | None:
         seen = str(error).split("\n")[0].split(". ")[0]
     finally:
         set_attention(model, declared)
+        if unset:
+            del config.is_causal
     return f"{name} cannot be packed under {mode} attention: {seen}" if seen else None
 
 

@@ -38,8 +38,10 @@ VARLEN: Any = None
 with contextlib.suppress(ImportError):
     from torch.nn.attention.varlen import varlen_attn
 
-    if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+    if "window_size" in inspect.signature(varlen_attn).parameters:
         VARLEN = varlen_attn
+
+TAKES_GQA = VARLEN is not None and "enable_gqa" in inspect.signature(VARLEN).parameters
 
 PACKED_SDPA = "poolwise_packed_sdpa"
 """The name under which transformers knows the attention below."""
@@ -47,24 +49,33 @@ UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias")  # of Gemma 2, gpt-oss and
 SIMILAR = 2  # texts of one group are at most so many times shorter than its longest
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from a CPU to CUDA without waiting for what the device is still at."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
 class Segments:
     """Where the texts of a pack begin and end.
 
     lengths: of the texts in tokens, the longest first. ends (S + 1,) int32: 0 and the ends of the texts. runs:
-    (texts, tokens of each) for each run of equal length. calls: how often attention has read it.
+    (texts, tokens of each) for each run of equal length. calls: how often attention has read it. kernel: whether
+    VARLEN runs on the device (from Ampere on).
+
+    Attention may read numbers and tensors of it, not `lengths`: it would be compiled anew for each number of texts.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.lengths = lengths
-        self.ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+        self.lengths, self.longest = lengths, max(lengths)
+        self.ends = sent(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32), device)
         self.runs = [(len(list(same)), length) for length, same in groupby(lengths) if length]
         self.sizes = [texts * length for texts, length in self.runs]
         self.calls = 0
+        self.kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
     def arguments(self, flash: bool) -> dict[str, Any]:
         """The arguments of the model's forward that carry the segments to its attention."""
-        longest = self.lengths[0]
-        names = {"cu_seq_lens": self.ends, "max_length": longest}
+        names = {"cu_seq_lens": self.ends, "max_length": self.longest}
         given = {f"{name}_{side}": value for name, value in names.items() for side in "qk"}
         return given if flash else {**given, "segments": self}
 
@@ -95,16 +106,15 @@ def packed_attention(
     if unknown := [name for name in UNKNOWN_TERMS if kwargs.get(name) is not None]:
         raise ModelError(f"its attention has {', '.join(unknown)}")
     window = kwargs.get("sliding_window")
-    if window is not None and segments.lengths[0] > window:
-        raise ModelError(f"a text of {segments.lengths[0]} tokens is longer than its sliding window of {window}")
+    if window is not None and segments.longest > window:
+        raise ModelError(f"a text of {segments.longest} tokens is longer than its sliding window of {window}")
     segments.calls += 1
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     grouped = query.shape[1] != key.shape[1]
     states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # (N, heads, E)
-    if _takes_varlen(query, dropout):
-        bounds = (segments.ends, segments.ends, segments.lengths[0], segments.lengths[0])
-        window_size = (-1, 0 if causal else -1)
-        out = VARLEN(*states, *bounds, scale=scaling, window_size=window_size, enable_gqa=grouped)
+    if segments.kernel and _takes_varlen(query, dropout):
+        bounds = (segments.ends, segments.ends, segments.longest, segments.longest)
+        out = VARLEN(*states, *bounds, scale=scaling, window_size=(-1, 0 if causal else -1), **_fewer_keys(grouped))
         return out[None], None
     # split, not sliced: the gradient of a slice is as large as the whole, that of all parts of a split together
     parts = zip(segments.runs, *(tensor.split(segments.sizes) for tensor in states), strict=True)
@@ -118,15 +128,19 @@ def packed_attention(
     return torch.cat(attended)[None], None
 
 
+def _fewer_keys(grouped: bool) -> dict[str, bool]:
+    """What tells VARLEN that keys have fewer heads than queries. Its kernel always knew; torch < 2.12 takes no word."""
+    return {"enable_gqa": grouped} if TAKES_GQA else {}
+
+
 def _takes_varlen(query: Tensor, dropout: float) -> bool:
-    """Whether torch's own FlashAttention can take it: CUDA from Ampere on, half precision, no dropout."""
+    """Whether torch's own FlashAttention knows these sizes and numbers: half precision, no dropout."""
     return (
         VARLEN is not None
-        and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and not dropout
         and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.shape[-1] % 8 == 0
     )
 
 
@@ -140,24 +154,27 @@ AttentionMaskInterface.register(PACKED_SDPA, _packed_mask)
 
 
 class Rows:
-    """The texts of a batch, from the first real token to the last, whatever side it came padded on.
+    """The texts of a batch, from the first real token to the last, whatever side it came padded on. All of it is kept
+    on the CPU, where looking at it makes no device wait.
 
     ids, mask, pooled (B, T): the tokens padded on the right to the longest text, which of them are real, and which of
     those are pooled. lengths: B numbers of real tokens. came (B, T'): the mask as it came.
     """
 
     def __init__(self, ids: Tensor, mask: Tensor, pooled: Tensor):
+        ids, mask, pooled = ids.cpu(), mask.cpu(), pooled.cpu()
         self.came = mask.bool()
         count = self.came.sum(1)
         self.lengths: list[int] = count.tolist()
-        self.mask = torch.arange(max(self.lengths), device=ids.device) < count[:, None]
+        self.mask = torch.arange(max(self.lengths)) < count[:, None]
         self.ids = torch.zeros_like(self.mask, dtype=ids.dtype).masked_scatter(self.mask, ids[self.came])
         self.pooled = torch.zeros_like(self.mask).masked_scatter(self.mask, pooled.bool()[self.came])
 
     def as_it_came(self, states: Tensor) -> Tensor:
         """States (N, D) of all real tokens, text by text, put back to (B, T', D); zeros where there is padding."""
         padded = states.new_zeros(self.came.numel(), states.shape[-1])
-        return padded.index_copy(0, self.came.flatten().nonzero()[:, 0], states).view(*self.came.shape, -1)
+        places = sent(self.came.flatten().nonzero()[:, 0], states.device)
+        return padded.index_copy(0, places, states).view(*self.came.shape, -1)
 
 
 def joined(columns: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -183,15 +200,17 @@ def forward_packed(
     once: texts with equal tokens, equally pooled, are encoded once; exact only without dropout. Raises ModelError where
     a layer does not attend by segments.
     """
+    device = next(model.parameters()).device
     chosen, copy = _longest_first(rows, once)
-    order = torch.tensor(chosen, device=rows.ids.device)
+    order, text = torch.tensor(chosen), torch.tensor(copy)  # rows of the pack; and which of its texts each row is
     real = rows.mask[order]
-    lengths = [rows.lengths[row] for row in chosen]
-    segments = Segments(lengths, rows.ids.device)
-    positions = torch.arange(rows.ids.shape[1], device=rows.ids.device).expand_as(rows.ids)
+    segments = Segments([rows.lengths[row] for row in chosen], device)
+    positions = torch.arange(rows.ids.shape[1]).expand_as(rows.ids)
+    starts = torch.tensor([0, *segments.lengths[:-1]]).cumsum(0)
+    token = sent((starts[text][:, None] + positions)[rows.mask], device)
     inputs = {
-        "input_ids": rows.ids[order][real][None],
-        "position_ids": positions[order][real][None],
+        "input_ids": sent(rows.ids[order][real][None], device),
+        "position_ids": sent(positions[order][real][None], device),
         "return_dict": True,
         **segments.arguments("flash" in backend(model)),
     }
@@ -203,9 +222,8 @@ def forward_packed(
             states = model(**inputs).last_hidden_state
             vectors = collector.vectors(states)
     check_calls(model, segments)
-    text = torch.tensor(copy, device=rows.ids.device)  # which text of the pack each row is
-    token = (segments.ends[:-1].long()[text][:, None] + positions)[rows.mask]
-    return rows.as_it_came(states[0].index_select(0, token)), None if vectors is None else vectors[text]
+    found = rows.as_it_came(states[0].index_select(0, token))
+    return found, None if vectors is None else vectors[sent(text, device)]
 
 
 def _longest_first(rows: Rows, once: bool) -> tuple[list[int], list[int]]:
@@ -237,18 +255,19 @@ def forward_grouped(
     `run` takes ids, mask and pooled mask of each group, and its part of `prefix` (B, 1), the lengths of the prompts.
     """
     order = sorted(range(len(rows.lengths)), key=lambda row: -rows.lengths[row])
-    left, states, vectors = order, [], []
+    left, states, vectors, device = order, [], [], prefix.device
     while left:
         longest = rows.lengths[left[0]]
         group = [row for row in left if rows.lengths[row] * SIMILAR >= longest]
         left = left[len(group) :]
-        chosen = torch.tensor(group, device=rows.ids.device)
-        ids, mask, pooled = (part[chosen, :longest] for part in (rows.ids, rows.mask, rows.pooled))
-        some, collected = run(ids, mask, pooled, prefix[chosen])
+        chosen = torch.tensor(group)
+        ids, mask, pooled = (sent(part[chosen, :longest], device) for part in (rows.ids, rows.mask, rows.pooled))
+        some, collected = run(ids, mask, pooled, prefix[sent(chosen, device)])
         states.append(F.pad(some, (0, 0, 0, rows.mask.shape[1] - longest)))
         vectors += [] if collected is None else [collected]
-    back = torch.tensor(order, device=rows.ids.device).argsort()
-    return rows.as_it_came(torch.cat(states)[back][rows.mask]), torch.cat(vectors)[back] if vectors else None
+    back = sent(torch.tensor(order).argsort(), device)
+    found = rows.as_it_came(torch.cat(states)[back][sent(rows.mask, device)])
+    return found, torch.cat(vectors)[back] if vectors else None
 
 
 @contextlib.contextmanager
