@@ -24,8 +24,15 @@ CHOSEN = WORDS.split()
 class Corpus:
     """Texts of lognormal length (mean 40 tokens, median 24, at most 512), made of words of one token each."""
 
-    def __init__(self, folder: Path, dtype: str, device: str, pooling: dict[str, Any] | None = None):
-        self.base, _ = _base(folder)
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        device: str,
+        pooling: dict[str, Any] | None = None,
+        sizes: dict[str, int] | None = None,
+    ):
+        self.base, self.vocabulary = _base(folder, sizes)
         self.recipe = Recipe(base_model=str(self.base), dtype=dtype, max_length=LONGEST, lora=False)  # type: ignore[arg-type]
         design = Design.model_validate({"name": "d", **(pooling or {"preset": "m1"})})
         self.encoder = build(self.recipe, design, 0, device=device).eval()

@@ -42,7 +42,8 @@ def _against_st(folder: Path) -> list[dict[str, Any]]:
     lengths = np.sort(corpus.lengths(DOCUMENTS))[::-1]
     starts = range(0, DOCUMENTS - BATCH, BATCH * EVERY)
     slices = [[corpus.text(n) for n in lengths[start : start + BATCH]] for start in starts]
-    peer, plain, fast = corpus.peer(), FastEncoder(corpus.encoder, compiled=False), FastEncoder(corpus.encoder)
+    peer, plain = corpus.peer(), FastEncoder(corpus.encoder, compiled=False)
+    fast = FastEncoder(copy.deepcopy(corpus.encoder))  # compiling it must not compile the peer's layers
     texts = [text for part in slices for text in part]
 
     def theirs() -> torch.Tensor:

@@ -2,10 +2,8 @@
 
 Base: Qwen2-shaped, 12 layers, width 512, random weights; texts of lognormal length (mean 40 tokens, median 24).
 `study`: against loops like those of the paper's code: three padded forwards a step, texts encoded in the order in which
-they come, 64 at a time. `study_st`: against sentence-transformers' own padded training and its `encode`, sorted by
-length. Same process, one after the other, seed by seed; CPU seconds. `study_heads`: the built-in base and tasks, the
-four designs with a head, nothing else tuned (`lora = false`): the states of the frozen base kept from step to step and
-from trial to trial, against the same code without keeping them.
+they come, 64 at a time. Same process, one after the other, seed by seed; CPU seconds. Few steps and texts, so that it
+ends within minutes: what every trial costs apart from them (loading, probes, saving) weighs more than in a real study.
 """
 
 from __future__ import annotations
@@ -30,34 +28,19 @@ from poolwise.running import trial
 from poolwise.running.trial import prepare, run_trial
 from poolwise.study import Study
 
-ROUNDS = 3
-WHOLE_STEPS, WHOLE_BATCH, DOCUMENTS, QUERIES = 1, 6, 28, 8
-HEAD_STEPS, HEAD_BATCH = 12, 16
-HEAD_TASKS = ["demo/early-retrieval", "demo/late-sts", "demo/negation-classification", "demo/topic-clustering"]
-COMMON: dict[str, Any] = {"references": [], "controls": False}
+SEEDS, STEPS, BATCH, DOCUMENTS, QUERIES = 3, 2, 8, 32, 8
 PRESETS = ("m1", "m2", "m3", "m4", "m5")
 
 
-class _Plain(FastEncoder):
-    """Each text by sentence-transformers' own `encode`, whenever it is asked for."""
-
-    batch, unsorted = 32, False
+class _Unsorted(FastEncoder):
+    """Each text by sentence-transformers' own `encode`, whenever it is asked for, in the order in which they come."""
 
     def __init__(self, encoder: Any, **_: Any) -> None:
         self.encoder, self.counts = encoder.eval(), Counts()
 
     def encode(self, texts: Any, prompt: str = "", **_: Any) -> np.ndarray:
-        order = (
-            patch.object(type(self.encoder), "_input_length", lambda *_: 0)
-            if self.unsorted
-            else contextlib.nullcontext()
-        )
-        with order:
-            return self.encoder.encode(list(texts), prompt=prompt, batch_size=self.batch)
-
-
-class _Unsorted(_Plain):
-    batch, unsorted = 64, True
+        with patch.object(type(self.encoder), "_input_length", lambda *_: 0):  # by which it would sort them
+            return self.encoder.encode(list(texts), prompt=prompt, batch_size=64)
 
 
 class _ThreeForwards(MultipleNegativesRankingLoss):
@@ -69,72 +52,66 @@ class _ThreeForwards(MultipleNegativesRankingLoss):
 
 
 @contextlib.contextmanager
-def _loops(encoder: type[FastEncoder]) -> Iterator[None]:
-    """Padded training and this way of encoding instead of ours."""
+def paper_loops() -> Iterator[None]:
+    """Training and encoding like that of the paper's code instead of ours."""
     padded = patch.object(train, "choose", lambda *_: ("padded", "benchmark"))
-    loss = _ThreeForwards if encoder is _Unsorted else MultipleNegativesRankingLoss
-    with padded, patch.object(train, "MultipleNegativesRankingLoss", loss), patch.object(trial, "FastEncoder", encoder):
+    loss = patch.object(train, "MultipleNegativesRankingLoss", _ThreeForwards)
+    with padded, loss, patch.object(trial, "FastEncoder", _Unsorted):
         yield
 
 
 def run() -> list[dict[str, Any]]:
-    whole = {"ours": contextlib.nullcontext, "reference": lambda: _loops(_Unsorted), "st": lambda: _loops(_Plain)}
-    heads = {"ours": contextlib.nullcontext, "forgetful": lambda: patch.object(trial, "_freeze", lambda *_: None)}
-    recipe = {"base_model": "nano", "steps": HEAD_STEPS, "batch_size": HEAD_BATCH, "warmup_steps": 0, "lora": False}
-    only_heads = {
-        **COMMON,
-        "name": "heads",
-        "baseline": "m2",
-        "seeds": ROUNDS + 1,
-        "tasks": HEAD_TASKS,
-        "evaluate_at": [0.5, 1.0],
-        "recipe": {**recipe, "head_learning_rate": 1e-3},
-        "designs": [{"preset": name} for name in PRESETS[1:]],
-    }
+    variants = {"ours": contextlib.nullcontext, "paper": paper_loops}
     with tempfile.TemporaryDirectory() as folder:
-        long = _long_texts(Path(folder))
-        figures = _figures(
-            Study.parse(long, Path(folder)), whole, {"study": ("reference", 2.0), "study_st": ("st", None)}, 0
-        )
-    return [*figures, *_figures(Study.parse(only_heads), heads, {"study_heads": ("forgetful", None)}, 1)]
+        study = Study.parse(long_texts(Path(folder), STEPS, 8 * STEPS * BATCH, DOCUMENTS), Path(folder))
+        times, scores = measured(study, variants)
+    apart = float(np.abs(scores["ours"] - scores["paper"]).max())
+    return [ratio_record("study", times["paper"], times["ours"], 2.0, agreement=apart, **facts(study))]
 
 
-def _long_texts(folder: Path) -> dict[str, Any]:
+def facts(study: Study) -> dict[str, Any]:
+    """What is told beside a figure."""
+    return {
+        "designs": len(study.designs), "seeds": len(study.seeds), "steps": study.recipe.steps,
+        "batch_size": study.recipe.batch_size, "documents": DOCUMENTS, "queries": QUERIES,
+        "agreement_of": "largest score difference",
+    }  # fmt: skip
+
+
+def long_texts(folder: Path, steps: int, pairs: int, documents: int, **recipe: Any) -> dict[str, Any]:
     """A study on generated texts of the usual lengths: its content, with base, pairs and task in `folder`."""
     corpus = Corpus(folder / "base", "float32", "cpu")
     corpus.tokenizer.save_pretrained(folder / "base")
-    lengths = iter(corpus.lengths(3 * WHOLE_STEPS * WHOLE_BATCH * 8 + DOCUMENTS + QUERIES).tolist())
+    lengths = iter(corpus.lengths(3 * pairs + documents + QUERIES).tolist())
     names = ("query", "positive", "negative")
-    rows = [{name: corpus.text(next(lengths)) for name in names} for _ in range(WHOLE_STEPS * WHOLE_BATCH * 8)]
+    rows = [{name: corpus.text(next(lengths)) for name in names} for _ in range(pairs)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = folder / "search"
     (task / "qrels").mkdir(parents=True)
-    for name, count in (("corpus", DOCUMENTS), ("queries", QUERIES)):
+    for name, count in (("corpus", documents), ("queries", QUERIES)):
         texts = [{"_id": f"{name[0]}{i}", "text": corpus.text(next(lengths))} for i in range(count)]
         (task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    judged = "".join(f"q{i}\tc{i * 3 % DOCUMENTS}\t1\n" for i in range(QUERIES))
+    judged = "".join(f"q{i}\tc{i * 3 % documents}\t1\n" for i in range(QUERIES))
     (task / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     return {
-        **COMMON,
         "name": "whole",
-        "seeds": ROUNDS,
+        "references": [],
+        "controls": False,
+        "seeds": SEEDS,
         "tasks": ["./search"],
         "evaluate_at": [1.0],
         "recipe": {
-            "base_model": "./base", "dataset": "./pairs.jsonl", "steps": WHOLE_STEPS, "batch_size": WHOLE_BATCH,
-            "learning_rate": 1e-3, "warmup_steps": 0, "dtype": "float32", "max_length": 512, "lora": {"dropout": 0.0},
+            "base_model": "./base", "dataset": "./pairs.jsonl", "steps": steps, "batch_size": BATCH, "warmup_steps": 0,
+            "learning_rate": 1e-3, "dtype": "float32", "max_length": 512, "lora": {"dropout": 0.0}, **recipe,
         },
         "designs": [{"preset": name} for name in PRESETS],
     }  # fmt: skip
 
 
-def _figures(
-    study: Study,
-    variants: dict[str, Callable[[], Any]],
-    against: dict[str, tuple[str, float | None]],
-    warmup: int,
-) -> list[dict[str, Any]]:
-    """Each seed's trials in every variant, one variant after the other; the first `warmup` seeds are not counted."""
+def measured(
+    study: Study, variants: dict[str, Callable[[], Any]]
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Each seed's trials in every variant, one variant after the other: seconds by seed, and all main scores."""
     prepared = prepare(study)
     with tempfile.TemporaryDirectory() as folder:
         turn = dict.fromkeys(variants, 0)
@@ -147,22 +124,8 @@ def _figures(
                     if each.seed == seed:
                         run_trial(each, prepared, Path(folder) / name / "trials" / each.name)
 
-        times = interleave({name: lambda name=name: one(name) for name in variants}, ROUNDS, warmup=warmup)
-        scores = {name: _scores(Path(folder) / name / "trials") for name in variants}
-    facts = {
-        "designs": len(study.designs),
-        "seeds": ROUNDS,
-        "tasks": len(study.tasks),
-        "steps": study.recipe.steps,
-        "agreement_of": "largest score difference",
-    }
-    return [
-        ratio_record(
-            name, times[slow], times["ours"], goal,
-            agreement=float(np.abs(scores["ours"] - scores[slow]).max()), **facts,
-        )
-        for name, (slow, goal) in against.items()
-    ]  # fmt: skip
+        times = interleave({name: lambda name=name: one(name) for name in variants}, len(study.seeds), warmup=0)
+        return times, {name: _scores(Path(folder) / name / "trials") for name in variants}
 
 
 def _scores(folder: Path) -> np.ndarray:

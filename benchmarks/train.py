@@ -44,7 +44,7 @@ def run() -> list[dict[str, Any]]:
         return [figure for dtype in ("float32", "bfloat16") for figure in _figures(base, words, dtype, device)]
 
 
-def _figures(base: Path, words: int, dtype: str, device: str) -> list[dict[str, Any]]:
+def _figures(base: Path, words: int, dtype: str, device: str, triples: int = TRIPLES) -> list[dict[str, Any]]:
     recipe = Recipe(base_model=str(base), dtype=dtype, max_length=LONGEST, lora=Lora(dropout=0.0))
     encoder = build(recipe, Design.model_validate({"preset": "m1"}), 0, device=device).train()
     generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,9 @@ def _figures(base: Path, words: int, dtype: str, device: str) -> list[dict[str, 
     modules = [plain, Pooling(encoder[0].model.config.hidden_size, "lasttoken"), Normalize()]
     peer = SentenceTransformer(modules=modules, device=device).train()
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=0.0)
-    batches = [[{k: v.to(device) for k, v in f.items()} for f in batch] for batch in _batches(words, ROUNDS + 1)]
+    batches = [
+        [{k: v.to(device) for k, v in f.items()} for f in batch] for batch in _batches(words, ROUNDS + 1, triples)
+    ]
     ours, theirs = MultipleNegativesRankingLoss(encoder), MultipleNegativesRankingLoss(peer)
 
     def packed(batch: Features) -> torch.Tensor:
@@ -113,14 +115,17 @@ def _figures(base: Path, words: int, dtype: str, device: str) -> list[dict[str, 
     return figures
 
 
-def _base(folder: Path) -> tuple[Path, int]:
+def _base(folder: Path, sizes: dict[str, int] | None = None) -> tuple[Path, int]:
     """A Qwen2-shaped model of random weights with the built-in tokenizer; its folder and number of tokens."""
     tokenizer = AutoTokenizer.from_pretrained(nano_path())
     words = len(tokenizer)
     torch.manual_seed(0)
+    usual = {
+        "vocab_size": words, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
     config = Qwen2Config(
-        vocab_size=words, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=LONGEST, pad_token_id=tokenizer.pad_token_id,
+        **{**usual, **(sizes or {})}, max_position_embeddings=LONGEST, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
     )  # fmt: skip
     AutoModel.from_config(config).save_pretrained(folder)
@@ -129,13 +134,13 @@ def _base(folder: Path) -> tuple[Path, int]:
     return folder, words
 
 
-def _batches(words: int, count: int) -> list[Features]:
+def _batches(words: int, count: int, triples: int) -> list[Features]:
     """`count` of `DRAWN` batches, those with the most usual padding: three columns of ids and masks each."""
     generator = torch.Generator().manual_seed(1)
     spread = (2 * torch.log(torch.tensor(40 / 24))).sqrt()
-    drawn = 24 * torch.exp(spread * torch.randn(DRAWN, 3, TRIPLES, generator=generator))
+    drawn = 24 * torch.exp(spread * torch.randn(DRAWN, 3, triples, generator=generator))
     lengths = drawn.round().long().clamp(2, LONGEST)
-    padded = lengths.amax(2).sum(1) * TRIPLES / lengths.sum((1, 2))
+    padded = lengths.amax(2).sum(1) * triples / lengths.sum((1, 2))
     chosen = (padded - padded.median()).abs().argsort()[:count]
     batches = []
     for columns in lengths[chosen]:
@@ -151,7 +156,11 @@ def _batches(words: int, count: int) -> list[Features]:
 def _padding(batches: list[Features]) -> dict[str, Any]:
     real = sum(int(f["attention_mask"].sum()) for batch in batches for f in batch)
     padded = sum(f["attention_mask"].numel() for batch in batches for f in batch)
-    return {"triples": TRIPLES, "real_tokens": real // len(batches), "padded_per_real": round(padded / real, 2)}
+    return {
+        "triples": len(batches[0][0]["input_ids"]),
+        "real_tokens": real // len(batches),
+        "padded_per_real": round(padded / real, 2),
+    }
 
 
 def _gradient(loss: Callable, optimizer: torch.optim.Optimizer, batch: Features) -> tuple[float, torch.Tensor]:
