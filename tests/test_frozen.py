@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,11 @@ def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     study = Study.load(tmp_path / "study.toml")
     prepared = prepare(study)
     work = []
+    place = study.folder / "frozen" / "of-a-killed-run"
+    place.mkdir(parents=True)
+    for name, hours in ((".old.tmp", 7), (".new.tmp", 0)):
+        (place / name).touch()
+        os.utime(place / name, times=(time.time() - 3600 * hours,) * 2)
     for trial in prepared.trials:
         folder = study.folder / "trials" / trial.name
         run_trial(trial, prepared, folder)
@@ -148,6 +155,7 @@ def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert work[0]["frozen_asked"] >= 48 + 2 * 32  # and those that show where the head looks
     assert work[1]["frozen_computed"] == 0  # the second run differs in its first weights and the order
     assert work[1]["frozen_asked"] == work[0]["frozen_asked"]
+    assert [path.name for path in place.iterdir()] == [".new.tmp"]
     assert work[0]["asked"] == 2 * 40
     assert work[0]["encoded"] == 2 * 32
     words = shared_work(study)

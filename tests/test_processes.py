@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from poolwise import train as training
 from poolwise.encoder import build
 from poolwise.errors import TrainingError
+from poolwise.running.engines import gpu_of
 from poolwise.study import Design, Lora, Recipe
 from poolwise.train import COMPLETE
 from tiny import tiny_folder
@@ -146,6 +147,13 @@ def test_law_8_without_gathering_the_losses_differ(sides: tuple[Path, Path]) -> 
     assert (losses(one, "alone") - losses(two, "alone")).min() > 0.1
     ours, theirs = (load_file(folder / "alone.safetensors") for folder in sides)
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) > 1e-4
+
+
+def test_each_slot_has_a_gpu_of_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu_of(slot, 2) for slot in range(4)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    assert [gpu_of(slot, 2) for slot in range(3)] == ["3", "GPU-5", "3"]
 
 
 def test_a_batch_that_cannot_be_split(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

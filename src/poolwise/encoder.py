@@ -7,6 +7,7 @@ layer, (B, L, D) one vector per layer, (B, D) embeddings.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,8 +160,9 @@ def _adapt(backbone: Backbone, recipe: Recipe, seed: int) -> None:
         target_modules=target if isinstance(target, str) else list(target),
         task_type=TaskType.FEATURE_EXTRACTION,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(derived_seed(recipe, "init", seed))
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of PEFT's making
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:

@@ -104,6 +104,7 @@ def train(
     )
     if arguments.world_size != world:
         raise TrainingError(f"WORLD_SIZE is {world}, but the trainer found {arguments.world_size}; start with torchrun")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # seeing several, the trainer would multiply the batch by their number
     backbone = cast(Backbone, encoder[0])
     own = Design.model_validate(cast(Any, encoder.poolwise)["design"])
     layout, reason = choose(backbone.model, [own, *designs], recipe.max_length)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -89,6 +90,8 @@ def _engine(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Asking the CUDA runtime whether there is a GPU, as libraries do, would leave the children without one.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     study._base_dir = base_dir
     try:
         import torch
@@ -101,6 +104,8 @@ def _engine(
         from poolwise.running.preparation import prepare
 
         prepared = prepare(study)
+        gc.collect()
+        gc.freeze()  # what the children inherit is never garbage: not theirs to search, nor to copy by searching
     except PoolwiseError as error:
         events.send(("error", str(error)))
         return
@@ -115,7 +120,7 @@ def _engine(
             while waiting and free:
                 trial, slot = waiting.pop(0), free.pop(0)
                 reader, writer = multiprocessing.Pipe(duplex=False)
-                gpu = slot % gpus if gpus else None
+                gpu = gpu_of(slot, gpus) if gpus else None
                 child = multiprocessing.get_context("fork").Process(
                     target=_child, args=(trial, prepared, folder / "trials" / trial.name, writer, gpu)
                 )
@@ -151,12 +156,19 @@ def _summary(trial: Any) -> dict[str, Any]:
     return {name: getattr(trial, name) for name in ("name", "label", "role", "seed", "base", "id")}
 
 
-def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: int | None) -> None:
+def gpu_of(slot: int, gpus: int) -> str:
+    """The name of the GPU for a slot, of those that CUDA_VISIBLE_DEVICES lets this process see."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(gpus)]
+    return names[slot % gpus]
+
+
+def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: str | None) -> None:
     """One trial in a process of its own."""
     _die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     from poolwise.running.trial import run_trial

@@ -9,7 +9,7 @@ from typing import Any
 from poolwise.data import Pairs, decontaminate, load_pairs
 from poolwise.decoder.base import base_identity, base_path, load_config
 from poolwise.pooling import resolve_args
-from poolwise.reading.batches import plan
+from poolwise.reading.batches import Plan, plan
 from poolwise.running.preflight import check_base, data_notes
 from poolwise.study import Design, Study, content_hash
 from poolwise.tasks import Task, resolve_tasks
@@ -50,13 +50,15 @@ class Trial:
 
 @dataclass
 class Prepared:
-    """A study made ready: bases found, sizes resolved, pairs read, cleaned and planned, tasks resolved."""
+    """A study made ready: bases found, sizes resolved, pairs read, cleaned and planned, tasks resolved. `plans`: the
+    order of training of each seed."""
 
     study: Study
     trials: list[Trial]
     tasks: list[Task]
     pairs: Pairs | None
     notes: list[str] = field(default_factory=list)
+    plans: dict[int, Plan] = field(default_factory=dict)
 
 
 def base_config(study: Study) -> tuple[str, Any]:
@@ -78,15 +80,15 @@ def prepare(study: Study) -> Prepared:
     tasks = resolve_tasks(study.tasks, study.base_dir)
     pairs = load_pairs(study.recipe, study.base_dir)
     pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
-    orders: dict[int, str] = {}
-    trials = [trial for name in bases for trial in _trials(study.on_base(name), *bases[name], pairs, orders)]
+    plans: dict[int, Plan] = {}
+    trials = [trial for name in bases for trial in _trials(study.on_base(name), *bases[name], pairs, plans)]
     trials += [Trial(name, "reference", 0, {"reference": name}) for name in study.references if name != "untuned"]
     notes += [note for path, _ in bases.values() for note in data_notes(pairs, study.recipe, path)]
-    return Prepared(study, trials, tasks, pairs, list(dict.fromkeys(notes)))
+    return Prepared(study, trials, tasks, pairs, list(dict.fromkeys(notes)), plans)
 
 
-def _trials(study: Study, path: str, config: Any, pairs: Pairs, orders: dict[int, str]) -> list[Trial]:
-    """The trials on one base model; `orders` keeps the fingerprint of each seed's data, the same for every base."""
+def _trials(study: Study, path: str, config: Any, pairs: Pairs, plans: dict[int, Plan]) -> list[Trial]:
+    """The trials on one base model; `plans` keeps the order of each seed's data, the same for every base."""
     name, recipe = study.recipe.base_model, study.recipe.model_dump(mode="json", exclude=NOT_IN_SPEC)
     recipe = {key: value for key, value in recipe.items() if ADDED.get(key, ...) != value}
     if study.recipe.guide:
@@ -103,9 +105,9 @@ def _trials(study: Study, path: str, config: Any, pairs: Pairs, orders: dict[int
             "tuned": role != "untuned",
         }
         if role != "untuned":
-            if seed not in orders:
-                orders[seed] = plan(pairs, study.recipe, seed).fingerprint
-            content["data"] = orders[seed]
+            if seed not in plans:
+                plans[seed] = plan(pairs, study.recipe, seed)
+            content["data"] = plans[seed].fingerprint
         return content
 
     trials = []

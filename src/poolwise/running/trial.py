@@ -21,6 +21,7 @@ import errno
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ from poolwise.decoder.layouts import has_dropout
 from poolwise.encoder import build
 from poolwise.encoding import KEPT_BYTES, Counts, FastEncoder
 from poolwise.errors import PoolwiseError, TrainingError
-from poolwise.reading.batches import plan, training_dataset
+from poolwise.reading.batches import training_dataset
 from poolwise.running.preparation import Prepared, Trial, prepare
 from poolwise.scoring import ladder, score_files
 from poolwise.scoring.evaluation import evaluate
@@ -52,6 +53,8 @@ __all__ = ["Prepared", "Trial", "prepare", "run_trial", "score_file"]
 
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
+STALE = 6 * 3600
+"""Seconds after which a file that nobody has finished writing is left over from a killed run."""
 LOOKED_AT = 64
 """Evaluation texts on which that is measured, about."""
 
@@ -128,9 +131,13 @@ def _milestone(folder: Path, step: int) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written; of what other trials may be writing now, only what is hours old."""
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in (folder.parents[1] / "frozen").glob("*/.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()
 
 
 def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
@@ -166,9 +173,7 @@ def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folde
 
 def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
     recipe: Recipe = prepared.study.recipe
-    order = plan(cast(Pairs, prepared.pairs), recipe, trial.seed)
-    if order.fingerprint != trial.spec["data"]:
-        raise TrainingError("the training data changed while the study ran; restore it or start under another name")
+    order = prepared.plans[trial.seed]
     if recipe.guide:
         guide = base_path(recipe.guide, prepared.study.base_dir, "recipe.guide")
         recipe = recipe.model_copy(update={"guide": guide})
@@ -239,7 +244,7 @@ def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[
     """How much noise each rung of the ladder takes; found once."""
     path, pairs, recipe = folder / "ladder.json", cast(Pairs, prepared.pairs), prepared.study.recipe
     if not path.exists():
-        found = ladder.calibrate(model, recipe, pairs, plan(pairs, recipe, trial.seed), trial.seed)
+        found = ladder.calibrate(model, recipe, pairs, prepared.plans[trial.seed], trial.seed)
         checkpoint.write_json(path, found)
     shares: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))["shares"]
     return shares

@@ -19,7 +19,7 @@ from poolwise.errors import ModelError
 from poolwise.poolings.heads import LayerCrossAttention
 
 
-def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float64]:
+def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 8) -> NDArray[np.float64]:
     """(L,) share of the attention that goes to each layer, lowest first, sum 1: mean over texts, heads and latents.
 
     The weights are those of the head's forward, softmax(Q_h K_hᵀ / √E) over the L layer vectors of a text.
