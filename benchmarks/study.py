@@ -28,7 +28,7 @@ from poolwise.running import trial
 from poolwise.running.trial import prepare, run_trial
 from poolwise.study import Study
 
-SEEDS, STEPS, BATCH, DOCUMENTS, QUERIES = 3, 2, 8, 32, 8
+SEEDS, STEPS, BATCH, DOCUMENTS, QUERIES = 3, 2, 8, 24, 8
 PRESETS = ("m1", "m2", "m3", "m4", "m5")
 
 
