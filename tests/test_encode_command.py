@@ -162,6 +162,23 @@ def test_what_stops_it_leaves_nothing_and_the_old_file(failure, raised, told, mo
     assert to.read_bytes() == b"old"
 
 
+def test_a_side_takes_the_prompt_that_sentence_transformers_takes(models):
+    fast = open_model(models["plain"])
+    for prompts in ({"passage": "passage: "}, {"passage": "passage: ", "document": ""}, {"query": "find: "}):
+        fast.encoder.prompts = prompts
+        assert (
+            np.abs(poolwise.encode(fast, TEXTS[:3], side="query") - fast.encoder.encode_query(TEXTS[:3])).max() < 1e-5
+        )
+        own = fast.encoder.encode_document(TEXTS[:3])
+        assert np.abs(poolwise.encode(fast, TEXTS[:3], side="document") - own).max() < 1e-5
+
+
+def test_an_embedding_that_is_not_finite_is_told(models, monkeypatch):
+    monkeypatch.setattr(FastEncoder, "encode", lambda *_, **__: np.array([[0.0], [np.inf]], np.float32))
+    with pytest.raises(ModelError, match="text 2 is not finite"):
+        poolwise.encode(models["own"], ["a", "b"])
+
+
 def test_a_file_that_changes_meanwhile_is_told(models, texts, tmp_path, monkeypatch):
     opened = bulk.open_model
 

@@ -304,6 +304,13 @@ def test_load_refuses_what_it_cannot_trust(base: str, tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "nowhere")
 
 
+def test_weights_of_another_rank_do_not_fit(base: str, tmp_path: Path) -> None:
+    checkpoint.save_weights(build(recipe(base), DESIGNS[0], 0), tmp_path)
+    other = build(recipe(base, lora=Lora(rank=3)), DESIGNS[0], 0)
+    with pytest.raises(CheckpointError, match="adapter does not fit the recipe and the design"):
+        checkpoint.load_weights(other, tmp_path)
+
+
 def test_load_refuses_another_base(base: str, tmp_path: Path) -> None:
     folder = checkpoint.save(build(recipe(base), DESIGNS[0], 0), tmp_path / "run")
     other = tiny_folder(tmp_path / "other", "llama", seed=1)

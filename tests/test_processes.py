@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from poolwise import train as training
 from poolwise.encoder import build
 from poolwise.errors import TrainingError
+from poolwise.running import engines
 from poolwise.running.engines import gpu_of
 from poolwise.study import Design, Lora, Recipe
 from poolwise.train import COMPLETE
@@ -147,6 +148,18 @@ def test_law_8_without_gathering_the_losses_differ(sides: tuple[Path, Path]) -> 
     assert (losses(one, "alone") - losses(two, "alone")).min() > 0.1
     ours, theirs = (load_file(folder / "alone.safetensors") for folder in sides)
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) > 1e-4
+
+
+def test_gpus_are_counted_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that forks the trials must never ask CUDA."""
+    here, asked = os.getpid(), []
+    monkeypatch.setattr(
+        torch.cuda, "device_count", lambda: asked.append(os.getpid()) or (3 if os.getpid() != here else 99)
+    )
+    assert engines._count_gpus() == 3
+    assert not asked
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(1))
+    assert engines._count_gpus() == 0
 
 
 def test_each_slot_has_a_gpu_of_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

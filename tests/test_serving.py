@@ -156,20 +156,24 @@ def test_a_text_that_fails_does_not_fail_the_others(server: Server, expected, mo
             assert gate.wait(20)
         if "bad" in texts:
             raise RuntimeError("no such text")
-        return encode(self, texts, prompt, **rest)
+        found = encode(self, texts, prompt, **rest)
+        found[[text == "diverged" for text in texts]] = np.nan
+        return found
 
     monkeypatch.setattr(type(fast), "encode", fragile)
-    with ThreadPoolExecutor(4) as clients:
+    with ThreadPoolExecutor(5) as clients:
         answers = [clients.submit(ask, server, {"input": "first"})]
         wait_for(lambda: calls)
-        answers += [clients.submit(ask, server, {"input": text}) for text in ("good", "bad", "fine")]
-        wait_for(lambda: server.batcher.queue.qsize() == 3)
+        answers += [clients.submit(ask, server, {"input": text}) for text in ("good", "bad", "fine", "diverged")]
+        wait_for(lambda: server.batcher.queue.qsize() == 4)
         gate.set()
     codes = [future.result()[0] for future in answers]
-    assert codes == [200, 200, 500, 200]
+    assert codes == [200, 200, 500, 200, 500]
     assert np.abs(vectors(answers[3].result()[1]) - expected(["fine"])).max() < 1e-5
     assert answers[2].result()[1]["error"]["type"] == "server_error"
-    assert "no such text" in capfd.readouterr().err  # in the log, not in the answer
+    log = capfd.readouterr().err  # not in the answer
+    assert "no such text" in log
+    assert "text 1 is not finite" in log
     assert ask(server, {"input": "good"})[0] == 200  # and the worker lives
 
 
@@ -201,6 +205,8 @@ def test_mistakes(server: Server, content: Any, code: int, told: str):
 def test_pages(server: Server, folder: Path):
     code, about = ask(server, None, "/health", "GET")
     assert (code, about) == (200, {"status": "ok", "model": str(folder), "dimensions": 32, "max_length": 48})
+    models = {"object": "list", "data": [{"id": str(folder), "object": "model"}]}
+    assert ask(server, None, "/v1/models", "GET") == (200, models)
     for path, method in ((ROUTE, "GET"), ("/v1/chat", "POST"), ("/", "GET")):
         code, answer = ask(server, b"{}" if method == "POST" else None, path, method)
         assert code == 404
@@ -209,6 +215,12 @@ def test_pages(server: Server, folder: Path):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     connection.putrequest("POST", ROUTE)
     connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    assert connection.getresponse().status == 400
+    connection.close()
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.putrequest("POST", ROUTE)
+    connection.putheader("Content-Length", "9" * 5000)
     connection.endheaders()
     assert connection.getresponse().status == 400
     connection.close()

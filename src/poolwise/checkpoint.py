@@ -9,10 +9,12 @@ A folder appears whole or not at all. Loading re-applies the attention mode and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +77,8 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
     model = backbone.model
     if isinstance(model, PeftModel):
         state = _read(folder / "adapter" / "adapter_model.safetensors")
-        result = set_peft_model_state_dict(model, state)
+        with _fitting(folder / "adapter"):
+            result = set_peft_model_state_dict(model, state)
         expected = sum("lora_" in name for name, _ in model.named_parameters())
         if result.unexpected_keys or len(state) != expected:
             raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
@@ -204,7 +207,15 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_into(module: torch.nn.Module, path: Path) -> None:
-    try:
+    with _fitting(path):
         module.load_state_dict(_read(path))
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """What torch says of tensors that are missing or of another shape, as a CheckpointError."""
+    try:
+        yield
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the design: {str(error).splitlines()[-1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the recipe and the design: {reason}") from None

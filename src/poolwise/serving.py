@@ -25,9 +25,9 @@ import numpy as np
 
 from poolwise.encoding import FastEncoder
 from poolwise.errors import PoolwiseError
-from poolwise.running.bulk import SIDES, open_model, prompt_of
+from poolwise.running.bulk import SIDES, finite, open_model, prompt_of
 
-ROUTE = "/v1/embeddings"
+ROUTE, MODELS = "/v1/embeddings", "/v1/models"
 MAX_BYTES = 4 << 20
 """Of a request's body; more is answered with 413, as are more than `MAX_TEXTS`."""
 MAX_TEXTS = 2048
@@ -96,7 +96,7 @@ class Batcher:
     def _encode(self, jobs: list[Job]) -> None:
         side, texts = jobs[0].side, [text for job in jobs for text in job.texts]
         try:
-            vectors = self.fast.encode(texts, self.prompts[side], side=side).astype("<f4")
+            vectors = finite(self.fast.encode(texts, self.prompts[side], side=side)).astype("<f4")
             counts = [self._tokens(job.texts, self.prompts[side]) for job in jobs]
         except Exception as error:
             if len(jobs) == 1:
@@ -133,11 +133,14 @@ class Handler(BaseHTTPRequestHandler):
             body = self._body() if self.command == "POST" else b""
             if (self.command, self.path) == ("GET", "/health"):
                 answer = self.server.about()
+            elif (self.command, self.path) == ("GET", MODELS):
+                answer = {"object": "list", "data": [{"id": self.server.model, "object": "model"}]}
             elif (self.command, self.path) == ("POST", ROUTE):
                 answer = self._embeddings(body)
             else:
                 raise RequestError(
-                    404, f"no such page: {self.command} {self.path}; there are GET /health and POST {ROUTE}"
+                    404,
+                    f"no such page: {self.command} {self.path}; there are GET /health, GET {MODELS} and POST {ROUTE}",
                 )
         except RequestError as error:
             self.send_error(*error.args)
@@ -153,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        if not (length.isascii() and length.isdecimal() and len(length) < 20):
             raise RequestError(400, "no Content-Length: send the body whole, not in chunks")
         if int(length) > MAX_BYTES:
             for _ in range(min(int(length), 16 * MAX_BYTES) >> 16):  # a client that still writes would not read

@@ -57,7 +57,8 @@ def base_identity(path: str, commit: str | None = None) -> str:
 def torch_dtype(name: str) -> torch.dtype:
     """`auto`: bf16 where a GPU computes in it, fp32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        computes = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if computes else torch.float32
     return cast(torch.dtype, getattr(torch, name))
 
 

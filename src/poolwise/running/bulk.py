@@ -46,7 +46,7 @@ def prompt_of(fast: FastEncoder, prompt: str | None, side: str | None) -> str:
         return prompt
     names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: (fast.default_prompt_name,)}
     prompts = fast.prompts or {}
-    return next((prompts[name] for name in names[side] if prompts.get(name)), "")
+    return next((prompts[name] for name in names[side] if name in prompts), "")
 
 
 def encode(
@@ -58,7 +58,8 @@ def encode(
 ) -> np.ndarray:
     """(N, D) fp32 embeddings of `texts` in their order. `model` may be a `FastEncoder`, to be opened only once.
 
-    prompt: text put before each; side: `query` or `document`, to take the model's own instead.
+    prompt: text put before each; side: `query` or `document`, to take the model's own instead. Raises ModelError where
+    an embedding is not finite.
     """
     if isinstance(texts, str):
         raise DataError(f"texts = {texts[:60]!r} is one text; give a list: [text]")
@@ -66,7 +67,7 @@ def encode(
     if isinstance(model, (str, Path)):
         model = open_model(model)
     fast = model if isinstance(model, FastEncoder) else FastEncoder(model)
-    return fast.encode([*texts], prompt_of(fast, prompt, side), side=side)
+    return finite(fast.encode([*texts], prompt_of(fast, prompt, side), side=side))
 
 
 def encode_file(
@@ -99,11 +100,7 @@ def encode_file(
     done, started, said = 0, time.perf_counter(), time.perf_counter()
     with open_atomic(to) as file:  # not a memory map: on a full disk that would kill the process
         for vectors in _windows(fast, read_texts(texts, field), prompt, side, total):
-            if not np.isfinite(vectors).all():
-                row = done + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-                raise ModelError(
-                    f"the embedding of text {row + 1} is not finite; the model diverged or its dtype is small"
-                )
+            finite(vectors, done)
             if not done:
                 form = {"descr": "<f4", "fortran_order": False, "shape": (total, vectors.shape[1])}
                 np.lib.format.write_array_header_1_0(file, form)
@@ -118,6 +115,14 @@ def encode_file(
     for note in fast.notes:
         say(f"note: {note}")
     return to
+
+
+def finite(vectors: np.ndarray, before: int = 0) -> np.ndarray:
+    """The vectors (N, D), `before` of whose texts came earlier. Raises ModelError where one of them is not finite."""
+    if not (good := np.isfinite(vectors).all(1)).all():
+        row = before + int(np.flatnonzero(~good)[0])
+        raise ModelError(f"the embedding of text {row + 1} is not finite; the model diverged or its dtype is small")
+    return vectors
 
 
 def _check(prompt: str | None, side: str | None) -> None:

@@ -28,11 +28,11 @@ Event = tuple[str, Any]
 `("failed", (name, reason))`, `("error", message)`, `("end", None)`."""
 
 
-def default_workers() -> int:
-    """One trial per GPU, else per core."""
-    import torch
+def default_workers(gpus: int) -> int:
+    """One trial per GPU, else per core that this process may use (affinity and container limits counted)."""
+    import joblib
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return gpus or int(joblib.cpu_count())
 
 
 def run_local(
@@ -98,7 +98,7 @@ def _engine(
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # it would run through the grid
-        gpus = torch.cuda.device_count()
+        gpus = _count_gpus()
         torch.set_num_threads(1)
         from poolwise.checkpoint import write_json
         from poolwise.running.preparation import prepare
@@ -112,7 +112,7 @@ def _engine(
     waiting = prepared.trials[shard[0] - 1 :: shard[1]]
     events.send(("notes", prepared.notes))
     events.send(("trials", [_summary(trial) for trial in prepared.trials]))
-    workers = workers or default_workers()
+    workers = workers or default_workers(gpus)
     running: dict[Connection, tuple[Any, Any, int]] = {}
     free = list(range(workers))
     try:
@@ -154,6 +154,23 @@ def _engine(
 
 def _summary(trial: Any) -> dict[str, Any]:
     return {name: getattr(trial, name) for name in ("name", "label", "role", "seed", "base", "id")}
+
+
+def _count_gpus() -> int:
+    """How many there are, asked in a child: where the driver's library cannot tell (MIG), CUDA itself is asked, and a
+    process that has asked CUDA can fork no child that uses it."""
+    import torch
+
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=lambda: writer.send(torch.cuda.device_count()))
+    child.start()
+    writer.close()
+    try:
+        return int(reader.recv())
+    except EOFError:  # it died of what it asked
+        return 0
+    finally:
+        child.join()
 
 
 def gpu_of(slot: int, gpus: int) -> str:
