@@ -22,7 +22,7 @@ from benchmarks.study import BATCH, PRESETS, facts, long_texts, measured, paper_
 from poolwise.running import trial
 from poolwise.study import Study
 
-STEPS, DOCUMENTS = 4, 24
+STEPS, DOCUMENTS = 3, 16
 
 
 def run() -> list[dict[str, Any]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,20 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from poolwise import encoder as building
 from poolwise import train as training
+from poolwise.decoder import frozen
+from poolwise.decoder.base import torch_dtype
 from poolwise.decoder.frozen import FrozenStates
 from poolwise.encoder import build
 from poolwise.encoding import FastEncoder
-from poolwise.running.preparation import prepare
+from poolwise.errors import TrainingError
+from poolwise.running import trial as trials
+from poolwise.running.preparation import Prepared, prepare
 from poolwise.running.runner import shared_work
 from poolwise.running.trial import run_trial
 from poolwise.scoring import score_files
@@ -35,10 +45,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_folder(tmp_path_factory.mktemp("base"), "llama"))
 
 
-def encoder(base: str, preset: str, frozen: FrozenStates | None, **changes: Any) -> SentenceTransformer:
+def encoder(base: str, preset: str, kept: FrozenStates | None, **changes: Any) -> SentenceTransformer:
     given = {"max_length": 48, "lora": False, "warmup_steps": 0, **changes}
     made = build(Recipe(base_model=base, **given), Design(preset=preset), 0, device="cpu").eval()
-    made[0].frozen = frozen
+    made[0].frozen = kept
     return made
 
 
@@ -66,7 +76,17 @@ def test_what_is_pooled_is_part_of_the_key(base: str) -> None:
     assert kept.computed == 14
 
 
-def test_no_room_and_damaged_files_only_cost_time(base: str, tmp_path: Path) -> None:
+def text_states(tokens: int, value: float) -> torch.Tensor:
+    return torch.full((tokens, 16), value)
+
+
+def ask(kept: FrozenStates, *numbers: int) -> list[float]:
+    """Asks for texts of 4 tokens whose states are their number, 256 bytes each; what came back."""
+    found = kept.states([bytes([n]) * 32 for n in numbers], lambda rows: [text_states(4, numbers[r]) for r in rows])
+    return [float(states.unique()) for states in found]
+
+
+def test_no_room_only_costs_time(base: str, tmp_path: Path) -> None:
     expected = encoder(base, "m4", None).encode(TEXTS)
     full = FrozenStates(tmp_path, capacity=0)
     model = encoder(base, "m4", full)
@@ -75,14 +95,133 @@ def test_no_room_and_damaged_files_only_cost_time(base: str, tmp_path: Path) -> 
     assert full.computed == 14
     full.leave()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_is_read_and_grows_no_more(tmp_path: Path) -> None:
+    """Room for five texts of 256 bytes: five are found by all later trials, and nothing is written beside them."""
+    computed, sizes = [], []
+    for _ in range(4):
+        kept = FrozenStates(tmp_path, capacity=5 * 256)
+        assert ask(kept, *range(8)) == list(range(8))
+        kept.leave()
+        computed.append(kept.computed)
+        sizes.append([path.stat().st_size for path in tmp_path.iterdir()])
+    assert computed == [8, 3, 3, 3]
+    assert len(sizes[0]) == 1
+    assert sizes == [sizes[0]] * 4
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(bytes(5 * 256))  # nor beside a full folder that cannot be read
+    kept = FrozenStates(tmp_path, capacity=5 * 256)
+    ask(kept, 1)
+    kept.leave()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_does_not_fit_does_not_hide_those_that_do(tmp_path: Path) -> None:
+    for names in (range(6), range(10, 12)):
+        kept = FrozenStates(tmp_path)
+        ask(kept, *names)
+        kept.leave()
+    large, small = sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_size)
+    large.rename(tmp_path / "a.safetensors")
+    small.rename(tmp_path / "b.safetensors")
+    kept = FrozenStates(tmp_path, capacity=3 * 256)
+    ask(kept, 10, 11, 0)
+    assert kept.computed == 1
+
+
+def test_states_are_written_in_pieces_and_not_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trials side by side, each with room for three texts in memory of its own."""
+    monkeypatch.setattr(frozen, "PIECE", 3 * 256)
+    one, other = FrozenStates(tmp_path), FrozenStates(tmp_path)
+    for texts in (range(2), range(2, 4), range(4, 5)):
+        for kept in (one, other):
+            assert ask(kept, *texts) == list(texts)
+            assert len(kept.new) < 3
+    assert len(list(tmp_path.iterdir())) == 1
+    for kept in (one, other):
+        kept.leave()
+        assert kept.size == 5 * 256
+        assert not kept.new
+    assert len(list(tmp_path.iterdir())) == 2
+    later = FrozenStates(tmp_path)
+    assert ask(later, *range(5)) == list(range(5))
+    assert (later.computed, later.size) == (0, 5 * 256)
+
+
+def test_files_are_mapped_not_copied(tmp_path: Path) -> None:
     kept = FrozenStates(tmp_path)
-    encoder(base, "m4", kept).encode(TEXTS)
+    ask(kept, 1)
     kept.leave()
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc/self/maps")
+    assert str(file) in maps.read_text()
+    assert ask(kept, 1) == [1.0]  # also the process that wrote it lets its own copy go
+    start, end = next(line.split()[0].split("-") for line in maps.read_text().splitlines() if str(file) in line)
+    assert int(start, 16) <= kept.known[b"\1" * 32].data_ptr() < int(end, 16)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def zeroed(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-600:-400] = bytes(200)
+    path.write_bytes(content)
+
+
+def without(missing: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content = {name: part for name, part in load_file(path).items() if name != missing}
+        save_file(content, path, {"sha256": "0"})
+
+    return change
+
+
+def other_lengths(path: Path) -> None:
+    content = load_file(path)
+    content["lengths"] = content["lengths"] + 1
+    save_file(content, path, {"sha256": frozen._digest(**content)})
+
+
+def unsigned(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, without("keys"), without("states"), other_lengths, unsigned])
+def test_damaged_files_only_cost_time(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    kept = FrozenStates(tmp_path)
+    ask(kept, *range(1, 6))
+    kept.leave()
+    (file,) = tmp_path.iterdir()
+    damage(file)
     again = FrozenStates(tmp_path)
-    assert np.abs(encoder(base, "m4", again).encode(TEXTS) - expected).max() < 1e-5
-    assert again.computed == 7
+    assert ask(again, *range(1, 6)) == list(range(1, 6))
+    assert again.computed == 5
+    again.leave()
+    assert FrozenStates(tmp_path).size == 5 * 256
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_states_that_cannot_be_written_are_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(content: Any, name: str, *rest: Any) -> None:
+        Path(name).write_bytes(b"half")
+        raise error
+
+    kept = FrozenStates(tmp_path)
+    ask(kept, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(frozen, "save_file", full)
+        kept.leave()
+    assert not list(tmp_path.iterdir())
+    assert ask(kept, 1, 2, 3) == [1, 2, 3]
+    assert kept.computed == 3
+    assert len(kept.known) == 2  # and what can never be written does not fill the memory
 
 
 @pytest.mark.parametrize("preset", DESIGNS)
@@ -130,27 +269,132 @@ preset = "m5"
 """
 
 
+def make(folder: Path, lora: str = "false") -> Prepared:
+    """The study, made ready in `folder`."""
+    tiny_folder(folder, "llama")
+    rows = [{"query": f"the {WORDS[i % 12]} {i}", "positive": f"a {i}", "negative": f"no {i}"} for i in range(16)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"one {WORDS[i % 12]},two {WORDS[i * 5 % 12]} {i},{i * 7 % 11}" for i in range(20)]
+    (folder / "pairs").mkdir()
+    (folder / "pairs" / "test.csv").write_text("\n".join(["sentence1,sentence2,score", *lines]) + "\n")
+    (folder / "study.toml").write_text(STUDY.replace("lora = false", f"lora = {lora}"))
+    return prepare(Study.load(folder / "study.toml"))
+
+
+def go(prepared: Prepared, number: int) -> Path:
+    """Runs one trial of a study; its folder."""
+    trial = prepared.trials[number]
+    folder = prepared.study.folder / "trials" / trial.name
+    run_trial(trial, prepared, folder)
+    return folder
+
+
+def of_a_gpu(name: str) -> torch.dtype:
+    """What `torch_dtype` says where a GPU computes in bfloat16."""
+    return torch.bfloat16 if name == "auto" else torch_dtype(name)
+
+
+def test_a_head_that_reads_padding_has_no_states_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = make(tmp_path)
+    for masked in (True, False):
+        design = Design(attention="bidirectional", pooling="cross_attention", pooling_args={"masked": masked})
+        trial = replace(prepared.trials[0], design=design)
+        model = trials._encoder(trial, prepared)
+        trials._freeze(model, trial, tmp_path / "trials" / "one")
+        assert (model[0].frozen is not None) == masked
+
+
+def test_a_full_disk_for_the_states_fails_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(content: Any, name: str, *rest: Any) -> None:
+        Path(name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.chdir(tmp_path)
+    prepared = make(tmp_path)
+    monkeypatch.setattr(frozen, "save_file", full)
+    folder = go(prepared, 0)
+    assert (folder / "done").exists()
+    assert not (folder / "failed.json").exists()
+    assert not [path for path in (prepared.study.folder / "frozen").rglob("*") if path.is_file()]
+
+
+def test_states_of_another_dtype_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepared = make(tmp_path)
+    trial, computed = prepared.trials[0], []
+    for machine in (torch_dtype, torch_dtype, of_a_gpu):
+        monkeypatch.setattr(building, "torch_dtype", machine)
+        model = trials._encoder(trial, prepared)
+        trials._freeze(model, trial, prepared.study.folder / "trials" / trial.name)
+        model.encode(TEXTS)
+        computed.append(model[0].frozen.computed)
+        model[0].frozen.leave()
+    assert computed == [7, 0, 7]
+
+
+@pytest.mark.parametrize("lora", ["false", '"full"'])
+def test_trials_of_two_dtypes_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: str) -> None:
+    """The names of the trials are the same on both machines: they follow from the study file."""
+    monkeypatch.chdir(tmp_path)
+    prepared = make(tmp_path, lora)
+    first = go(prepared, 0)
+    assert json.loads((first / "dtype.json").read_text())["dtype"] == "float32"
+    with monkeypatch.context() as gpu:
+        for module in (building, trials):
+            gpu.setattr(module, "torch_dtype", of_a_gpu)
+        again = prepare(prepared.study)
+        assert [trial.name for trial in again.trials] == [trial.name for trial in prepared.trials]
+        words = (
+            f"'auto' is bfloat16 on this machine, but the trial {first.name} was made in float32.* or delete .* anew"
+        )
+        with pytest.raises(TrainingError, match=words):
+            go(again, 1)
+        go(again, 0)  # it is done: nothing is made
+        (first / "done").unlink()
+        next(first.glob("scores/*/*.parquet")).unlink()
+        with pytest.raises(TrainingError, match=words):  # nor are the scores of one trial
+            go(again, 0)
+    assert json.loads((first / "dtype.json").read_text())["dtype"] == "float32"
+    assert (go(prepared, 0) / "done").exists()
+    second = go(prepared, 1)
+    assert (second / "done").exists()
+
+
+def test_only_what_is_kept_on_this_base_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a trial that left nothing, nor one of another base, nor one of an earlier version, nor a damaged record."""
+    monkeypatch.chdir(tmp_path)
+    prepared = make(tmp_path)
+    trial, place = prepared.trials[0], prepared.study.folder / "trials"
+    record = {"base": trial.spec["base"], "dtype": "bfloat16"}
+    for name, content in (("nothing", record), ("base", {**record, "base": "x"}), ("old", None), ("odd", [])):
+        (place / name).mkdir(parents=True)
+        if name != "nothing":
+            (place / name / "training" / "step-2").mkdir(parents=True)
+        if content is not None:
+            (place / name / "dtype.json").write_text(json.dumps(content))
+    model = trials._encoder(trial, prepared)
+    (place / trial.name).mkdir()
+    trials._keep_dtype(model, trial, place / trial.name)
+    (place / "nothing" / "training" / "step-2").mkdir(parents=True)
+    with pytest.raises(TrainingError, match="the trial nothing was made in bfloat16"):
+        trials._keep_dtype(model, trial, place / trial.name)
+    explicit = replace(trial, spec={**trial.spec, "recipe": {**trial.spec["recipe"], "dtype": "float32"}})
+    trials._keep_dtype(model, explicit, place / trial.name)
+
+
 def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_folder(tmp_path, "llama")
-    rows = [{"query": f"the {WORDS[i % 12]} {i}", "positive": f"a {i}", "negative": f"no {i}"} for i in range(16)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"one {WORDS[i % 12]},two {WORDS[i * 5 % 12]} {i},{i * 7 % 11}" for i in range(20)]
-    (tmp_path / "pairs").mkdir()
-    (tmp_path / "pairs" / "test.csv").write_text("\n".join(["sentence1,sentence2,score", *lines]) + "\n")
-    (tmp_path / "study.toml").write_text(STUDY)
-    study = Study.load(tmp_path / "study.toml")
-    prepared = prepare(study)
+    prepared = make(tmp_path)
+    study = prepared.study
     work = []
     place = study.folder / "frozen" / "of-a-killed-run"
     place.mkdir(parents=True)
     for name, hours in ((".old.tmp", 7), (".new.tmp", 0)):
         (place / name).touch()
         os.utime(place / name, times=(time.time() - 3600 * hours,) * 2)
-    for trial in prepared.trials:
-        folder = study.folder / "trials" / trial.name
-        run_trial(trial, prepared, folder)
-        work.append(json.loads((folder / score_files.WORK).read_text()))
+    for number in range(2):
+        work.append(json.loads((go(prepared, number) / score_files.WORK).read_text()))
     assert 32 < work[0]["frozen_computed"] <= 48 + 32  # training texts, and evaluation texts at the first of two steps
     assert work[0]["frozen_asked"] >= 48 + 2 * 32  # and those that show where the head looks
     assert work[1]["frozen_computed"] == 0  # the second run differs in its first weights and the order

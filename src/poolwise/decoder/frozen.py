@@ -2,12 +2,15 @@
 same states at every step, at every checkpoint and under every seed. Only the head is new.
 
 Kept are what the pooling reads, token states (T, D) or one vector per layer (L, D), by the text's token ids and which
-of them are pooled. Trials leave theirs in a folder of the study, named by all that the states depend on, for the trials
-after them; a file appears whole or not at all.
+of them are pooled. Trials leave theirs in a folder of the study, named by all that the states depend on. Files are
+mapped, not read: however many trials look into one, its pages are in memory once. A cache and no more: a file appears
+whole or not at all, one that does not hold what it should is passed over, one that cannot be written is done without.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -16,17 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 CAPACITY = 2 << 30
-"""Bytes of states held at most, and read from the folder at most; texts beyond that are run through the base again."""
+"""Bytes of states used at most, and of files in the folder; texts beyond that are run through the base again."""
+PIECE = 64 << 20
+"""Bytes of new states held in a process's own memory before they are written and mapped."""
+FAILURES = (OSError, SafetensorError)
 
 
 @dataclass
 class FrozenStates:
-    """What a frozen decoder made of each text. `asked` and `computed` count texts."""
+    """What a frozen decoder made of each text. `asked` and `computed` count texts, `size` bytes of states."""
 
     folder: Path | None = None
     capacity: int = CAPACITY
@@ -35,20 +41,10 @@ class FrozenStates:
     size: int = 0
     known: dict[bytes, Tensor] = field(default_factory=dict)
     new: dict[bytes, Tensor] = field(default_factory=dict)
+    seen: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
-            if self.size + path.stat().st_size > self.capacity:
-                break
-            try:
-                found = load_file(path)
-            except (OSError, SafetensorError):  # damaged: its texts are computed again
-                continue
-            keys, lengths, states = (found[name] for name in ("keys", "lengths", "states"))
-            ends = np.cumsum(lengths)
-            for row, end in enumerate(ends):
-                self.known[keys[row].tobytes()] = torch.from_numpy(states[end - lengths[row] : end])
-            self.size += path.stat().st_size
+        self._find()
 
     def states(self, keys: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]) -> list[Tensor]:
         """The states (N, D) of each text; `compute` gets the numbers of those that are not known, each once."""
@@ -63,20 +59,82 @@ class FrozenStates:
                 if self.size + found[keys[row]].nbytes <= self.capacity:
                     self.known[keys[row]] = self.new[keys[row]] = found[keys[row]]
                     self.size += found[keys[row]].nbytes
+            if self.folder is not None and _bytes(self.new) >= PIECE:
+                self.leave()
         return [found[key] if key in found else self.known[key] for key in keys]
 
     def leave(self) -> None:
-        """Write what is new to the folder, for the trials after this one."""
-        if self.folder is None or not self.new:
+        """Write what is new to the folder, for other trials, and map it; where that fails, it is not shared."""
+        if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._find()  # what another trial has left meanwhile need not be there twice
+        if not self.new:
+            return
+        if _write(self.new, self.folder, self.capacity):
+            self._find()
+        else:  # no room: go on with what is here
+            self.folder, self.capacity = None, self.size
+
+    def _find(self) -> None:
+        """Map the files that have come into the folder, as far as they fit."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.seen) if self.folder else ():
+            self.seen.add(path)
+            try:
+                found = _read(path)
+            except (*FAILURES, ValueError, TypeError, RuntimeError):  # its texts are computed again
+                continue
+            added = {key: states for key, states in found.items() if key not in self.known}
+            if self.size + _bytes(added) > self.capacity:
+                continue
+            self.size += _bytes(added)
+            self.known |= added
+            for key in self.new.keys() & found.keys():
+                self.known[key] = found[key]
+                del self.new[key]
+
+
+def _bytes(states: dict[bytes, Tensor]) -> int:
+    return sum(part.nbytes for part in states.values())
+
+
+def _digest(keys: Tensor, lengths: Tensor, states: Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in (keys, lengths, states):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _write(new: dict[bytes, Tensor], folder: Path, capacity: int) -> bool:
+    """Write one file of states, if there is room for it; whether that went well. Copies them, which `PIECE` bounds."""
+    name = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _bytes(new) > capacity:
+            return False
         content = {
-            "keys": np.stack([np.frombuffer(key, dtype=np.uint8) for key in self.new]),
-            "lengths": np.array([len(states) for states in self.new.values()]),
-            "states": torch.cat(list(self.new.values())).numpy(),
+            "keys": torch.from_numpy(np.stack([np.frombuffer(key, dtype=np.uint8) for key in new])),
+            "lengths": torch.tensor([len(states) for states in new.values()]),
+            "states": torch.cat(list(new.values())),
         }
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
         os.close(handle)
-        save_file(content, name)
-        os.replace(name, self.folder / f"{os.path.basename(name)[1:-4]}.safetensors")
-        self.new = {}
+        save_file(content, name, {"sha256": _digest(**content)})
+        os.replace(name, folder / f"{os.path.basename(name)[1:-4]}.safetensors")
+    except FAILURES:  # a full disk, say
+        return False
+    finally:
+        if name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+    return True
+
+
+def _read(path: Path) -> dict[bytes, Tensor]:
+    """The states that a file holds, mapped. Raises one of several errors where it is not what was written."""
+    with safe_open(path, "pt") as file:
+        content = {name: file.get_tensor(name) for name in ("keys", "lengths", "states")}
+        expected = (file.metadata() or {}).get("sha256")
+    if _digest(**content) != expected:
+        raise ValueError(f"{path}: its checksum differs")
+    parts = content["states"].split(content["lengths"].tolist())
+    return {key.tobytes(): part for key, part in zip(content["keys"].numpy(), parts, strict=True)}

@@ -106,13 +106,18 @@ def choose(model: nn.Module, designs: Sequence[Design], max_length: int) -> tupl
     One layout for all of them: with dropout, two layouts draw other random numbers. `model` is left as found.
     """
     for design in designs:
-        if design.factors().get("masked") is False:
+        if reads_padding(design):
             return "padded", f"the design {design.name} reads padding, so batches must be padded as they come"
     modes = dict.fromkeys(design.attention for design in designs)
     reasons = [f"attention {mode} needs masks of its own" for mode in modes if mode not in MODES]
     if reasons or any(reasons := [reason for mode in modes if (reason := refusal(model, mode, max_length))]):
         return "grouped", f"{reasons[0]}; texts of similar length are padded together instead"
     return "packed", None
+
+
+def reads_padding(design: Design) -> bool:
+    """Whether the states of padding tokens go into a text's embedding, which then depends on the texts beside it."""
+    return design.factors().get("masked") is False
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """A trial: one design × one seed, a pure function of its spec, named by the hash of that spec.
 
     FOLDER/spec.json                what the trial is
+    FOLDER/dtype.json               its base model, and the dtype in which that computes here
     FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
     FOLDER/train.json               losses, seconds; there only when the training is done
     FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
@@ -32,9 +33,9 @@ from sentence_transformers import SentenceTransformer
 from poolwise import checkpoint
 from poolwise.data import Pairs
 from poolwise.decoder.backbone import Backbone
-from poolwise.decoder.base import base_path
+from poolwise.decoder.base import base_path, torch_dtype
 from poolwise.decoder.frozen import FrozenStates
-from poolwise.decoder.layouts import has_dropout
+from poolwise.decoder.layouts import has_dropout, reads_padding
 from poolwise.encoder import build
 from poolwise.encoding import KEPT_BYTES, Counts, FastEncoder
 from poolwise.errors import PoolwiseError, TrainingError
@@ -53,6 +54,7 @@ __all__ = ["Prepared", "Trial", "prepare", "run_trial", "score_file"]
 
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
+DTYPE = "dtype.json"
 STALE = 6 * 3600
 """Seconds after which a file that nobody has finished writing is left over from a killed run."""
 LOOKED_AT = 64
@@ -79,6 +81,7 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         else:
             work = Counts()
             encoder = _encoder(trial, prepared)
+            _keep_dtype(encoder, trial, folder)
             _freeze(encoder, trial, folder)
             if _is_trained(trial):
                 _train(encoder, trial, prepared, folder, report)
@@ -146,12 +149,41 @@ def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
     return encoder.eval()
 
 
+def _keep_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
+    """Record the dtype in which the base computes. With `dtype = "auto"` that is the machine's, so raise TrainingError
+    where a trial on this base, of which anything is kept, has another: the comparison would be one of dtypes.
+
+    Of two machines that begin at the same moment neither sees the other; the next trial of either does.
+    """
+    recipe = trial.spec["recipe"]
+    dtype = cast(Backbone, encoder[0]).model.dtype
+    if recipe["lora"] == "full":  # float32 weights, for whatever it computes in
+        dtype = torch_dtype(recipe["dtype"])
+    mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch.")}
+    for path in sorted(folder.parent.glob(f"*/{DTYPE}")) if recipe["dtype"] == "auto" else ():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            other = theirs["dtype"] if theirs["base"] == mine["base"] else mine["dtype"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if other != mine["dtype"] and any(path.parent.glob("*/*-*")):  # a checkpoint, a milestone, scores
+            raise TrainingError(
+                f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was made "
+                f"in {other}, and the two cannot be compared; run this on the same kind of machine, or delete that "
+                f"trial, or start anew under another name or output with recipe.dtype = '{other}' or '{mine['dtype']}'"
+            )
+    checkpoint.write_json(folder / DTYPE, mine)
+
+
 def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
-    """Where nothing of the base is tuned, keep its states, in a folder that all trials of the study share."""
+    """Where nothing of the base is tuned, keep its states, in a folder that all trials of the study share; those of
+    real tokens alone, so not for a head that reads padding."""
     backbone = cast(Backbone, encoder[0])
-    if trial.spec["recipe"]["lora"] is not False or has_dropout(backbone.model):
+    tuned = trial.spec["recipe"]["lora"] is not False
+    if tuned or has_dropout(backbone.model) or reads_padding(cast(Design, trial.design)):
         return
-    kind = [trial.spec["base"], trial.spec["recipe"], backbone.attention, backbone.collect]
+    dtype = str(backbone.model.dtype)
+    kind = [trial.spec["base"], trial.spec["recipe"], dtype, backbone.attention, backbone.collect]
     backbone.frozen = FrozenStates(folder.parents[1] / "frozen" / content_hash(kind))
 
 
