@@ -231,7 +231,7 @@ def test_packed_encoding_equals_one_text_at_a_time(
 def test_nothing_of_a_batch_waits_for_the_device(name: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a number from "meta" raises, and so does a tensor of the CPU among its own."""
     fast = packing_encoder(base, DESIGNS[name], dtype="bfloat16", lora=Lora(rank=4))
-    rows = sorted(fast._rows(some_texts(12), ""), key=lambda row: -len(row["input_ids"]))
+    rows = sorted(fast._tokenise(some_texts(12), ""), key=lambda row: -len(row["input_ids"]))
     with_kernel(monkeypatch)  # torch's own, which knows its shapes
     monkeypatch.setattr(
         masking_utils, "find_packed_sequence_indices", lambda positions: None

@@ -22,7 +22,7 @@ FLOORS = [
     "inputs cost sources data batches folders in_memory tasks references tables wording plots pareto ranks_report",
     "side_report layers_report controls_report factors_report robustness_report tuning_report probing_report",
     "summary brief reports",
-    "base backbone frozen encoder prefix last_layer adopted encoding adapters",
+    "locks stamps base backbone frozen encoder tokens prefix last_layer adopted lighter encoding adapters",
     "checkpoint",
     "train inside probing evaluation items exporting ladder bulk",
     "preflight preparation trial layer_view engines runner search beside study_costs preview api starters demo serving",

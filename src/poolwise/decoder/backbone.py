@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from poolwise.attention import position_ids, set_attention, takes_position_ids
 from poolwise.decoder.frozen import FrozenStates
 from poolwise.decoder.inputs import pooled_from, write
-from poolwise.decoder.layers import LayerCollector
+from poolwise.decoder.layers import LayerCollector, base_model
 from poolwise.decoder.layouts import has_dropout
+from poolwise.decoder.locks import lock_of
 from poolwise.decoder.masks import attending
 from poolwise.decoder.packing import Rows, forward_grouped, forward_packed, packed_attention_on
 
@@ -97,13 +98,20 @@ class Backbone(Transformer):
         """The tokenizer, which every text model has."""
         return cast(PreTrainedTokenizerBase, self.tokenizer)
 
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """To hold around a forward and what is set up for it: layers are hooked for one batch at a time. What shares
+        the decoder shares the lock."""
+        return lock_of(base_model(self.model))
+
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Texts to `input_ids` and `attention_mask` (B, T), written into the template after their prompt."""
-        if self.template == "plain":
-            return super().preprocess(inputs, prompt=prompt, **kwargs)
-        limit = int(self.max_seq_length or self.words.model_max_length)
-        rows, before = write(self.template, [str(text) for text in inputs], prompt or "", self.words, limit)
-        batch = self.words.pad({"input_ids": rows}, return_tensors="pt")
+        with lock_of(self.words):
+            if self.template == "plain":
+                return super().preprocess(inputs, prompt=prompt, **kwargs)
+            limit = int(self.max_seq_length or self.words.model_max_length)
+            rows, before = write(self.template, [str(text) for text in inputs], prompt or "", self.words, limit)
+            batch = self.words.pad({"input_ids": rows}, return_tensors="pt")
         return {**batch, "modality": "text", "prompt_length": before}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -112,7 +120,8 @@ class Backbone(Transformer):
         pooled = self._pooling_mask(features)
         prefix = self._prompt_tokens(features).expand(len(mask), 1)
         run = self._forward if self.frozen is None else self._known_or_forward
-        states, vectors = run(features["input_ids"], mask, pooled, prefix)
+        with self.lock:
+            states, vectors = run(features["input_ids"], mask, pooled, prefix)
         if vectors is not None:
             features["layer_embeddings"] = vectors
         if states is not None:
@@ -186,12 +195,13 @@ class Backbone(Transformer):
     def in_layout(self, layout: str) -> Iterator[None]:
         """Inside, forwards run in one of the layouts of `decoder.packing`; or in layout `right`, for batches that come
         padded on the right and need no mask where attention is causal."""
+        before = self.layout, self.once
         with packed_attention_on(self.model) if layout == "packed" else contextlib.nullcontext():
             self.layout, self.once = layout, not has_dropout(self.model)
             try:
                 yield
             finally:
-                self.layout = "padded"
+                self.layout, self.once = before
 
     def _pooling_mask(self, features: dict[str, Any]) -> torch.Tensor:
         """Which tokens are pooled (B, T): the attended ones, less the prompt's where the recipe excludes it, less what
@@ -202,7 +212,8 @@ class Backbone(Transformer):
         before = self._prompt_tokens(features)
         start = (before * (not self.include_prompt)).clamp(min=self.skip_start)
         if self.template != "plain":
-            start = start.maximum(pooled_from(self.template, mask.sum(1, keepdim=True), before, self.words))
+            with lock_of(self.words):
+                start = start.maximum(pooled_from(self.template, mask.sum(1, keepdim=True), before, self.words))
         if self.special_tokens and not start.any():
             return mask
         content = mask * (mask.cumsum(1) > start)
@@ -216,7 +227,8 @@ class Backbone(Transformer):
         """How many tokens stand before the text: (1, 1), or (B, 1) where texts of several prompts come together."""
         length = features.get("prompt_length")
         if length is None:
-            length = 0 if self.template == "plain" else write(self.template, (), "", self.words, 10**6)[1]
+            with lock_of(self.words):
+                length = 0 if self.template == "plain" else write(self.template, (), "", self.words, 10**6)[1]
         return torch.as_tensor(length, device=features["attention_mask"].device).reshape(-1, 1)
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -21,13 +22,14 @@ def can_prune(backbone: Backbone) -> bool:
 
 @contextlib.contextmanager
 def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterator[None]:
-    """Inside, the last layer's output projection and feed-forward are computed for the last token only, with zeros
-    elsewhere: nothing else of that layer is read by last-token pooling."""
+    """Inside, the last layer's output projection and feed-forward are computed for the last pooled token only, with
+    zeros elsewhere: nothing else of that layer is read by last-token pooling. So it is in the thread that opens it;
+    another one, in the `encode` of a model that shares the layer, finds it whole."""
     if not prune:
         yield
         return
     layer = cast(Any, decoder_layers(backbone.model)[-1])
-    last = last_index(features["attention_mask"])
+    last = last_index(backbone._pooling_mask(features))
     texts = torch.arange(len(last), device=last.device)
     parts = (layer.mlp, layer.self_attn.o_proj)
     for part in parts:
@@ -40,12 +42,15 @@ def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterato
 
 
 class _Only:
-    """A module's forward at one token of each text: (B, T, D) -> (B, T, D'), zero at all others."""
+    """A module's forward at one token of each text, in this thread: (B, T, D) -> (B, T, D'), zero at all others."""
 
     def __init__(self, forward: Any, texts: Tensor, tokens: Tensor) -> None:
         self.forward, self.texts, self.tokens = forward, texts, tokens
+        self.thread = threading.get_ident()
 
     def __call__(self, states: Tensor) -> Tensor:
+        if threading.get_ident() != self.thread:
+            return self.forward(states)
         wanted = self.forward(states[self.texts, self.tokens])
         out = wanted.new_zeros(*states.shape[:2], wanted.shape[-1])
         out[self.texts, self.tokens] = wanted

@@ -259,6 +259,8 @@ def forward_grouped(
     while left:
         longest = rows.lengths[left[0]]
         group = [row for row in left if rows.lengths[row] * SIMILAR >= longest]
+        if len(group) < len(left) and not rows.lengths[left[len(group)]]:
+            group = left  # texts without tokens are no batch of their own
         left = left[len(group) :]
         chosen = torch.tensor(group)
         ids, mask, pooled = (sent(part[chosen, :longest], device) for part in (rows.ids, rows.mask, rows.pooled))

@@ -12,6 +12,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from poolwise.decoder.backbone import Backbone
+from poolwise.decoder.tokens import Row, padded
+
+BY_LENGTH = {"dynamic", "longrope"}
+"""Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
+
+
+def can_reuse(backbone: Backbone) -> bool:
+    """Whether an instruction's keys and values are the same before every text."""
+    config = backbone.model.config.get_text_config()
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {one.get("rope_type") or one.get("type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    return backbone.attention == "causal" and not kinds & BY_LENGTH
 
 
 def shared_prefix(rows: Sequence[Tensor]) -> Tensor:
@@ -44,12 +56,19 @@ class Prefix:
         """P."""
         return len(self.ids)
 
-    def starts(self, ids: Tensor) -> bool:
-        """Whether a text of token ids (T,) begins with this prefix and goes on after it."""
-        return len(ids) > len(self.ids) and bool((ids[: len(self.ids)] == self.ids).all())
+    def serves(self, backbone: Backbone, rows: Sequence[Row]) -> bool:
+        """Whether all these texts begin with it and go on after it; where layers are pooled by their mean, also whether
+        of its tokens those are pooled that were summed up: of a text without content, it may be all of them."""
+        ids = [row["input_ids"][: self.length] for row in rows if len(row["input_ids"]) > self.length]
+        if len(ids) < len(rows) or not (torch.stack(ids) == self.ids).all():
+            return False
+        if self.totals is None:
+            return True
+        pooled = backbone._pooling_mask(padded(rows, "cpu"))[:, : self.length]
+        return bool((pooled.bool().sum(1) == self.pooled).all())
 
     @classmethod
-    def of(cls, backbone: Backbone, ids: Tensor, row: dict[str, Tensor]) -> Prefix | None:
+    def of(cls, backbone: Backbone, ids: Tensor, row: Row) -> Prefix | None:
         """Run the prefix `ids` (P,) of `row` through the decoder; None where it gives no keys and values to reuse."""
         device = backbone.model.device
         mask = torch.ones(1, len(row["input_ids"]), dtype=torch.long, device=device)

@@ -103,13 +103,15 @@ def _evaluate_all(
 
 
 def model_identity(model: Any) -> str:
-    """Content hash of a sentence-transformers model: weights, modules and their settings, tokenizer, prompts, limit.
+    """Content hash of a sentence-transformers model: weights, modules and settings, tokenizer, prompts, limit, width.
 
     Models of one identity give equal embeddings; a renamed or moved folder keeps its own. References state theirs.
     """
     if hasattr(model, "identity"):
         return str(model.identity)
     settings: list[Any] = [model.prompts, model.max_seq_length, model.similarity_fn_name]
+    if model.truncate_dim is not None:
+        settings.append(["truncate_dim", model.truncate_dim])
     for module in model:
         keys = [key for key in getattr(module, "config_keys", ()) if hasattr(module, key)]
         settings.append([type(module).__name__, {key: getattr(module, key) for key in keys}])

@@ -47,7 +47,10 @@ class Kept:
         return getattr(self.encoder, name)
 
     def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
-        """(N, D) embeddings; a text that was asked for before is not encoded again."""
+        """(N, D) embeddings; a text that was asked for before is not encoded again, unless what it gives depends on the
+        texts beside it."""
+        if getattr(self.encoder, "by_batch", False):
+            return sentence_vectors(self.encoder, texts, side, prompt, batch_size)
         new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self._known]
         fresh = (
             dict(zip(new, sentence_vectors(self.encoder, new, side, prompt, batch_size), strict=True)) if new else {}
