@@ -177,6 +177,21 @@ def test_study_file_that_is_not_there(here: Path, invoke: Invoke) -> None:
     assert "no such file" in refused(invoke, here, "export", "stduy.toml", "m1", "--to", "out")
 
 
+@pytest.mark.parametrize("output", ["taken", "taken/below"])
+def test_an_output_that_cannot_be_made(output: str, here: Path, invoke: Invoke) -> None:
+    (here / "taken").write_text("a file")
+    study = write_study(here, ('name = "tiny"', f'name = "tiny"\noutput = "{output}"'))
+    err = refused(invoke, here, "run", study)
+    assert f"output = '{here / output}': no folder can be made there (" in err
+    assert "name one that is free and can be written" in err
+
+
+def test_a_folder_where_a_file_belongs(here: Path, invoke: Invoke) -> None:
+    (here / "runs" / "tiny" / "study.json").mkdir(parents=True)
+    err = refused(invoke, here, "run", write_study(here))
+    assert "'runs/tiny/study.json': Is a directory; name a place that is free and can be read and written" in err
+
+
 # --- training data that is wrong -------------------------------------------------------------------------------------
 
 

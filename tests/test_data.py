@@ -40,6 +40,38 @@ def texts(pairs: Pairs) -> list[dict]:
     return pairs.dataset.remove_columns("source").to_list()
 
 
+# What would be read wrongly without a word
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.csv", "query,positive,positive\nq,right,OTHER\n", "p.csv: two columns 'positive': one role"),
+        ("p.csv", "query,Query,positive\nq,X,p\n", "p.csv: 'query' and 'Query': one role"),
+        ("p.csv", "query,positive,negative, Negative\nq,p,n,m\n", "p.csv: 'negative' and ' Negative': one role"),
+        ("p.jsonl", '{"query": "q", "Query": "X", "positive": "p"}\n', "line 1: 'query' and 'Query': one role"),
+        ("p.jsonl", '{"query": "q", "positive": "p", "negs": ["n"]}\n', "line 1: the column 'negs' is not read"),
+        ("p.csv", "query,positive,Hard_Negatives\nq,p,n\n", "p.csv: the column 'Hard_Negatives' is not read"),
+        ("p.csv", "query,positive,hard_negatives\nq,p,n\n", "one a column, 'negative_1', 'negative_2'"),
+        ("p.csv", 'query,positive,negatives\nq,p,n\nr,s,"[""n1"", ""n2""]"\n', "line 3: column 'negatives': a list in"),
+        ("p.csv", "query,positive,negatives\nq,p,\"['n3', 'n4']\"\n", "line 2: column 'negatives': a list in a cell"),
+        ("p.tsv", 'query\tpositive\nq\t"[""p1""]"\n', "line 2: column 'positive': a list in a cell"),
+        ("p.csv", 'query,positive\nq,"[""p1""]"\n', "write JSONL, or one text a cell (columns negative_1, negative_2"),
+    ],
+)
+def test_columns_and_lists_that_are_not_read_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, name)
+    assert words in str(caught.value)
+
+
+def test_what_only_looks_like_a_mistake_is_read(tmp_path):
+    text = "id,ID,query,positive,negative\n1,2,[a] and [b],[sic] p,[n]\n3,4,q,p,n\n"
+    (tmp_path / "p.csv").write_text(text, encoding="utf-8")
+    assert texts(load(tmp_path, "p.csv"))[0] == {"query": "[a] and [b]", "positive": "[sic] p", "negative_1": "[n]"}
+
+
 # Cleaning and filling
 
 

@@ -238,6 +238,44 @@ def test_trec_mistakes_name_file_and_line(tmp_path):
         results.read_trec([run, run], tmp_path / "q.tsv")
 
 
+@pytest.mark.parametrize("grade", ["0.5", "nan", "inf", "1e9"])
+def test_a_grade_that_is_no_whole_number_is_refused(grade, tmp_path):
+    run, _ = trec(tmp_path)
+    (tmp_path / "bad.tsv").write_text(f"q1 0 d1 1\n\nq2 0 d1 {grade}\n")
+    with pytest.raises(DataError, match=rf"bad\.tsv, line 3: grade '{grade}' is not a whole number from .* scale the"):
+        results.read_trec([run], tmp_path / "bad.tsv")
+
+
+def test_a_judgement_may_repeat_but_not_differ(tmp_path):
+    run, _ = trec(tmp_path)
+    judged = tmp_path / "twice.tsv"
+    judged.write_text("q1 0 d2 1\nq1 0 d1 -1\nq1 0 d2 1.0\n")  # d2 at rank 2, where one relevant document counts once
+    frame = results.read_trec([run], judged)
+    assert frame.drop_nulls("item_id")["score"].to_list() == [pytest.approx(1 / math.log2(3))]
+    judged.write_text("q1 0 d2 1\nq2 0 d2 0\nq1 0 d2 0\n")
+    expected = (
+        r"twice\.tsv, line 3: grade 0 for query 'q1' and document 'd2', which an earlier line grades 1; .* keep one"
+    )
+    with pytest.raises(DataError, match=expected):
+        results.read_trec([run], judged)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("q1 Q0 d2 2 nan a", "score 'nan' is not a finite number"),
+        ("q1 Q0 d2 2 -inf a", "score '-inf' is not a finite number"),
+        ("q1 Q0 d1 2 3.0 a", "document 'd1' is there already for query 'q1', with score 3; .* keep one"),
+    ],
+)
+def test_a_run_without_a_clear_ranking_is_refused(line, expected, tmp_path):
+    trec(tmp_path)
+    bad = tmp_path / "bad.run"
+    bad.write_text(f"q1 Q0 d1 1 3.0 a\nq2 Q0 d1 1 3.0 a\n{line}\n")
+    with pytest.raises(DataError, match=rf"bad\.run, line 3: {expected}"):
+        results.read_trec([bad], tmp_path / "q.tsv")
+
+
 def test_importing_results_and_comparison_needs_no_heavy_library():
     heavy = (
         "{'torch', 'mteb', 'transformers', 'sentence_transformers', 'polars', 'matplotlib', 'pandas', 'pytrec_eval'}"

@@ -189,3 +189,38 @@ def test_base_models_may_be_added_but_not_dropped(tmp_path: Path) -> None:
 def test_mistakes(changes: dict[str, object], words: str) -> None:
     with pytest.raises(StudyError, match=words):
         Study.parse({**STUDY, **changes})
+
+
+def test_one_base_of_several_is_exploratory_and_no_look(tmp_path, monkeypatch):
+    """What a study of two bases declares is its verdict over both."""
+    raw = {
+        "name": "s", "seeds": 3, "extend_to": 5, "tasks": ["demo"], "references": [], "controls": False,
+        "evaluate_at": [1.0], "base_models": ["first", "second"], "output": "out",
+        "designs": [{"preset": "m1"}, {"preset": "m2"}], "recipe": {"steps": 10, "warmup_steps": 0},
+    }  # fmt: skip
+    study = Study.parse(raw, base_dir=tmp_path)
+    study.folder.mkdir()
+    plan = {"planned": [0, 1, 2], "extend_to": 5, "extended": False, "looks": []}
+    (study.folder / "looks.json").write_text(json.dumps(plan))
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "design": design, "seed": seed, "step": 10, "task": f"t{t}", "task_type": "Retrieval", "source": f"o{t}",
+            "split": "test", "subset": "default", "metric": "ndcg_at_10", "item_id": None, "base": base,
+            "role": "design", "score": 0.5 + gain * (design == "m2") + 0.01 * t + 0.004 * random.random(),
+        }
+        for base, gain in (("first", 0.05), ("second", -0.05))
+        for design in ("m1", "m2") for seed in range(3) for t in range(8)
+    ]  # fmt: skip
+    pl.DataFrame(rows, infer_schema_length=None).write_parquet(study.folder / "results.parquet")
+    for name in ("known_costs", "priced"):
+        monkeypatch.setattr(api, name, lambda *_: [])
+    monkeypatch.setattr(api, "equal_budgets", lambda *_: None)
+    alone = api.compare(study, base="first")
+    assert alone.exploratory.endswith("by task type over all its base models.")
+    assert json.loads((study.folder / "looks.json").read_text())["looks"] == []
+    assert abs(alone.rows[0].difference - 0.05) < 0.003
+    both = api.compare(study)
+    assert not both.exploratory
+    assert abs(both.rows[0].difference) < 0.003
+    assert len(json.loads((study.folder / "looks.json").read_text())["looks"]) == 1

@@ -366,6 +366,15 @@ def test_a_study_that_could_not_begin_may_be_mended(place: Path) -> None:
     assert not (place / "mended" / "trials").exists()
 
 
+def test_scores_of_tasks_that_were_edited_or_dropped_are_no_results(copy: Path) -> None:
+    """Only what is scored on the study's tasks as they are now is gathered."""
+    before = scores(copy)
+    file = sorted(of(copy, "m1").glob("scores/*/*.parquet"))[0]
+    shutil.copy(file, file.with_name(file.name.replace(".parquet", "0.parquet")))  # as of the task before an edit
+    runner.gather(copy)
+    assert scores(copy).equals(before)
+
+
 # ---------------------------------------------------------------- damage and failure
 
 

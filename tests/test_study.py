@@ -161,6 +161,7 @@ def test_all_mistakes_at_once() -> None:
         ),
         ({"designs": [{"attention": "causal", "pooling": "men"}]}, "did you mean 'mean'?"),
         ({"designs": []}, "designs = "),
+        ({"designs": [{"preset": ["m1"]}]}, "preset ['m1'] is unknown; allowed: m1, m2"),
     ],
 )
 def test_mistake(changes: dict[str, object], words: str) -> None:
@@ -268,3 +269,20 @@ def test_mistaken_grid(grid: dict[str, object], words: str) -> None:
     found = problems(designs=[], grid=grid, seeds=[])
     assert any(words in line for line in found), found
     assert not any(line.startswith("designs") for line in found)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["m1", "broken"], "the name 'broken' is that of a control arm or a reference"),
+        (["m1", "tfidf"], "the name 'tfidf' is that of"),
+        (["m1", "m1-aa"], "the name 'm1-aa' is that of"),
+        (["m1", "m1-untuned"], "the name 'm1-untuned' is that of"),
+        (["m1", "ladder-1"], "the name 'ladder-1' is that of"),
+        (["m1", "a/b", "a b"], "'a/b' and 'a b' differ only in characters that no folder keeps"),
+    ],
+)
+def test_names_that_would_be_taken_for_something_else(names, told):
+    designs = [{"name": name, "pooling": "mean", "attention": "causal"} for name in names]
+    with pytest.raises(StudyError, match=told):
+        Study.parse({"name": "s", "tasks": ["demo"], "designs": designs, "references": ["tfidf"]})

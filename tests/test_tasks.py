@@ -201,6 +201,23 @@ def test_labels_are_numbered_in_the_order_of_their_values(tmp_path):
     assert task.mteb.dataset["test"]["label"] == [2, 1, 0, 1]  # as numbers: -1 < 9 < 10
 
 
+@pytest.mark.parametrize(
+    ("given", "numbers"),
+    [
+        (["pos ", "pos", "neg"], [1, 1, 0]),  # spaces around a label do not count
+        (["10", "9", "²"], [0, 1, 2]),  # not all are numbers: as texts
+        (["10", "9", "--1"], [1, 2, 0]),
+        (["07", "10", "7"], [0, 2, 1]),  # equal numbers, written differently
+    ],
+)
+def test_odd_labels_are_numbered_all_the_same(given, numbers, tmp_path):
+    for part in ("train", "test"):
+        write(tmp_path / "f" / f"{part}.csv", [{"text": f"t{i}", "label": label} for i, label in enumerate(given)])
+    task = one("./f", tmp_path)
+    task.load()
+    assert task.mteb.dataset["test"]["label"] == numbers
+
+
 def test_identity_follows_the_content_alone(tmp_path):
     write(tmp_path / "a" / "test.jsonl", STS)
     write(tmp_path / "b" / "test.tsv", STS)
@@ -275,12 +292,34 @@ def test_retrieval_leaves_out_queries_without_a_relevant_document(tmp_path):
         ),
         ("task.toml", "kind = sts", "task.toml: not valid TOML"),
         ("test.jsonl.gz", "not gzip", "cannot be read further"),
+        ("test.tsv", "1\t1\tsentence1\nx\ty\tz\n", "columns ['1', 'sentence1'] fit no kind of task"),
+        (
+            "test.csv",
+            "sentence1,sentence2,score,score\na,b,1,9\nc,d,2,8\n",
+            "test.csv: line 1: column(s) 'score' more than once in the header; keep one of each",
+        ),
         ("test.csv", "", "test.csv: holds no row"),
     ],
 )
 def test_malformed_folders_are_refused_with_file_and_line(file, content, expected, tmp_path):
     (tmp_path / file).write_text(content, encoding="utf-8")
     assert expected in problems(tmp_path)
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path):
+    text = "sentence1,sentence2,score\n" + "".join(f"a{i},b,{i}\n" for i in range(50))
+    packed = gzip.compress(text.encode(), mtime=0)
+    (tmp_path / "test.csv.gz").write_bytes(packed[:20] + b"\xff\xff\xff" + packed[23:])
+    assert "cannot be read further: Error -3 while decompressing" in problems(tmp_path)
+
+
+def test_task_toml_may_begin_with_a_mark_but_not_be_a_folder(tmp_path):
+    write(tmp_path / "a" / "test.csv", STS)
+    (tmp_path / "a" / "task.toml").write_text('name = "mine"', encoding="utf-8-sig")
+    assert one("./a", tmp_path).name == "mine"
+    (tmp_path / "a" / "task.toml").unlink()
+    (tmp_path / "a" / "task.toml").mkdir()
+    assert "task.toml: cannot be read: Is a directory" in problems(tmp_path / "a")
 
 
 def test_all_mistakes_of_a_retrieval_folder_are_told_at_once(tmp_path):
@@ -300,6 +339,25 @@ def test_all_mistakes_of_a_retrieval_folder_are_told_at_once(tmp_path):
     message = problems(tmp_path)
     assert "several files hold it (corpus.jsonl, corpus.csv)" in message
     assert "queries: no such file" in message
+
+
+def test_a_document_graded_twice_differently_is_refused(tmp_path):
+    write(tmp_path / "corpus.jsonl", [{"_id": "d", "text": "x"}, {"_id": "e", "text": "y"}])
+    write(tmp_path / "queries.jsonl", [{"_id": "q", "text": "x"}])
+    grades = [{"query-id": "q", "corpus-id": name, "score": score} for name, score in [("d", 1), ("e", 0), ("d", 1.0)]]
+    write(tmp_path / "qrels" / "test.tsv", grades)
+    task = one(f"./{tmp_path.name}", tmp_path.parent)
+    task.load()
+    assert task.split_data("test", "default")["relevant_docs"]["q"]["d"] == 1
+    write(tmp_path / "qrels" / "test.tsv", [*grades, {**grades[0], "score": 0}, {**grades[1], "score": 10**9}])
+    message = problems(tmp_path)
+    said = "score 0 for query 'q' and document 'd', but an earlier line says 1; keep one of the lines"
+    assert f"qrels/test.tsv, line 5: {said}" in message
+    assert "qrels/test.tsv, line 6: column 'score': expected a whole number from 0 to 1000" in message
+    records = {"corpus": [{"_id": "d", "text": "x"}], "queries": [{"_id": "q", "text": "x"}]}
+    qrels = [{"query-id": "q", "corpus-id": "d", "score": score} for score in (1, 0)]
+    with pytest.raises(TaskError, match="grade document 'd' for query 'q' twice, differently"):
+        task_from_data("t", TaskData("retrieval", {**records, "qrels": qrels}), "t").load()
 
 
 def test_a_long_list_of_mistakes_is_cut(tmp_path):
@@ -375,3 +433,8 @@ def test_real_folders_are_read_as_their_readmes_say(folder, task_type, texts, sh
     if folder == "retrieval/Cranfield":
         relevant = task.split_data("test", "default")["relevant_docs"]
         assert sum(len(documents) for documents in relevant.values()) == 1612
+
+
+def test_one_task_in_two_cuts_is_refused(tmp_path):
+    with pytest.raises(TaskError, match=r"has STS17 once more, cut otherwise: as test of en-en and as test of .* more"):
+        resolve_tasks(["MTEB(eng, v1)", "MTEB(Multilingual, v2)"], tmp_path)

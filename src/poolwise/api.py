@@ -54,9 +54,11 @@ def compare(
     Raises StatisticsError, DataError or CheckpointError where the scores do not support a comparison.
     """
     study, frame = scores(source)
+    alone = ""
     if base is not None:
+        alone = base if len(robustness.bases(frame)) > 1 else ""
         frame = robustness.chosen(frame, base)
-    return _compare(study, frame, baseline, by, missing, _run_effect(run_sd, run_df))
+    return _compare(study, frame, baseline, by, missing, _run_effect(run_sd, run_df), alone)
 
 
 def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:
@@ -68,8 +70,9 @@ def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:
 
 def _compare(
     study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str,
-    run_effect: dict[str, Any],
+    run_effect: dict[str, Any], alone: str = "",
 ) -> Comparison:  # fmt: skip
+    """`alone`: the one base model of several that `frame` holds."""
     import polars as pl
 
     if len(names := robustness.bases(frame)) > 1:
@@ -83,8 +86,9 @@ def _compare(
     state = looks.state(study, _done(study, last))
     shown = (pl.col("role") != "design") | pl.col("seed").is_in(list(state.seeds))
     costs = priced(known_costs(study), study.baseline)
-    primary = (baseline or study.baseline, by) == (study.baseline, "task_type")
-    other = f"Exploratory: what the study declares is contrasts with {study.baseline} by task type."
+    primary = (baseline or study.baseline, by) == (study.baseline, "task_type") and not alone
+    declared = " over all its base models" if alone else ""
+    other = f"Exploratory: what the study declares is contrasts with {study.baseline} by task type{declared}."
     found = compare_scores(
         last.filter(shown),
         baseline or study.baseline,
@@ -103,7 +107,7 @@ def _compare(
     )
     taken = looks.record(study, state, found) if primary else ()
     return replace(
-        equally_tuned(study, found),
+        found if alone else equally_tuned(study, found),
         plan=" ".join(text for text in (state.note, looks.earlier(taken, state)) if text),
         looks=taken,
         budgets=equal_budgets(found, frame.filter(shown), costs),

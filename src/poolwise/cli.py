@@ -31,6 +31,8 @@ Sources = Annotated[
     typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+"""What the system says of a path that the user can mend by naming another or by its rights."""
 
 
 def main() -> None:
@@ -42,9 +44,13 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            told = "the disk is full; free some space and run the same command to go on"
+        elif error.errno in PLACES and error.filename is not None:
+            told = f"{str(error.filename)!r}: {error.strerror}; name a place that is free and can be read and written"
+        else:
             raise
-        print("error: the disk is full; free some space and run the same command to go on", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
 

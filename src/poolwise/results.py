@@ -6,6 +6,7 @@ Whatever comes in ends as the validated long table of `long_table.py`; every mis
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 __all__ = ["main_scores", "open_atomic", "read", "read_mteb", "read_trec", "table", "validate", "write", "write_atomic"]
+
+HIGHEST_GRADE = 1000
+"""trec_eval sets memory aside for every grade up to the highest, and crashes on very high ones."""
 
 
 def read(path: str | Path) -> pl.DataFrame:
@@ -145,8 +149,12 @@ def read_trec(
     relevant document are left out; a judged query that a run leaves out scores 0 and its `note` says so. `metric` is
     mteb's name: `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
 
+    Grades are whole numbers (1.0 is one), scores finite; a document stands once in a query's ranking, and judgements
+    of it may repeat but not differ.
+
     Raises:
-        DataError: a malformed line (file, line), two files of one design and seed, no judged query, an unknown metric.
+        DataError: a line that breaks these rules (file, line), two files of one design and seed, no judged query, an
+            unknown metric.
     """
     import re
 
@@ -198,11 +206,22 @@ def _judgements(path: Path) -> dict[str, dict[str, int]]:
         if number == 1 and cells[-1] == "score":
             continue
         try:
-            query, document, grade = (cells[0], cells[2], cells[3]) if len(cells) == 4 else cells
-            judged.setdefault(query, {})[document] = int(float(grade))
+            query, document, cell = (cells[0], cells[2], cells[3]) if len(cells) == 4 else cells
+            grade = float(cell)
         except ValueError as error:
             form = "'query 0 document grade' or 'query document grade'"
             raise DataError(f"{path}, line {number}: {' '.join(cells)!r} is not {form}") from error
+        if not grade.is_integer() or abs(grade) > HIGHEST_GRADE:
+            raise DataError(
+                f"{path}, line {number}: grade {cell!r} is not a whole number from -{HIGHEST_GRADE} to {HIGHEST_GRADE} "
+                "(above 0 = relevant); scale the grades (0.5 and 1 to 1 and 2) or round them"
+            )
+        known = judged.setdefault(query, {}).setdefault(document, int(grade))
+        if known != grade:
+            raise DataError(
+                f"{path}, line {number}: grade {cell} for query {query!r} and document {document!r}, which an earlier "
+                f"line grades {known}; a document has one grade for a query, keep one of the lines"
+            )
     return judged
 
 
@@ -210,12 +229,24 @@ def _ranking(path: Path) -> dict[str, dict[str, float]]:
     ranking: dict[str, dict[str, float]] = {}
     for number, cells in _lines(path):
         try:
-            query, _, document, _, score, *_ = cells
-            ranking.setdefault(query, {})[document] = float(score)
+            query, _, document, _, cell, *_ = cells
+            score = float(cell)
         except ValueError as error:
             raise DataError(
                 f"{path}, line {number}: {' '.join(cells)!r} is not 'query Q0 document rank score tag'"
             ) from error
+        if not math.isfinite(score):
+            raise DataError(
+                f"{path}, line {number}: score {cell!r} is not a finite number, so the document has no rank; leave the "
+                "line out or mend the system that wrote it"
+            )
+        documents = ranking.setdefault(query, {})
+        if document in documents:
+            raise DataError(
+                f"{path}, line {number}: document {document!r} is there already for query {query!r}, with score "
+                f"{documents[document]:g}; a run ranks a document once for a query, keep one of the lines"
+            )
+        documents[document] = score
     return ranking
 
 

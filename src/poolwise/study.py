@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -124,6 +125,7 @@ class Study(Strict):
         names = [design.name for design in self.designs]
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"designs: the name {name!r} is used {names.count(name)} times; give each design its own")
+        problems += _names_taken(names, self.references)
         problems += _missing_baseline(self.baseline, names)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds = {list(self.seeds)}: give at least one seed, each once")
@@ -167,7 +169,7 @@ class Study(Strict):
         """
         path = Path(path)
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
             raise StudyError([f"no such file{near} Make one with `poolwise init demo`"], str(path)) from None
@@ -259,6 +261,22 @@ class Study(Strict):
                 return design
         names = [design.name for design in self.designs]
         raise StudyError([f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"])
+
+
+def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:
+    """Mistakes: names that a study gives to its control arms and references, and those that would share a folder."""
+    taken = {"broken", *references, *(f"{name}{end}" for name in names for end in ("-aa", "-untuned"))}
+    problems = [
+        f"designs: the name {name!r} is that of a control arm or a reference; give the design another"
+        for name in dict.fromkeys(names)
+        if name in taken or name.startswith("ladder-")
+    ]
+    folders: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = folders.setdefault("".join(c if c.isalnum() or c in "-_." else "-" for c in name), name)
+        if other != name:
+            problems.append(f"designs: the names {other!r} and {name!r} differ only in characters that no folder keeps")
+    return problems
 
 
 def content_hash(content: Any, length: int = 16) -> str:

@@ -160,7 +160,7 @@ def resolve_tasks(names: Sequence[str], base_dir: Path) -> list[Task]:
     """The tasks behind `names`, each once, in the order given. Folders are relative to `base_dir`.
 
     Raises `TaskError` with all problems at once: unknown names with the nearest known one, folders that are missing or
-    malformed (file and line), and two different tasks of one name.
+    malformed (file and line), two different tasks of one name, and one task in two cuts.
     """
     tasks: dict[str, Task] = {}
     problems: list[str] = []
@@ -172,11 +172,22 @@ def resolve_tasks(names: Sequence[str], base_dir: Path) -> list[Task]:
                     problems.append(
                         f"two tasks are called {task.name!r}; give the folder another `name` in its task.toml"
                     )
+                elif (known.splits, known.subsets) != (task.splits, task.subsets):
+                    cuts = " and as ".join(
+                        f"{', '.join(part.splits)} of {_few(part.subsets)}" for part in (known, task)
+                    )
+                    problems.append(
+                        f"{name!r} has {task.name} once more, cut otherwise: as {cuts}; name one of the two"
+                    )
         except PoolwiseError as error:
             problems.append(str(error))
     if problems:
         raise TaskError("\n".join(problems))
     return list(tasks.values())
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
 def _resolve(name: str, base_dir: Path) -> list[Task]:

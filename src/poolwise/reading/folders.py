@@ -12,9 +12,10 @@
 | clustering | `sets.*`, or `test.*` to draw the sets from | `sentences, labels` (two lists); `text, label` |
 
 `*` is jsonl, csv or tsv, each plain or with `.gz`. CSV is quoted as usual, TSV is not quoted at all, a list in either
-is a JSON array. Further columns are ignored. The kind is found from the files and columns; `text, label` with a `train`
-file is classification, without one clustering. A `task.toml` beside the files may say `kind`, `name`, `source` (the
-origin it shares with other tasks) and `split` (instead of "test").
+is a JSON array. Spaces around an identifier or a label do not count; further columns are ignored. The kind is found
+from the files and columns; `text, label` with a `train` file is classification, without one clustering. A `task.toml`
+beside the files may say `kind`, `name`, `source` (the origin it shares with other tasks) and `split` (instead of
+"test").
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import gzip
 import json
 import math
 import tomllib
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ from typing import Any
 
 from poolwise.errors import TaskError, suggest
 from poolwise.reading.in_memory import KINDS, TaskData, draw_sets
+from poolwise.results import HIGHEST_GRADE
 
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
 TOML_KEYS = ("kind", "name", "source", "split")
@@ -64,7 +67,7 @@ def _text_or_empty(value: object) -> str:
 def _name(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise _MalformedError(f"expected a text or a whole number, got {_short(value)}")
-    return str(value)
+    return str(value).strip()
 
 
 def _number(value: object) -> float:
@@ -79,8 +82,8 @@ def _number(value: object) -> float:
 
 def _whole(value: object) -> int:
     number = _number(value)
-    if number != int(number) or number < 0:
-        raise _MalformedError(f"expected a whole number from 0 up, got {_short(value)}")
+    if number != int(number) or not 0 <= number <= HIGHEST_GRADE:
+        raise _MalformedError(f"expected a whole number from 0 to {HIGHEST_GRADE}, got {_short(value)}")
     return int(number)
 
 
@@ -117,6 +120,7 @@ COLUMNS: dict[str, Columns] = {
     "qrels": {"query-id": _name, "corpus-id": _name, "score": _whole},
 }
 OPTIONAL = {"title"}
+READ = {name for columns in COLUMNS.values() for name in columns}
 
 
 def read_folder(path: Path) -> Folder:
@@ -157,7 +161,10 @@ class _Reader:
         if not path.exists():
             return {}
         try:
-            settings = tomllib.loads(path.read_text(encoding="utf-8"))
+            settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            self.problem("task.toml", f"cannot be read: {error.strerror}; write a file of that name, or remove it")
+            return {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             self.problem("task.toml", f"not valid TOML: {error}")
             return {}
@@ -232,7 +239,7 @@ class _Reader:
             self.problem(stem, f"no such file; expected {stem} with one of {', '.join(EXTENSIONS)}")
             return []
         where = str(path.relative_to(self.folder))
-        rows = []
+        rows, grades = [], dict[tuple[str, str], int]()
         for line, row in _rows(path):
             place = f"{where}, line {line}"
             if not isinstance(row, dict):
@@ -250,6 +257,12 @@ class _Reader:
                     self.problem(place, f"column {name!r}: {error}")
             if len(clean) == len(columns):
                 rows.append(clean)
+                if "corpus-id" in clean:
+                    query, document, score = clean.values()
+                    known = grades.setdefault((query, document), score)
+                    if known != score:
+                        said = f"score {score} for query {query!r} and document {document!r}"
+                        self.problem(place, f"{said}, but an earlier line says {known}; keep one of the lines")
         if not rows and not self.problems:
             self.problem(where, "holds no row")
         return rows
@@ -297,8 +310,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                 yield from _json_rows(stream)
             else:
                 yield from _table_rows(stream, tab=".tsv" in path.name)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
-        yield 0, f"cannot be read further: {error}"
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
+        yield 0, f"cannot be read further: {error}; make the file anew"
 
 
 def _json_rows(stream: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -317,6 +330,10 @@ def _table_rows(stream: Iterable[str], tab: bool) -> Iterator[tuple[int, dict[st
     csv.field_size_limit(2**31 - 1)
     rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
     header = next(rows, None)
+    twice = [name for name, count in Counter(header).items() if name in READ and count > 1]
+    if twice:
+        yield rows.line_num, f"column(s) {', '.join(map(repr, twice))} more than once in the header; keep one of each"
+        return
     for values in rows:
         if not values:
             continue

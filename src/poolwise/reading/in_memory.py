@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
+
+from poolwise.errors import TaskError
 
 MTEB_TYPES = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
@@ -107,8 +110,9 @@ def _splits(data: TaskData) -> Any:
     if column is None:
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.records.items()})
     labels = {str(label) for rows in data.records.values() for row in rows for label in _listed(row[column])}
-    numeric = all(label.lstrip("-").isdigit() for label in labels)
-    number = {label: i for i, label in enumerate(sorted(labels, key=int if numeric else str))}
+    numeric = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
+    ordered = sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
+    number = {label: i for i, label in enumerate(ordered)}
 
     def coded(row: dict[str, Any]) -> dict[str, Any]:
         value = row[column]
@@ -124,7 +128,9 @@ def _retrieval(data: TaskData) -> Any:
 
     relevant: dict[str, dict[str, int]] = {}
     for row in data.records["qrels"]:
-        relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = int(row["score"])
+        query, document, score = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
+        if relevant.setdefault(query, {}).setdefault(document, score) != score:
+            raise TaskError(f"qrels grade document {document!r} for query {query!r} twice, differently; keep one grade")
     relevant = {query: grades for query, grades in relevant.items() if max(grades.values()) > 0}
     corpus = [
         {"id": str(row["_id"]), "title": row.get("title") or "", "text": row["text"]} for row in data.records["corpus"]

@@ -7,6 +7,7 @@ several negatives). Its place ("line 3") goes into every message about it. What 
 
 from __future__ import annotations
 
+import ast
 import csv
 import gzip
 import json
@@ -28,6 +29,8 @@ ROLES = {
 }
 """Spellings of a column, the first preferred. `postive` is how the paper's README writes it."""
 NEGATIVE = re.compile(r"(?:negatives?|neg)(?:_?(\d+))?")
+UNREAD_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(texts?|passages?|docs?|documents?|ctxs?|contexts?|list|\d+))?")
+"""Names under which others keep negatives; a column that is left out in silence would be replaced by random ones."""
 READABLE = ("jsonl", "csv", "tsv", "parquet")
 SPLIT_WORDS = {"train", "dev", "valid", "validation", "test", "eval"}
 MOST_MISTAKES = 20
@@ -84,7 +87,20 @@ class Opened:
 
 def find_columns(names: Iterable[str]) -> Columns:
     """The columns of the three roles, in any letter case. Raises ValueError naming what was found and what is taken."""
-    by_word = {name.strip().lower(): name for name in names if isinstance(name, str)}
+    by_word: dict[str, str] = {}
+    for name in names:
+        word = name.strip().lower() if isinstance(name, str) else ""
+        read = NEGATIVE.fullmatch(word) or any(word in spellings for spellings in ROLES.values())
+        if read and word in by_word:
+            twice = f"{by_word[word]!r} and {name!r}" if by_word[word] != name else f"two columns {name!r}"
+            raise ValueError(f"{twice}: one role, and only one can be read; drop or rename the wrong one")
+        if not read and UNREAD_NEGATIVE.fullmatch(word):
+            raise ValueError(
+                f"the column {name!r} is not read; if it holds negatives, name it 'negative', 'negatives', 'neg' or, "
+                "one a column, 'negative_1', 'negative_2'; if not, rename or drop it"
+            )
+        if word:
+            by_word[word] = name
     found = ", ".join(repr(name) for name in by_word.values()) or "none"
     chosen = {}
     for role, spellings in ROLES.items():
@@ -217,7 +233,14 @@ def _delimited_records(file: Path, delimiter: str, mistakes: Mistakes) -> Iterat
             if len(cells) != len(header):
                 mistakes.add(place, f"{len(cells)} cells, but the header has {len(header)}; quote cells that hold one")
                 continue
-            yield place, columns.record(dict(zip(header, cells, strict=True)))
+            record = columns.record(dict(zip(header, cells, strict=True)))
+            lists = [name for name, cell in _read_cells(columns, record) if _is_list(cell)]
+            if lists:
+                named = ", ".join(map(repr, lists))
+                fix = "write JSONL, or one text a cell (columns negative_1, negative_2; one row for each positive)"
+                mistakes.add(place, f"column {named}: a list in a cell would be read as one text; {fix}")
+                continue
+            yield place, record
     except csv.Error as error:
         mistakes.add(f"line {rows.line_num}", f'badly quoted ({error}); write a quotation mark inside a cell as ""')
         mistakes.check()
@@ -226,6 +249,22 @@ def _delimited_records(file: Path, delimiter: str, mistakes: Mistakes) -> Iterat
         mistakes.check()
     except ValueError as error:
         _refuse(mistakes.label, error)
+
+
+def _read_cells(columns: Columns, record: Record) -> Iterator[tuple[str, str]]:
+    names = (columns.query, columns.positive, *columns.negatives)
+    return zip(names, (record["query"], record["positive"], *record["negatives"]), strict=True)
+
+
+def _is_list(cell: str) -> bool:
+    """Whether a cell is a list as JSON or, from pandas, as Python writes it."""
+    text = cell.strip()
+    for parse in (json.loads, ast.literal_eval) if text[:1] == "[" and text[-1:] == "]" else ():
+        try:
+            return isinstance(parse(text), list)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return False
 
 
 def _parquet_records(file: Path, mistakes: Mistakes) -> Iterator[Placed]:

@@ -101,7 +101,7 @@ def _engine(
         gpus = _count_gpus()
         torch.set_num_threads(1)
         from poolwise.checkpoint import write_json
-        from poolwise.running.preparation import prepare
+        from poolwise.running.trial import prepare, score_file
 
         prepared = prepare(study)
         gc.collect()
@@ -111,7 +111,8 @@ def _engine(
         return
     waiting = prepared.trials[shard[0] - 1 :: shard[1]]
     events.send(("notes", prepared.notes))
-    events.send(("trials", [_summary(trial) for trial in prepared.trials]))
+    scores = sorted(score_file(Path(), "", task).name for task in prepared.tasks)
+    events.send(("trials", [{**_summary(trial), "scores": scores} for trial in prepared.trials]))
     workers = workers or default_workers(gpus)
     running: dict[Connection, tuple[Any, Any, int]] = {}
     free = list(range(workers))

@@ -45,7 +45,11 @@ def run(
     if extend:
         looks.check_extension(study, unfinished(study))
     declared, study = study, looks.running(study, extend)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"output = {str(folder)!r}: no folder can be made there ({error.strerror})"
+        raise StudyError([f"{reason}; name one that is free and can be written"]) from error
     failed: dict[str, str] = {}
 
     def follow(event: Event) -> None:
@@ -184,11 +188,14 @@ def results(study: Study) -> Any:
 
 
 def gather(folder: Path) -> None:
-    """Collect the scores of the study's trials in `results.parquet`."""
+    """Collect the scores of the study's trials in `results.parquet`: those on its tasks as they are now, not as they
+    were before an edit, nor on tasks that it no longer has."""
     import polars as pl
 
-    names = [row["name"] for row in json.loads((folder / "trials.json").read_text(encoding="utf-8"))]
-    files = [path for name in names for path in sorted((folder / "trials" / name).glob("scores/*/*.parquet"))]
+    files = []
+    for row in json.loads((folder / "trials.json").read_text(encoding="utf-8")):
+        found = sorted((folder / "trials" / row["name"]).glob("scores/*/*.parquet"))
+        files += [path for path in found if path.name in row.get("scores", [path.name])]
     tables = [table for path in files if (table := score_files.read(path)) is not None and table.num_rows]
     if not tables:
         return

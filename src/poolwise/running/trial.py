@@ -224,9 +224,11 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
 
 
 def score_file(folder: Path, scored: str, task: Task) -> Path:
-    """Where the scores of a task lie (`scored`: `step-N` or a rung); the name changes with the task's content."""
+    """Where the scores of a task lie (`scored`: `step-N` or a rung); the name changes with the task's content and name,
+    of which not every character may stay, and with its splits and subsets."""
     safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task.name)
-    return folder / "scores" / scored / f"{safe}-{content_hash(task.identity, 8)}.parquet"
+    content = [task.name, task.identity, task.splits, task.subsets]
+    return folder / "scores" / scored / f"{safe}-{content_hash(content, 8)}.parquet"
 
 
 def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:

@@ -79,7 +79,7 @@ class Design(Strict):
             raw["pooling"] = _code(own.register, raw["pooling"])
         preset = raw.get("preset")
         if preset is not None:
-            known = catalogue.ALIASES.get(preset, preset) if isinstance(preset, str) else preset
+            known = catalogue.ALIASES.get(preset, preset) if isinstance(preset, str) else None
             if known not in catalogue.PRESETS:
                 allowed = [*catalogue.PRESETS, *catalogue.ALIASES]
                 guess = suggest(preset, allowed)
