@@ -438,3 +438,15 @@ def test_real_folders_are_read_as_their_readmes_say(folder, task_type, texts, sh
 def test_one_task_in_two_cuts_is_refused(tmp_path):
     with pytest.raises(TaskError, match=r"has STS17 once more, cut otherwise: as test of en-en and as test of .* more"):
         resolve_tasks(["MTEB(eng, v1)", "MTEB(Multilingual, v2)"], tmp_path)
+
+
+def test_a_type_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (task,) = resolve_tasks(["Tatoeba"], tmp_path)
+    assert task.task_type == "BitextMining"
+    subset, split = task.subsets[0], task.splits[0]
+    task.mteb.data_loaded = True
+    monkeypatch.setattr(
+        task.mteb, "dataset", {subset: {split: {"sentence1": ["a"], "sentence2": ["b"]}}}, raising=False
+    )
+    with pytest.raises(TaskError, match="'Tatoeba': tasks of type BitextMining cannot be read yet; leave it out"):
+        list(task.split_texts(split, subset))

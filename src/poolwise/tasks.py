@@ -147,6 +147,8 @@ class Task:
             return (self.mteb.input1_column_name, self.mteb.input2_column_name)
         if self.task_type == "Summarization":
             return (self.mteb.human_summaries_column_name, self.mteb.machine_summaries_column_name)
+        if not hasattr(self.mteb, "input_column_name"):
+            raise TaskError(f"task {self.name!r}: tasks of type {self.task_type} cannot be read yet; leave it out")
         return (self.mteb.input_column_name,)
 
 
