@@ -21,6 +21,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from poolwise import train as training
+from poolwise.decoder.base import torch_dtype
 from poolwise.encoder import build
 from poolwise.errors import TrainingError
 from poolwise.running import engines
@@ -160,6 +161,15 @@ def test_gpus_are_counted_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not asked
     monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(1))
     assert engines._count_gpus() == 0
+
+
+def test_auto_is_bf16_only_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older GPUs emulate it, slowly, and torch says that they support it unless asked more closely."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert torch_dtype("auto") == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert torch_dtype("auto") == torch.bfloat16
 
 
 def test_each_slot_has_a_gpu_of_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
