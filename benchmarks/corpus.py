@@ -14,8 +14,9 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from benchmarks.train import LONGEST, _base
-from poolwise.encoder import build
-from poolwise.study import Design, Recipe
+from poolwise.model.encoder import build
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 CHOSEN = WORDS.split()

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import MistralConfig, Qwen2Config
 
-from poolwise.designs import PRESETS
-from poolwise.reporting.tables import magnitude
-from poolwise.running.preview import LENGTHS, base_costs
-from poolwise.study import Study
+from poolwise.reports.tables import magnitude
+from poolwise.runs.check import LENGTHS, base_costs
+from poolwise.study.catalogue import PRESETS
+from poolwise.study.study import Study
 
 PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 BASES = {

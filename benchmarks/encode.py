@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from benchmarks.corpus import Corpus, one_by_one
 from benchmarks.head import Unfolded
 from benchmarks.measure import angle, hardware, interleave, ratio_record
-from poolwise.designs import PRESETS
-from poolwise.encoding import FastEncoder
+from poolwise.encoding.fast import FastEncoder
+from poolwise.study.catalogue import PRESETS
 
 DOCUMENTS, BATCH, EVERY = 10_000, 32, 20
 ROUNDS = 5

@@ -7,7 +7,7 @@ one token each; wall clock with synchronisation, interleaved. A baseline runs at
   not installed there is no such figure, but `gpu_encode_varlen`, the same unpadding of sentence-transformers with its
   attention by torch's FlashAttention, and `gpu_encode_sdpa`, padded batches. Ours is compiled, the compiler's seconds
   apart; `…_plain` are not compiled.
-- `gpu_mfu`: FLOPs of the base model (`poolwise.cost`) a second in our whole encode, over the data sheet's dense bf16
+- `gpu_mfu`: FLOPs of the base model (`pooling.cost`) a second in our whole encode, over the data sheet's dense bf16
   peak, and `gpu_mfu_matmul` over the best matrix product of this run; `gpu_model_…`: tokens given ready, by the tokens
   of a batch; `gpu_tokeniser`: the tokenizer's own seconds, which run beside the model's.
 - `gpu_matmul`, `gpu_copy`, `gpu_launch`: what the device gives; `gpu_layer_bound`: the MFU if only the matrix products
@@ -45,10 +45,10 @@ from benchmarks import head, memory, queries, train
 from benchmarks.corpus import Corpus, one_by_one
 from benchmarks.measure import angle, interleave, ratio_record, record, wall
 from benchmarks.roofline import PEAKS, kernel, limits, seconds_of
-from poolwise import cost
-from poolwise.decoder import packing
-from poolwise.decoder.layouts import refusal
-from poolwise.encoding import WINDOW, FastEncoder
+from poolwise.encoding.fast import WINDOW, FastEncoder
+from poolwise.model import packing
+from poolwise.model.packing import refusal
+from poolwise.pooling import cost
 
 Figures = Iterator[dict[str, Any]]
 UNPADDED = "benchmark_varlen"

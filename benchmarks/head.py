@@ -20,9 +20,9 @@ from transformers import Qwen2Config
 
 from benchmarks.cost_table import BASES as PAPER_BASES
 from benchmarks.measure import angle, deviation, extra_memory, hardware, interleave, ratio_record, record
-from poolwise import cost
-from poolwise.pooling import resolve_args
-from poolwise.poolings.heads import LayerCrossAttention
+from poolwise.pooling import cost
+from poolwise.pooling.heads import LayerCrossAttention
+from poolwise.pooling.poolings import resolve_args
 
 WIDTH, LAYERS, LATENTS, HEADS, HEAD_DIM = 896, 24, 768, 32, 2048
 BASES = {

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.measure import record
 from benchmarks.study import BATCH, PRESETS, facts, long_texts, measured, paper_loops
-from poolwise.running import trial
-from poolwise.study import Study
+from poolwise.runs import trial
+from poolwise.study.study import Study
 
 STEPS, DOCUMENTS = 3, 16
 

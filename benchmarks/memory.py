@@ -21,9 +21,10 @@ from torch import Tensor
 
 from benchmarks.measure import deviation, extra_memory, hardware, record
 from benchmarks.train import _base
-from poolwise.encoder import build
-from poolwise.poolings.heads import last_token
-from poolwise.study import Design, Lora, Recipe
+from poolwise.model.encoder import build
+from poolwise.pooling.heads import last_token
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 
 TEXTS, TOKENS, ROUNDS, GOAL = 4, 96, 3, 1.02
 

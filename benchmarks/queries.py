@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.corpus import Corpus, one_by_one
 from benchmarks.measure import angle, hardware, interleave, ratio_record
-from poolwise.encoding import FastEncoder
+from poolwise.encoding.fast import FastEncoder
 
 QUERIES, TOKENS, ROUNDS = 256, 12, 5
 GOALS = {16: 1.6, 32: 2.3}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import deviation, ratio_record, record, wall
-from poolwise.decoder import packing
+from poolwise.model import packing
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Job

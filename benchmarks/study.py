@@ -22,11 +22,11 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from benchmarks.corpus import Corpus
 from benchmarks.measure import interleave, ratio_record
-from poolwise import train
-from poolwise.encoding import Counts, FastEncoder
-from poolwise.running import trial
-from poolwise.running.trial import prepare, run_trial
-from poolwise.study import Study
+from poolwise.encoding.fast import Counts, FastEncoder
+from poolwise.runs import train, trial
+from poolwise.runs.prepare import prepare
+from poolwise.runs.trial import run_trial
+from poolwise.study.study import Study
 
 SEEDS, STEPS, BATCH, DOCUMENTS, QUERIES = 3, 2, 8, 24, 8
 PRESETS = ("m1", "m2", "m3", "m4", "m5")

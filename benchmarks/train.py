@@ -27,9 +27,10 @@ from transformers import AutoModel, AutoTokenizer, Qwen2Config
 
 from benchmarks.measure import interleave, ratio_record, record, wall
 from poolwise.demo import nano_path
-from poolwise.encoder import build
-from poolwise.study import Design, Lora, Recipe
-from poolwise.train import _loss as loss_of
+from poolwise.model.encoder import build
+from poolwise.runs.train import _loss as loss_of
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 
 TRIPLES, DRAWN, LONGEST = 8, 200, 512
 ROUNDS = 4

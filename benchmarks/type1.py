@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import fdtrc, ndtr, stdtr
 
-from poolwise.stats import TWO_LOOK_ALPHA
 from poolwise.stats.exact import largest_rejected_sum
+from poolwise.stats.many import TWO_LOOK_ALPHA
 from poolwise.stats.variance import GUARD_LEVEL, MeanSquares, chi_square_over_df, null_distribution
 
 ALPHA = 0.05

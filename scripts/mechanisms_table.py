@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 
 from poolwise import demo, stats
-from poolwise.reporting.controls_report import sentences
-from poolwise.reporting.wording import count, interval, points
+from poolwise.reports.analyses import control_sentences as sentences
+from poolwise.reports.words import count, interval, points
 from poolwise.verdicts.arms import Arm
 from poolwise.verdicts.comparison import Comparison, compare
-from poolwise.verdicts.control_arms import scored
+from poolwise.verdicts.controls import scored
 
 DOC = Path(__file__).parents[1] / "docs" / "mechanisms.md"
 BEGIN, END = "<!-- begin of what scripts/mechanisms_table.py wrote -->", "<!-- end -->"

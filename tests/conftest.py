@@ -28,7 +28,7 @@ def quick_engine() -> Iterator[None]:
     """Engine processes come from a server that has imported the libraries once, which saves 8 s a run."""
     get_context = multiprocessing.get_context
     server = get_context("forkserver")
-    server.set_forkserver_preload(["poolwise.running.trial"])
+    server.set_forkserver_preload(["poolwise.runs.trial"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             multiprocessing, "get_context", lambda kind=None: server if kind == "spawn" else get_context(kind)

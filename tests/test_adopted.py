@@ -18,19 +18,20 @@ from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import poolwise
-from poolwise import adopted as adopted_file
-from poolwise.adopted import STANDARD, adopted, moved
-from poolwise.decoder.backbone import Backbone
-from poolwise.decoder.base import ensure_eos
-from poolwise.decoder.layouts import refusal
-from poolwise.encoding import FastEncoder
+from poolwise.data.own_tasks import TaskData
+from poolwise.data.tasks import task_from_data
+from poolwise.encoding import shortcuts as adopted_file
+from poolwise.encoding.encode import encode_file, open_model
+from poolwise.encoding.fast import FastEncoder
+from poolwise.encoding.server import serving
+from poolwise.encoding.shortcuts import STANDARD, adopted, moved
 from poolwise.errors import AttentionError, ModelError
-from poolwise.reading.in_memory import TaskData
-from poolwise.running.bulk import encode_file, open_model
-from poolwise.scoring.evaluation import evaluate, model_identity
-from poolwise.serving import serving
-from poolwise.study import Design, Recipe
-from poolwise.tasks import task_from_data
+from poolwise.model.backbone import Backbone
+from poolwise.model.base import ensure_eos
+from poolwise.model.packing import refusal
+from poolwise.scoring.evaluate import evaluate, model_identity
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import FAMILIES, REFUSED, SENTENCES, tiny_folder, tiny_tokenizer
 
 PROMPT = "query: find the island. "
@@ -319,7 +320,7 @@ def test_scores_of_a_reference_stay(root: Path, monkeypatch: pytest.MonkeyPatch)
     def refuse(model: SentenceTransformer) -> SentenceTransformer:
         raise ModelError("no")
 
-    monkeypatch.setattr("poolwise.encoding.adopted", refuse)
+    monkeypatch.setattr("poolwise.encoding.fast.adopted", refuse)
     (old,) = evaluate(plain, [task], identity="m", items=False)
     assert new["score"] == pytest.approx(old["score"], abs=1e-6)
 

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Gemma3TextConfig, RobertaConfig, T5Config
 
-from poolwise import attention
-from poolwise.attention import (
+from poolwise.errors import AttentionError
+from poolwise.model import attention
+from poolwise.model.attention import (
     MODES,
     PADDINGS,
     check_window,
@@ -21,7 +22,6 @@ from poolwise.attention import (
     verdict,
     verify,
 )
-from poolwise.errors import AttentionError
 from tiny import FAMILIES, VOCAB, tiny_model
 
 T = 8

@@ -20,11 +20,10 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from poolwise.data import Pairs, load_pairs
+from poolwise.data.batches import effective_negatives, plan, training_dataset
+from poolwise.data.pairs import Pairs, load_pairs, normalise
 from poolwise.errors import DataError
-from poolwise.reading.batches import effective_negatives, plan, training_dataset
-from poolwise.reading.rows import normalise
-from poolwise.study import Recipe, Source
+from poolwise.study.recipe import Recipe, Source
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -111,9 +110,9 @@ def test_fingerprint_is_of_the_exact_texts_in_order(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from poolwise.reading.batches import plan
-from poolwise.data import load_pairs
-from poolwise.study import Recipe, Source
+from poolwise.data.batches import plan
+from poolwise.data.pairs import load_pairs
+from poolwise.study.recipe import Recipe, Source
 sources = (Source(path="a.jsonl", weight=2.0), Source(path="b.jsonl"))
 recipe = Recipe(sources=sources, steps=20, batch_size=8, negatives=2)
 pairs = load_pairs(recipe, Path())

@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 from poolwise import stats
-from poolwise.reporting import side_report
-from poolwise.results import table
-from poolwise.verdicts.budgets import equal_budgets, training_flops
+from poolwise.reports import secondary
 from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.findings import equal_budgets, training_flops
+from poolwise.verdicts.table import table
 from test_comparison import rows
 
 TASKS, SEEDS = 6, 3
@@ -108,7 +108,7 @@ def test_p_values_are_corrected_together_and_carry_no_star():
     found = equal_budgets(comparison, frame, costs(m1=0, m2=20, m3=21))
     assert len(found.rows) == 3
     assert [row.p_bh for row in found.rows] == stats.bh([row.p_value for row in found.rows]).tolist()
-    shown = side_report.equal_cost(found, comparison)
+    shown = secondary.equal_cost(found, comparison)
     assert "exploratory" in shown.note
     assert not [cell for cells in shown.rows for cell in cells if cell in ("better", "worse")]
     assert comparison.family == 2

@@ -11,9 +11,9 @@ import pytest
 
 from poolwise import stats
 from poolwise.errors import StatisticsError
-from poolwise.reporting.wording import headline, number, points, probability, sentences
-from poolwise.results import table
+from poolwise.reports.words import headline, number, points, probability, sentences
 from poolwise.verdicts.comparison import JSON_FIELDS, Comparison, compare
+from poolwise.verdicts.table import table
 
 TYPES = {"STS": 6, "Retrieval": 10, "Reranking": 1}
 

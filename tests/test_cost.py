@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, MixtralConfig, Qwen2Config
 
-from poolwise import cost
-from poolwise.designs import POOLING_ARGS, PRESETS
 from poolwise.errors import ModelError
-from poolwise.pooling import POOLINGS, resolve_args
+from poolwise.pooling import cost
+from poolwise.pooling.poolings import POOLINGS, resolve_args
+from poolwise.study.catalogue import POOLING_ARGS, PRESETS
 from tiny import FAMILIES, tiny_config, tiny_model
 
 MISTRAL_7B = MistralConfig()  # the defaults are Mistral-7B-v0.1

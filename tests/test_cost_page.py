@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from poolwise.designs import PRESETS
+from poolwise.study.catalogue import PRESETS
 
 ROOT = Path(__file__).parents[1]
 

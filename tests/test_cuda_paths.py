@@ -19,14 +19,14 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from poolwise import encoding
-from poolwise.decoder import packing
-from poolwise.decoder.layers import decoder_layers
-from poolwise.decoder.layouts import refusal
-from poolwise.decoder.packing import Segments, packed_attention
-from poolwise.encoder import build
-from poolwise.encoding import FastEncoder
-from poolwise.study import Design, Lora, Recipe
+from poolwise.encoding import fast as encoding
+from poolwise.encoding.fast import FastEncoder
+from poolwise.model import packing
+from poolwise.model.encoder import build
+from poolwise.model.hooks import decoder_layers
+from poolwise.model.packing import Segments, packed_attention, refusal
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 from test_packing import apart, encoder_of, features, loss_and_gradient, recipe
 from tiny import SENTENCES, tiny_folder
 

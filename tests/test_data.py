@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poolwise.data import Pairs, decontaminate, load_pairs
+from poolwise.data.batches import plan
+from poolwise.data.pairs import Pairs, decontaminate, load_pairs, normalise
 from poolwise.errors import DataError
-from poolwise.reading.batches import plan
-from poolwise.reading.rows import normalise
-from poolwise.study import Recipe, Source
+from poolwise.study.recipe import Recipe, Source
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROWS = [

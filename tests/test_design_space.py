@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import torch
 
-from poolwise import checkpoint
-from poolwise.attention import influence
-from poolwise.decoder.masks import reachable
-from poolwise.designs import POOLING_ARGS, POOLINGS_READ, PRESETS
-from poolwise.encoder import build
-from poolwise.encoding import FastEncoder
-from poolwise.exporting import export
-from poolwise.study import Design, Lora
-from poolwise.verdicts.factor_levels import control_pairs, pooling_level
+from poolwise.encoding.fast import FastEncoder
+from poolwise.model import checkpoint
+from poolwise.model.attention import influence
+from poolwise.model.checkpoint import export
+from poolwise.model.encoder import build
+from poolwise.model.hooks import reachable
+from poolwise.study.catalogue import POOLING_ARGS, POOLINGS_READ, PRESETS
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora
+from poolwise.verdicts.factors import control_pairs, pooling_level
 from test_laws import FRESH, TEXTS, recipe
 from tiny import tiny_folder
 

@@ -20,9 +20,10 @@ import pytest
 import typer.main
 
 from poolwise.cli import app
-from poolwise.designs import POOLING_ARGS
-from poolwise.settings.tuning import Tuning
-from poolwise.study import Design, Lora, Recipe, Source, Study
+from poolwise.study.catalogue import POOLING_ARGS
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe, Source, Tuning
+from poolwise.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 import poolwise
-from poolwise import checkpoint, encoding
 from poolwise.cli import main
-from poolwise.encoding import FastEncoder
+from poolwise.data.reading import read_texts
+from poolwise.encoding import encode as bulk
+from poolwise.encoding import fast as encoding
+from poolwise.encoding.encode import encode_file, open_model
+from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import DataError, ModelError, PoolwiseError
-from poolwise.reading.texts import read_texts
-from poolwise.running import bulk
-from poolwise.running.bulk import encode_file, open_model
-from poolwise.study import Design, Recipe
+from poolwise.model import checkpoint
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder
 
 QUERY = "query: find the island. "

@@ -11,11 +11,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 import poolwise
-from poolwise import encoding
-from poolwise.decoder import last_layer
-from poolwise.decoder.prefix import Prefix, shared_prefix
-from poolwise.encoding import FastEncoder
-from poolwise.study import Design, Lora, Recipe
+from poolwise.encoding import fast as encoding
+from poolwise.encoding import shortcuts as shortcut_file
+from poolwise.encoding.fast import FastEncoder
+from poolwise.encoding.shortcuts import Prefix, shared_prefix
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 from tiny import SENTENCES, tiny_folder
 
 PROMPT = "query: find the island. "
@@ -131,7 +132,7 @@ def test_a_shortcut_that_moves_embeddings_is_switched_off(shortcuts: tuple[str, 
 
         monkeypatch.setattr(Prefix, "forward", wrong)
     if "last layer" in shortcuts:
-        monkeypatch.setattr(last_layer, "last_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
+        monkeypatch.setattr(shortcut_file, "last_index", lambda mask: torch.zeros(len(mask), dtype=torch.long))
     fast = FastEncoder(encoder)
     assert np.abs(fast.encode(texts(), prompt) - expected).max() < 1e-5
     assert len(fast.notes) == len(shortcuts)

@@ -18,15 +18,15 @@ from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 import poolwise
-from poolwise import encoding
-from poolwise.decoder import locks
-from poolwise.decoder.last_layer import pruned
-from poolwise.decoder.locks import lock_of
-from poolwise.decoder.stamps import Stamp
-from poolwise.encoding import FastEncoder
-from poolwise.scoring.evaluation import model_identity
-from poolwise.scoring.ladder import Kept
-from poolwise.study import Design, Recipe
+from poolwise.encoding import fast as encoding
+from poolwise.encoding.fast import FastEncoder, Stamp
+from poolwise.encoding.shortcuts import pruned
+from poolwise.model import hooks
+from poolwise.model.hooks import lock_of
+from poolwise.scoring.evaluate import model_identity
+from poolwise.scoring.references import Kept
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder
 
 PROMPT = "query: find the island. "
@@ -151,10 +151,10 @@ def test_locks_belong_to_the_decoder(base: str) -> None:
     for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert other[0].lock is not own
         assert np.abs(other.encode(MANY) - encoder.encode(MANY)).max() < 1e-6
-    count = len(locks._LOCKS)
+    count = len(hooks._LOCKS)
     del other
     gc.collect()
-    assert len(locks._LOCKS) < count
+    assert len(hooks._LOCKS) < count
 
 
 def test_a_forked_child_finds_no_lock_taken(base: str) -> None:

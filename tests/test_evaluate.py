@@ -23,13 +23,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from poolwise.data.own_tasks import TaskData
+from poolwise.data.tasks import Task, task_from_data
 from poolwise.errors import ModelError, TaskError
-from poolwise.reading.in_memory import TaskData
 from poolwise.scoring.adapters import adapt
-from poolwise.scoring.evaluation import evaluate, model_identity
-from poolwise.scoring.items import item_scores
+from poolwise.scoring.evaluate import evaluate, item_scores, model_identity
 from poolwise.scoring.references import reference
-from poolwise.tasks import Task, task_from_data
 
 
 def unit(degrees: float) -> list[float]:
@@ -394,9 +393,9 @@ def test_bm25_is_evaluated_where_it_applies():
 OFFICIAL = """
 import json, sys
 from pathlib import Path
-from poolwise.scoring.evaluation import evaluate
+from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.references import reference
-from poolwise.tasks import resolve_tasks
+from poolwise.data.tasks import resolve_tasks
 tasks = resolve_tasks(["STSBenchmark", "AmazonCounterfactualClassification"], Path())
 rows = evaluate(reference("tfidf_chars"), tasks[:1], identity="t")
 rows += evaluate(reference("tfidf"), tasks[1:], identity="t")

@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 
 from poolwise import stats
-from poolwise.reporting import factors_report, pareto, reports
-from poolwise.results import table
-from poolwise.running.starters import TEMPLATES
-from poolwise.study import Design, Study
+from poolwise.reports import analyses, pages, secondary
+from poolwise.study.design import Design
+from poolwise.study.starters import TEMPLATES
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.table import table
 from test_comparison import rows
 from test_report import Page
 
@@ -57,7 +58,7 @@ def test_a_planted_effect_of_attention_is_found_and_no_interaction():
     assert len(interactions) == 5
     assert all(abs(e.difference) < 1e-12 and e.verdict == "inconclusive" for e in interactions)
     assert factors.confounded == ()
-    text = factors_report.sentences(factors)
+    text = analyses.factor_sentences(factors)
     assert text[0].startswith("On STS, averaged over 6 poolings, bidirectional scores 2.0 points above causal (95 %")
     assert any("5 interactions of attention and pooling are inconclusive" in line for line in text)
 
@@ -78,7 +79,7 @@ def test_pooling_helps_only_beyond_its_capacity_control():
     real = planted(FACTORIAL, lambda d: 0.02 * (d.pooling == "cross_attention"))
     factors = compare(real, "last-ca", treatments=FACTORIAL).factorial
     assert found(factors.effects, "control", "cross_attention", "mean_ffn").verdict == "above"
-    words = " ".join(factors_report.sentences(factors))
+    words = " ".join(analyses.factor_sentences(factors))
     assert re.search(
         r"cross_attention scores (1\.[89]|2\.[012]) points above mean_ffn, its head without the attention \(95", words
     )
@@ -96,7 +97,7 @@ def test_an_interaction_is_the_difference_of_differences_of_the_crossed_test():
     )
     assert effect.difference == pytest.approx(0.02, abs=0.005)
     assert effect.verdict == "above"
-    words = " ".join(factors_report.sentences(c.factorial))
+    words = " ".join(analyses.factor_sentences(c.factorial))
     assert "bidirectional over causal gains" in words
     assert "points more under mean than under last_token" in words
 
@@ -157,7 +158,7 @@ def test_studies_without_factors_have_none():
     single = compare(planted(FACTORIAL, lambda d: 0.0, seeds=1), "last-ca", treatments=FACTORIAL).factorial
     assert single.effects == ()
     assert single.notes == ("STS: factors need two or more seeds, the same of every design, and two or more sources.",)
-    assert factors_report.table(single, 0.05) is None
+    assert analyses.factor_table(single, 0.05) is None
 
 
 def test_factors_are_in_the_json():
@@ -175,27 +176,27 @@ def test_the_front_is_what_no_other_design_beats_at_its_price():
     scores = {"m1": [[0.5] * 6, [0.52] * 6], "m2": [[0.6] * 6, [0.62] * 6], "m3": [[0.4] * 6, [0.42] * 6],
               "m4": [[0.50] * 6, [0.51] * 6]}  # fmt: skip
     c = compare(table(rows(scores)), "m1")
-    front = pareto.fronts(c, COSTS)["Retrieval"]
+    front = secondary.fronts(c, COSTS)["Retrieval"]
     assert [(p.design, p.front) for p in front] == [("m1", True), ("m3", False), ("m4", False), ("m2", True)]
     # run means 1 point off the mean in three designs, half a point in m4: pooled variance (3·2·1 + 2·.25)/4 points²
     half = 2.7764451051977987 * np.sqrt((3 * 2 * 1 + 2 * 0.25) / 4 / 2) / 100
     assert (front[0].low, front[0].high) == pytest.approx((0.51 - half, 0.51 + half))
-    shown = pareto.table({"Retrieval": front}, "m1")
+    shown = secondary.table({"Retrieval": front}, "m1")
     assert shown.rows[0][:4] == ("m1", "1 G", "1.000", "51.00")
     assert [row[-1] for row in shown.rows] == ["on the front", "–", "–", "on the front"]
-    svg = pareto.panels({"Retrieval": front}, "m1")[0].svg
+    svg = secondary.panels({"Retrieval": front}, "m1")[0].svg
     assert "m2" in svg
     assert "1.5 G" in svg
-    assert pareto.fronts(c, COSTS[:1]) == {}
+    assert secondary.fronts(c, COSTS[:1]) == {}
     one = compare(table(rows({"m1": [[0.5] * 6], "m2": [[0.6] * 6]})), "m1")
-    assert {p.low for p in pareto.fronts(one, COSTS)["Retrieval"]} == {None}
+    assert {p.low for p in secondary.fronts(one, COSTS)["Retrieval"]} == {None}
 
 
 def test_the_report_shows_factors_front_and_recommendation(tmp_path):
     frame = planted(FACTORIAL, lambda d: 0.02 * (d.attention == "bidirectional"))
     c = compare(frame, "last-ca", treatments=FACTORIAL)
     costs = [{"design": d.name, "base_flops_128": 1e9, "head_flops_128": 1e8 * i} for i, d in enumerate(FACTORIAL)]
-    reports.render({}, frame, c, costs, None, tmp_path)
+    pages.render({}, frame, c, costs, None, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     text = " ".join(page.text)
@@ -211,8 +212,8 @@ def test_the_report_shows_factors_front_and_recommendation(tmp_path):
 
 
 def test_labels_do_not_touch():
-    heights = pareto._heights([(100.0, 50.0, 5), (100.0, 52.0, 5), (120.0, 53.0, 5), (300.0, 53.0, 5)])
+    heights = secondary._heights([(100.0, 50.0, 5), (100.0, 52.0, 5), (120.0, 53.0, 5), (300.0, 53.0, 5)])
     assert heights[0] == 50  # level with the leftmost point
-    assert heights[1] == pytest.approx(50 + pareto.LABEL)
-    assert heights[2] == pytest.approx(50 + 2 * pareto.LABEL)
-    assert heights[3] == pytest.approx(53 + pareto.LABEL / 2 + 1)  # far from the others
+    assert heights[1] == pytest.approx(50 + secondary.LABEL)
+    assert heights[2] == pytest.approx(50 + 2 * secondary.LABEL)
+    assert heights[3] == pytest.approx(53 + secondary.LABEL / 2 + 1)  # far from the others

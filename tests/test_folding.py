@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MistralConfig, Qwen2Config
 
-from poolwise import cost
-from poolwise.designs import POOLING_ARGS, PRESETS
-from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.pooling import POOLINGS, resolve_args
-from poolwise.poolings import folding, heads
-from poolwise.poolings.folding import Folded, Shape
-from poolwise.poolings.heads import CrossAttentionHead, Head
-from poolwise.study import Design, Recipe
+from poolwise.model.encoder import build
+from poolwise.pooling import cost, folding, heads
+from poolwise.pooling.folding import Folded, Shape
+from poolwise.pooling.heads import CrossAttentionHead, Head
+from poolwise.pooling.poolings import POOLINGS, resolve_args
+from poolwise.study.catalogue import POOLING_ARGS, PRESETS
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import tiny_folder
 
 ATTENDING = ["cross_attention", "layer_cross_attention"]

@@ -19,20 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from poolwise import encoder as building
-from poolwise import train as training
-from poolwise.decoder import frozen
-from poolwise.decoder.base import torch_dtype
-from poolwise.decoder.frozen import FrozenStates
-from poolwise.encoder import build
-from poolwise.encoding import FastEncoder
+from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import TrainingError
-from poolwise.running import trial as trials
-from poolwise.running.preparation import Prepared, prepare
-from poolwise.running.runner import shared_work
-from poolwise.running.trial import run_trial
-from poolwise.scoring import score_files
-from poolwise.study import Design, Recipe, Study
+from poolwise.model import backbone
+from poolwise.model import encoder as building
+from poolwise.model.backbone import FrozenStates
+from poolwise.model.base import torch_dtype
+from poolwise.model.encoder import build
+from poolwise.runs import layout
+from poolwise.runs import train as training
+from poolwise.runs import trial as trials
+from poolwise.runs.prepare import Prepared, prepare
+from poolwise.runs.run import shared_work
+from poolwise.runs.trial import run_trial
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from tiny import SENTENCES, tiny_folder
 
 DESIGNS = ("m2", "m3", "m4", "m5")
@@ -132,7 +134,7 @@ def test_a_file_that_does_not_fit_does_not_hide_those_that_do(tmp_path: Path) ->
 
 def test_states_are_written_in_pieces_and_not_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two trials side by side, each with room for three texts in memory of its own."""
-    monkeypatch.setattr(frozen, "PIECE", 3 * 256)
+    monkeypatch.setattr(backbone, "PIECE", 3 * 256)
     one, other = FrozenStates(tmp_path), FrozenStates(tmp_path)
     for texts in (range(2), range(2, 4), range(4, 5)):
         for kept in (one, other):
@@ -184,7 +186,7 @@ def without(missing: str) -> Callable[[Path], None]:
 def other_lengths(path: Path) -> None:
     content = load_file(path)
     content["lengths"] = content["lengths"] + 1
-    save_file(content, path, {"sha256": frozen._digest(**content)})
+    save_file(content, path, {"sha256": backbone._digest(**content)})
 
 
 def unsigned(path: Path) -> None:
@@ -216,7 +218,7 @@ def test_states_that_cannot_be_written_are_not_shared(
     kept = FrozenStates(tmp_path)
     ask(kept, 1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(frozen, "save_file", full)
+        patch.setattr(backbone, "save_file", full)
         kept.leave()
     assert not list(tmp_path.iterdir())
     assert ask(kept, 1, 2, 3) == [1, 2, 3]
@@ -312,7 +314,7 @@ def test_a_full_disk_for_the_states_fails_no_trial(tmp_path: Path, monkeypatch: 
 
     monkeypatch.chdir(tmp_path)
     prepared = make(tmp_path)
-    monkeypatch.setattr(frozen, "save_file", full)
+    monkeypatch.setattr(backbone, "save_file", full)
     folder = go(prepared, 0)
     assert (folder / "done").exists()
     assert not (folder / "failed.json").exists()
@@ -394,7 +396,7 @@ def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (place / name).touch()
         os.utime(place / name, times=(time.time() - 3600 * hours,) * 2)
     for number in range(2):
-        work.append(json.loads((go(prepared, number) / score_files.WORK).read_text()))
+        work.append(json.loads((go(prepared, number) / layout.WORK).read_text()))
     assert 32 < work[0]["frozen_computed"] <= 48 + 32  # training texts, and evaluation texts at the first of two steps
     assert work[0]["frozen_asked"] >= 48 + 2 * 32  # and those that show where the head looks
     assert work[1]["frozen_computed"] == 0  # the second run differs in its first weights and the order

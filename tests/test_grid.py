@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poolwise.running.preview import check
-from poolwise.study import Study
+from poolwise.runs.check import check
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.long_table import table
+from poolwise.verdicts.table import table
 from tiny import tiny_folder
 
 AXES = {"attention": ["causal", "bidirectional"], "pooling": ["mean", "cross_attention"], "latents": [2, 8]}

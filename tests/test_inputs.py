@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from poolwise import checkpoint
-from poolwise.cost import base_flops
-from poolwise.decoder.inputs import FORMS, special_frame, write
-from poolwise.decoder.packing import joined
-from poolwise.designs import PRESETS, TEMPLATES, read_tokens
-from poolwise.encoder import build
-from poolwise.encoding import FastEncoder
+from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import ModelError
-from poolwise.exporting import export, load_exported
-from poolwise.running.preview import base_costs
-from poolwise.study import Design, Study
-from poolwise.train import train
+from poolwise.model import checkpoint
+from poolwise.model.base import FORMS, special_frame, write
+from poolwise.model.checkpoint import export, load_exported
+from poolwise.model.encoder import build
+from poolwise.model.packing import joined
+from poolwise.pooling.cost import base_flops
+from poolwise.runs.check import base_costs
+from poolwise.runs.train import train
+from poolwise.study.catalogue import PRESETS, TEMPLATES, read_tokens
+from poolwise.study.design import Design
+from poolwise.study.study import Study
 from test_laws import TEXTS, pairs, recipe
 from tiny import tiny_config, tiny_folder, tiny_tokenizer
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from poolwise import api
-from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.reporting import layers_report
-from poolwise.running import trial
-from poolwise.scoring.inside import _attention, attends_to_layers, layer_attention, layer_weights
-from poolwise.study import Design, Recipe, Study
+from poolwise.model.encoder import build
+from poolwise.reports import layers as layers_report
+from poolwise.runs import trial
+from poolwise.scoring.layers import _attention, attends_to_layers, layer_attention, layer_weights
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from tiny import SENTENCES, tiny_folder
 
 LAYERS = Design(

@@ -13,13 +13,16 @@ import pytest
 from scipy.stats import spearmanr
 
 from poolwise import stats
-from poolwise.data import load_pairs
-from poolwise.running.trial import prepare, run_trial
-from poolwise.scoring import ladder
-from poolwise.study import Recipe, Study
+from poolwise.data.pairs import load_pairs
+from poolwise.encoding.fast import sentence_vectors
+from poolwise.runs.prepare import prepare
+from poolwise.runs.trial import run_trial
+from poolwise.scoring import references as ladder
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.rungs import RUNGS, rungs, smallest_seen
-from poolwise.verdicts.rungs import to_json as ladder_json
+from poolwise.verdicts.controls import RUNGS, rungs, smallest_seen
+from poolwise.verdicts.controls import rungs_to_json as ladder_json
 from tiny import tiny_folder
 
 WORDS = ("cat", "dog", "river", "book", "water", "morning", "people", "home", "mat", "walk", "heron", "ferry")
@@ -185,7 +188,7 @@ def test_the_baseline_carries_the_ladder(tmp_path: Path, monkeypatch: pytest.Mon
     shares = dict.fromkeys(RUNGS, 0.3) | {"ladder-2": None}
     monkeypatch.setattr(ladder, "calibrate", lambda *_: {"shares": shares})
     encoded: list[str] = []
-    plain = ladder.sentence_vectors
+    plain = sentence_vectors
 
     def counted(model: Any, texts: Any, *rest: Any) -> Any:
         encoded.extend(texts)

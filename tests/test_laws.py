@@ -17,12 +17,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from poolwise import checkpoint
-from poolwise.encoder import build, derived_seed
 from poolwise.errors import CheckpointError, ModelError
-from poolwise.exporting import export, load_exported
-from poolwise.study import Design, Lora, Recipe
-from poolwise.train import train
+from poolwise.model import checkpoint
+from poolwise.model.checkpoint import export, load_exported
+from poolwise.model.encoder import build, derived_seed
+from poolwise.runs.train import train
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 from tiny import tiny_folder
 
 SMALL = {"latents": 4}
@@ -50,7 +51,7 @@ TEXTS = [
 
 def paper(name: str) -> Design:
     """A paper preset at a size that fits a test."""
-    from poolwise.designs import PRESETS
+    from poolwise.study.catalogue import PRESETS
 
     preset = PRESETS[name]
     arguments = {**preset["pooling_args"], "latents": 4, "heads": 2, "head_dim": 8}

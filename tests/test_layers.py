@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModel, AutoModelForCausalLM, MixtralConfig, T5Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from poolwise.attention import position_ids, set_attention
-from poolwise.decoder import layers
-from poolwise.decoder.layers import LayerCollector, decoder_layers, last_index, last_state, mean_state
 from poolwise.errors import ModelError
+from poolwise.model import hooks as layers
+from poolwise.model.attention import position_ids, set_attention
+from poolwise.model.hooks import LayerCollector, decoder_layers, last_index, last_state, mean_state
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(5, 5 + 24).view(4, 6)

@@ -13,11 +13,12 @@ import pytest
 
 from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
-from poolwise.reporting import reports, side_report
-from poolwise.reporting.wording import headline, sentences
-from poolwise.stats import TWO_LOOK_ALPHA
-from poolwise.study import Study
-from poolwise.verdicts import looks
+from poolwise.reports import pages, secondary, tables
+from poolwise.reports.words import headline, sentences
+from poolwise.runs import looks
+from poolwise.stats.many import TWO_LOOK_ALPHA
+from poolwise.study.study import Study
+from poolwise.verdicts import readers
 from poolwise.verdicts.comparison import compare
 from test_comparison import study as table_of
 
@@ -116,7 +117,7 @@ def test_while_runs_are_missing_differences_have_no_p(tmp_path, compared):
     assert (out["verdicts"], out["recommendations"], out["factors"], out["single_runs"]) == ([], [], None, [])
     assert found.row("STS", "m2").difference == pytest.approx(0.02, abs=0.01)
     assert headline(found, "STS").endswith("Nothing is tested yet.")
-    reports.render({}, api.results.read(study.folder / "results.parquet"), found, None, None, tmp_path / "out")
+    pages.render({}, readers.read(study.folder / "results.parquet"), found, None, None, tmp_path / "out")
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "Interim: runs are missing" in text
@@ -147,7 +148,7 @@ def test_an_extension_comes_after_the_first_look_and_stays(tmp_path):
     study = declared(tmp_path, extend_to=5)
     scored(study, 3, without=("m1", 2))
     looks.begin(study)
-    from poolwise.running.runner import run, unfinished
+    from poolwise.runs.run import run, unfinished
 
     assert unfinished(study) == ["m1-s2"]
     with pytest.raises(CheckpointError, match=r"after the first look.*m1-s2"):
@@ -171,7 +172,7 @@ def test_seeds_that_were_not_planned_make_verdicts_exploratory(tmp_path, compare
     found = compared(more)
     assert "planned with seeds 0 to 2 and now has seeds 0 to 4" in found.exploratory
     assert headline(found, "STS").startswith("Exploratory: ")
-    assert not [cell for row in reports.tables.means(found).rows for cell in row if cell[0] in "▲▼≈"]
+    assert not [cell for row in tables.means(found).rows for cell in row if cell[0] in "▲▼≈"]
     assert {choice.basis for choice in found.recommendations} <= {"baseline", "cheapest"}
     assert found.to_json()["status"] == "exploratory"
 
@@ -204,7 +205,7 @@ def test_overall_is_the_weighted_contrast_in_the_family(tmp_path):
     assert re.fullmatch(
         r"Overall, by the declared weights \(retrieval \.75, STS \.25\), m2 scores [\d.]+ points above m1 "
         r"\(95 % interval .*; 14 tasks from 14 sources, 3 seeds\)\.",
-        side_report.overall_sentence(found, m2),
+        secondary.overall_sentence(found, m2),
     )
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["overall"][0]["design"] == "m2"
 

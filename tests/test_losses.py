@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from poolwise.encoder import build
 from poolwise.errors import ModelError, StudyError
-from poolwise.running.preflight import check_base
-from poolwise.running.preparation import Trial, base_config, prepare
-from poolwise.study import Design, Recipe, Study
-from poolwise.train import _loss, train
+from poolwise.model.encoder import build
+from poolwise.runs.prepare import Trial, base_config, check_base, prepare
+from poolwise.runs.train import _loss, train
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from tiny import tiny_folder
 
 QUERIES = ["where is the heron?", "how long is the ferry?", "what is pooling?", "where is the heron now?"]

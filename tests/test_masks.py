@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from poolwise.attention import MODES, PADDINGS, get_attention, influence, position_ids, set_attention, verify
-from poolwise.decoder.masks import LayerMasks, attending, layer_masks, reachable, visible
 from poolwise.errors import AttentionError
+from poolwise.model.attention import MODES, PADDINGS, get_attention, influence, position_ids, set_attention, verify
+from poolwise.model.hooks import LayerMasks, attending, layer_masks, reachable, visible
 from tiny import tiny_model
 
 FAMILIES = ["llama", "mistral", "mistral_window", "qwen2", "gemma3", "gpt2", "opt", "phi3"]

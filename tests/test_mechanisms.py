@@ -15,18 +15,17 @@ import pytest
 from scipy.stats import spearmanr
 
 from poolwise import demo, stats
-from poolwise.demo.forms import item_count, records
-from poolwise.reporting.brief import show_end
-from poolwise.reporting.controls_report import predictions_table, sentences
-from poolwise.reporting.reports import opening, render, show
-from poolwise.reporting.summary import designs
-from poolwise.running.preview import check
-from poolwise.running.starters import QUICK, demo_study
-from poolwise.screen import show_check
-from poolwise.terminal import terminal
+from poolwise.demo.mechanisms import item_count, records
+from poolwise.reports.analyses import control_sentences as sentences
+from poolwise.reports.analyses import predictions_table
+from poolwise.reports.pages import opening, render, show
+from poolwise.reports.summary import designs
+from poolwise.runs.check import check
+from poolwise.screen import show_check, show_end, terminal
+from poolwise.study.starters import QUICK, demo_study
 from poolwise.verdicts.comparison import Comparison, compare
-from poolwise.verdicts.control_arms import noise_bands, scored, unsound
-from poolwise.verdicts.mechanism_items import WORDINGS, by_mechanism, whole_task
+from poolwise.verdicts.controls import noise_bands, scored, unsound
+from poolwise.verdicts.mechanisms import WORDINGS, by_mechanism, whole_task
 
 ROOT = Path(__file__).parents[1]
 FORMS = {"sts": ("STS", "cosine_spearman"), "retrieval": ("Retrieval", "ndcg_at_10")}

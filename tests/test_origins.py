@@ -5,9 +5,8 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from poolwise.results import table
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.origins import origin
+from poolwise.verdicts.table import origin, table
 from test_comparison import rows
 
 
@@ -46,7 +45,7 @@ def test_every_name_in_the_table_is_a_task_of_mteb():
     import re
 
     mteb = pytest.importorskip("mteb")
-    from poolwise.verdicts.origins import ORIGINS
+    from poolwise.verdicts.table import ORIGINS
 
     names = {task.metadata.name for task in mteb.get_tasks()}
     for pattern, _ in ORIGINS:

@@ -13,17 +13,19 @@ import pytest
 import torch
 from torch import nn
 
-from poolwise import checkpoint, cost
-from poolwise.designs import POOLING_ARGS, POOLINGS_READ
-from poolwise.encoder import build
 from poolwise.errors import CheckpointError, ModelError, StudyError
-from poolwise.exporting import export
-from poolwise.pooling import POOLINGS, resolve_args
-from poolwise.poolings.heads import Pooling, weighted_mean
-from poolwise.settings import own
-from poolwise.study import Design, Study
-from poolwise.testing import LAWS, check_pooling
-from poolwise.train import train
+from poolwise.model import checkpoint
+from poolwise.model.checkpoint import export
+from poolwise.model.encoder import build
+from poolwise.pooling import cost
+from poolwise.pooling.heads import Pooling, weighted_mean
+from poolwise.pooling.laws import LAWS, check_pooling
+from poolwise.pooling.poolings import POOLINGS, resolve_args
+from poolwise.runs.train import train
+from poolwise.study import design as own
+from poolwise.study.catalogue import POOLING_ARGS, POOLINGS_READ
+from poolwise.study.design import Design
+from poolwise.study.study import Study
 from test_laws import TEXTS, pairs, recipe
 from tiny import tiny_config, tiny_folder
 
@@ -179,13 +181,13 @@ def test_what_no_study_could_take():
         pass
 
     with pytest.raises(StudyError, match=r"(?s)must be a subclass of poolwise.Pooling.*must be 'tokens' or 'layers'"):
-        own.register(NotAPooling)
+        own.register_own(NotAPooling)
     with pytest.raises(StudyError, match="argument word needs a default"):
-        own.register(NeedsAWord)
+        own.register_own(NeedsAWord)
     with pytest.raises(
         StudyError, match=r"(?s)defined inside a function.*must be built as Local\(hidden_size, n_layers"
     ):
-        own.register(Local)
+        own.register_own(Local)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +225,7 @@ def test_it_is_trained_saved_loaded_and_exported(pooling, args, base, tmp_path):
 
 
 def test_its_cost_is_what_torch_counts():
-    own.register(Scaled)
+    own.register_own(Scaled)
     name, config = "test_own_pooling:Scaled", tiny_config("llama")
     args = resolve_args(name, {"wide": True}, config)
     assert args == {"gain": 1.0, "wide": True}

@@ -15,17 +15,18 @@ from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import AutoModel, Gemma2Config, GptOssConfig
 
-from poolwise import train as training
-from poolwise.attention import backend, set_attention
-from poolwise.decoder import layouts, packing
-from poolwise.decoder.layers import LayerCollector
-from poolwise.decoder.layouts import choose, has_dropout, refusal
-from poolwise.decoder.packing import Rows, Segments, joined
-from poolwise.encoder import build
 from poolwise.errors import ModelError
-from poolwise.running.preflight import check_base
-from poolwise.running.preparation import base_config
-from poolwise.study import Design, Lora, Recipe, Study
+from poolwise.model import packing
+from poolwise.model import packing as layouts
+from poolwise.model.attention import backend, set_attention
+from poolwise.model.encoder import build
+from poolwise.model.hooks import LayerCollector, decoder_layers
+from poolwise.model.packing import Rows, Segments, choose, has_dropout, joined, refusal
+from poolwise.runs import train as training
+from poolwise.runs.prepare import base_config, check_base
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
+from poolwise.study.study import Study
 from test_laws import paper
 from tiny import FAMILIES, tiny_folder, tiny_model
 
@@ -294,7 +295,7 @@ def test_the_probe_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_that_is_not_told_is_seen_in_every_forward(bases: dict[str, str]) -> None:
     encoder = encoder_of(bases["llama"], DESIGNS["m1"])
     batch = features(encoder)
-    layer = packing.decoder_layers(encoder[0].model)[1]
+    layer = decoder_layers(encoder[0].model)[1]
     forward = layer.forward
     layer.forward = lambda *args, segments=None, **given: forward(*args, **given)
     assert "1 of its 2 layers" in str(refusal(encoder[0].model, "causal", LONG))

@@ -17,8 +17,9 @@ from poolwise.api import compare_items as compare_source
 from poolwise.api import compare_runs
 from poolwise.cli import app
 from poolwise.errors import DataError, PoolwiseError, StatisticsError
-from poolwise.results import table, write
-from poolwise.verdicts.paired import CROSSED, Paired, compare_items, to_json
+from poolwise.verdicts.items import CROSSED, Paired, compare_items, to_json
+from poolwise.verdicts.readers import write
+from poolwise.verdicts.table import table
 
 METRICS = {"Retrieval": "ndcg_at_10", "Classification": "accuracy", "Clustering": "v_measure"}
 

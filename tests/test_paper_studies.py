@@ -20,13 +20,14 @@ import torch
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 
-from poolwise.cost import head_parameters
-from poolwise.encoder import build
-from poolwise.pooling import resolve_args
-from poolwise.reading.batches import effective_negatives
-from poolwise.study import Design, Study
-from poolwise.tasks import PAPER_TASKS
-from poolwise.train import train
+from poolwise.data.batches import effective_negatives
+from poolwise.data.tasks import PAPER_TASKS
+from poolwise.model.encoder import build
+from poolwise.pooling.cost import head_parameters
+from poolwise.pooling.poolings import resolve_args
+from poolwise.runs.train import train
+from poolwise.study.design import Design
+from poolwise.study.study import Study
 from tiny import SENTENCES, tiny_config, tiny_folder
 
 STUDIES = Path(__file__).parents[1] / "studies"
@@ -152,9 +153,9 @@ def hub(shared: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
 PROGRAM = """
 import json, sys, tomllib
 from pathlib import Path
-from poolwise.running.preview import check
-from poolwise.running.runner import run
-from poolwise.study import Study
+from poolwise.runs.check import check
+from poolwise.runs.run import run
+from poolwise.study.study import Study
 
 folder = Path.cwd()
 for path in sys.argv[1:]:

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity, layer_norm
 
 from paper_head import paper_head, random_weights
-from poolwise.designs import (
+from poolwise.errors import CheckpointError, ModelError, StudyError
+from poolwise.pooling.paper import load_paper_head
+from poolwise.pooling.poolings import POOLINGS, resolve_args
+from poolwise.study.catalogue import (
     ALIASES,
     POOLING_ARGS,
     POOLINGS_READ,
@@ -28,8 +31,6 @@ from poolwise.designs import (
     Arg,
     is_attention,
 )
-from poolwise.errors import CheckpointError, ModelError, StudyError
-from poolwise.pooling import POOLINGS, load_paper_head, resolve_args
 from tiny import tiny_config
 
 WIDTH, LAYERS, TOKENS = 16, 3, 7

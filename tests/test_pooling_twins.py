@@ -11,8 +11,8 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling as TheirPooling
 from torch import Tensor
 
-from poolwise.designs import CONCATENATIONS, CONTROLS, POOLING_ARGS
-from poolwise.pooling import POOLINGS
+from poolwise.pooling.poolings import POOLINGS
+from poolwise.study.catalogue import CONCATENATIONS, CONTROLS, POOLING_ARGS
 from test_pooling import LAYERS, SIZES, WIDTH, make, random_states, sharpen
 
 MASKS = torch.tensor(

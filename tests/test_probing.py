@@ -12,15 +12,17 @@ import torch
 from typer.testing import CliRunner
 
 from poolwise.cli import app
-from poolwise.encoder import build
+from poolwise.data.tasks import resolve_tasks
 from poolwise.errors import CheckpointError
-from poolwise.reporting.probing_report import mean, page, tables
-from poolwise.running.layer_view import layer_view
-from poolwise.running.runner import run, trials
-from poolwise.scoring.evaluation import evaluate
-from poolwise.scoring.probing import EveryLayer, OneLayer, probe_layers
-from poolwise.study import Design, Recipe, Study
-from poolwise.tasks import resolve_tasks
+from poolwise.model.encoder import build
+from poolwise.reports.layers import mean, page, tables
+from poolwise.runs.layer_view import layer_view
+from poolwise.runs.run import run, trials
+from poolwise.scoring.evaluate import evaluate
+from poolwise.scoring.layers import EveryLayer, OneLayer, probe_layers
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from tiny import SENTENCES, tiny_folder
 
 LAYERS = 3

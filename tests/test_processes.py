@@ -20,14 +20,15 @@ import torch.distributed
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-from poolwise import train as training
-from poolwise.decoder.base import torch_dtype
-from poolwise.encoder import build
 from poolwise.errors import TrainingError
-from poolwise.running import engines
-from poolwise.running.engines import gpu_of
-from poolwise.study import Design, Lora, Recipe
-from poolwise.train import COMPLETE
+from poolwise.model.base import torch_dtype
+from poolwise.model.encoder import build
+from poolwise.runs import engine
+from poolwise.runs import train as training
+from poolwise.runs.engine import gpu_of
+from poolwise.runs.train import COMPLETE
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe
 from tiny import tiny_folder
 
 DESIGNS = {
@@ -157,10 +158,10 @@ def test_gpus_are_counted_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "device_count", lambda: asked.append(os.getpid()) or (3 if os.getpid() != here else 99)
     )
-    assert engines._count_gpus() == 3
+    assert engine._count_gpus() == 3
     assert not asked
     monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(1))
-    assert engines._count_gpus() == 0
+    assert engine._count_gpus() == 0
 
 
 def test_auto_is_bf16_only_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

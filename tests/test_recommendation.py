@@ -9,11 +9,11 @@ import polars as pl
 import pytest
 
 from poolwise import api, stats
-from poolwise.reporting.wording import advice
-from poolwise.results import table
-from poolwise.running.starters import TEMPLATES
-from poolwise.study import Study
+from poolwise.reports.words import advice
+from poolwise.study.starters import TEMPLATES
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.table import table
 from test_comparison import rows, study
 
 KINDS = {"STS": 8}

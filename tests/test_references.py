@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import poolwise.scoring.references as references
+from poolwise.data.tasks import resolve_tasks
 from poolwise.errors import ModelError
-from poolwise.scoring.evaluation import evaluate
+from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.references import Bm25, Tfidf, content_words, reference
-from poolwise.tasks import resolve_tasks
 
 DOCUMENTS = ["heron heron lake", "lake ferry", "ferry ferry ferry island", "stone"]
 

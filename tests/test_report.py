@@ -12,11 +12,11 @@ import polars as pl
 import pytest
 from rich.console import Console
 
-from poolwise.reporting import reports, tables
-from poolwise.reporting.summary import summary
-from poolwise.reporting.wording import headline
-from poolwise.results import table
+from poolwise.reports import pages, tables
+from poolwise.reports.summary import summary
+from poolwise.reports.words import headline
 from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.table import table
 from test_comparison import rows, study
 
 INFO = {
@@ -80,7 +80,7 @@ def full():
 
 def written(folder, frame, info=None, costs=None, controls=(), **options) -> tuple[str, str, str]:
     comparison = compare(frame, controls=controls, **options)
-    paths = reports.render(info or {}, frame, comparison, costs, None, folder)
+    paths = pages.render(info or {}, frame, comparison, costs, None, folder)
     assert [path.name for path in paths] == ["report.md", "report.html", "report.tex"]
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "report.tex"]
     markdown, html, tex = (path.read_text(encoding="utf-8") for path in paths)
@@ -181,10 +181,10 @@ def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_pa
     for kind, (base, deltas) in paper.items():
         for design, delta in {"m1": 0.0, **deltas}.items():
             lines.append(f"{design},0,mean of {kind},{kind},mean,{base + delta:.4f}")
-    from poolwise import results
+    from poolwise.verdicts import readers
 
     (tmp_path / "paper.csv").write_text("\n".join(lines))
-    markdown, _, _ = written(tmp_path / "out", results.read(tmp_path / "paper.csv"), baseline="m1")
+    markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv"), baseline="m1")
     assert "One run only." in markdown
     assert markdown.count("nothing to test over tasks") >= 4
     assert "On STS there is one task, mean of STS: m5 scores 1.66 points above m1 there (1 seed)." in markdown
@@ -194,14 +194,14 @@ def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_pa
 def test_the_terminal_shows_the_same_numbers(full):
     comparison = compare(full, "m1", controls=["m1-aa"])
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    reports.show(comparison, COSTS, console)
+    pages.show(comparison, COSTS, console)
     text = console.file.getvalue()
     means = tables.means(comparison)
     for row in [*means.rows, *tables.checkpoints(comparison).rows, *tables.verdicts(comparison).rows]:
         assert all(cell in text for cell in row)
     assert "STS · 6 tasks, smallest reachable p .031" in text
     one = Console(file=io.StringIO(), width=100)
-    reports.show(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"), console=one)
+    pages.show(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"), console=one)
     assert "One run only." in one.file.getvalue()
     assert "[red]m1" in one.file.getvalue()
 
@@ -271,7 +271,7 @@ def test_scores_while_training(tmp_path):
     assert found.columns == ("Design", "50", "100")
     assert found.sections == (("STS", (("m1", "55.00", "75.00"), ("m2", "60.00", "65.00"))),)
     assert tables.over_steps(frame.filter(pl.col("step") == 100), comparison) is None
-    paths = reports.render(INFO, frame, comparison, None, None, tmp_path)
+    paths = pages.render(INFO, frame, comparison, None, None, tmp_path)
     assert "Scores while training" in next(p for p in paths if p.suffix == ".html").read_text()
 
 
@@ -312,7 +312,7 @@ def test_an_exploratory_study_says_why_once(tmp_path):
         assert "the A/A arm, m1 under other seeds" not in text
         assert text.count("carry no recommendation") == 1
     declared = compare(frame, "m1", controls=["m1-aa"], exploratory="Exploratory: three designs were added.")
-    assert reports.warnings(declared) == ["Exploratory: three designs were added."]
+    assert pages.warnings(declared) == ["Exploratory: three designs were added."]
 
 
 def test_many_groups_stand_in_rows_and_their_pictures_are_folded(tmp_path):

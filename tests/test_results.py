@@ -12,8 +12,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from poolwise import results
 from poolwise.errors import DataError
+from poolwise.files import write_atomic
+from poolwise.verdicts import readers
+from poolwise.verdicts.table import main_scores, table
 
 HEADER = "design,seed,task,task_type,metric,score\n"
 
@@ -26,12 +28,12 @@ def csv(tmp_path: Path, body: str, header: str = HEADER) -> Path:
 
 def refused(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        results.read(path)
+        readers.read(path)
     return str(caught.value)
 
 
 def test_reads_a_csv_with_the_required_columns_only(tmp_path):
-    frame = results.read(csv(tmp_path, 'm1,0,STS12,STS,cosine_spearman,0.5\n"m,2",1,STS12,STS,cosine_spearman,-0.1\n'))
+    frame = readers.read(csv(tmp_path, 'm1,0,STS12,STS,cosine_spearman,0.5\n"m,2",1,STS12,STS,cosine_spearman,-0.1\n'))
     assert frame["design"].to_list() == ["m1", "m,2"]
     assert frame["seed"].to_list() == [0, 1]
     assert frame["score"].to_list() == [0.5, -0.1]  # a correlation may be negative
@@ -39,7 +41,7 @@ def test_reads_a_csv_with_the_required_columns_only(tmp_path):
 
 
 def test_blank_lines_spaces_and_a_byte_order_mark_do_not_matter(tmp_path):
-    frame = results.read(
+    frame = readers.read(
         csv(tmp_path, "\n m1 ,0,A,STS,ap,0.5\n\n", header="\ufeff" + HEADER.replace(",seed", ", seed"))
     )
     assert frame.select("design", "seed", "score").rows() == [("m1", 0, 0.5)]
@@ -70,7 +72,7 @@ def test_percentages_are_recognised(tmp_path):
 
 def test_negative_accuracy_is_refused_negative_correlation_is_not(tmp_path):
     assert "line 2 ('-0.1')" in refused(csv(tmp_path, "m1,0,A,Classification,accuracy,-0.1\n"))
-    assert results.read(csv(tmp_path, "m1,0,A,STS,pearson,-0.1\n")).height == 1
+    assert readers.read(csv(tmp_path, "m1,0,A,STS,pearson,-0.1\n")).height == 1
 
 
 def test_duplicates_and_tasks_of_two_types_are_refused(tmp_path):
@@ -107,10 +109,8 @@ def test_a_file_that_is_not_there_gets_a_guess(tmp_path):
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.tsv"])
 def test_write_and_read_return_the_same_table(tmp_path, name):
-    frame = results.table(
-        [{"design": "m1", "seed": 0, "task": "A", "task_type": "STS", "metric": "ap", "score": 0.1 + 0.2}]
-    )
-    assert results.read(results.write(frame, tmp_path / "new" / name)).equals(frame)
+    frame = table([{"design": "m1", "seed": 0, "task": "A", "task_type": "STS", "metric": "ap", "score": 0.1 + 0.2}])
+    assert readers.read(readers.write(frame, tmp_path / "new" / name)).equals(frame)
 
 
 def test_parquet_mistakes_name_the_row(tmp_path):
@@ -126,19 +126,19 @@ def test_main_scores_are_those_of_each_runs_last_step(tmp_path):
     steps = [{**common, "step": step, "score": step / 1000} for step in (250, 500)]
     rows = [*steps, {**common, "step": 500, "score": 0.9, "item_id": "q1"}]
     rows += [{**common, "design": "bm25", "step": None, "score": 0.3}]
-    assert sorted(results.main_scores(results.table(rows))["score"]) == [0.3, 0.5]
+    assert sorted(main_scores(table(rows))["score"]) == [0.3, 0.5]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "report.md"
-    results.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="No space left on device"):
-        results.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -167,7 +167,7 @@ def test_mteb_folders_give_designs_seeds_types_and_main_scores(tmp_path):
         (folder / "model_meta.json").write_text('{"name": "org/model"}')
     external = {"main_score": 0.9, "cosine_spearman": 0.9, "hf_subset": "default"}
     mteb_file(tmp_path / "results" / "org__model" / "external", "STS12", {"test": [external]})
-    frame = results.read(tmp_path)
+    frame = readers.read(tmp_path)
     assert frame["design"].unique().to_list() == ["org/model"]
     assert frame.sort("task", "seed").select(
         "task", "task_type", "metric", "split", "subset", "seed", "score"
@@ -186,7 +186,7 @@ def test_revisions_without_a_common_task_are_parts_of_one_run(tmp_path):
     for revision, task in (("aaa", "STS12"), ("bbb", "STS13"), ("ccc", "STS12")):
         row = {"main_score": 0.5, "cosine_spearman": 0.5, "hf_subset": "default"}
         mteb_file(tmp_path / "m" / revision, task, {"test": [row]})
-    frame = results.read(tmp_path)
+    frame = readers.read(tmp_path)
     assert sorted(frame.select("revision", "seed").rows()) == [("aaa", 0), ("bbb", 0), ("ccc", 1)]
 
 
@@ -194,15 +194,15 @@ def test_a_part_of_an_aggregate_task_is_not_counted_twice(tmp_path):
     row = {"main_score": 0.5, "ndcg_at_10": 0.5, "hf_subset": "default"}
     for task in ("CQADupstackRetrieval", "CQADupstackTexRetrieval"):
         mteb_file(tmp_path / "m" / "r", task, {"test": [row]})
-    assert results.read(tmp_path)["task"].to_list() == ["CQADupstackRetrieval"]
+    assert readers.read(tmp_path)["task"].to_list() == ["CQADupstackRetrieval"]
 
 
 def test_broken_mteb_files_and_empty_folders_are_named(tmp_path):
     with pytest.raises(DataError, match="no mteb results in it"):
-        results.read(tmp_path)
+        readers.read(tmp_path)
     mteb_file(tmp_path / "m" / "r", "STS12", {"test": [{"main_score": "x", "hf_subset": 7}]})
     with pytest.raises(DataError, match=r"STS12\.json: mteb cannot read it"):
-        results.read(tmp_path)
+        readers.read(tmp_path)
 
 
 def trec(tmp_path: Path) -> tuple[Path, Path]:
@@ -213,7 +213,7 @@ def trec(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_trec_runs_are_scored_per_query_and_a_missing_query_scores_zero(tmp_path):
-    frame = results.read_trec(trec(tmp_path), tmp_path / "q.tsv")
+    frame = readers.read_trec(trec(tmp_path), tmp_path / "q.tsv")
     items = {(d, q): s for d, q, s in frame.drop_nulls("item_id").select("design", "item_id", "score").iter_rows()}
     third = 1 / math.log2(3)
     by_hand = (third + 1 / math.log2(4)) / (1 + third)  # relevant at ranks 2 and 3 of an ideal 1 and 2
@@ -227,15 +227,15 @@ def test_trec_runs_are_scored_per_query_and_a_missing_query_scores_zero(tmp_path
 def test_trec_mistakes_name_file_and_line(tmp_path):
     run, _ = trec(tmp_path)
     with pytest.raises(DataError, match=r"metric 'ndgc_at_10' is unknown.*did you mean 'ndcg_at_10'"):
-        results.read_trec([run], tmp_path / "q.tsv", "ndgc_at_10")
+        readers.read_trec([run], tmp_path / "q.tsv", "ndgc_at_10")
     (tmp_path / "bad.run").write_text("q1 Q0 d1 1 3.0 a\nq1 Q0 d2\n")
     with pytest.raises(DataError, match=r"bad\.run, line 2: 'q1 Q0 d2' is not"):
-        results.read_trec([tmp_path / "bad.run"], tmp_path / "q.tsv")
+        readers.read_trec([tmp_path / "bad.run"], tmp_path / "q.tsv")
     (tmp_path / "bad.tsv").write_text("q1 0 d1 yes\n")
     with pytest.raises(DataError, match=r"bad\.tsv, line 1: 'q1 0 d1 yes' is not"):
-        results.read_trec([run], tmp_path / "bad.tsv")
+        readers.read_trec([run], tmp_path / "bad.tsv")
     with pytest.raises(DataError, match="more than once"):
-        results.read_trec([run, run], tmp_path / "q.tsv")
+        readers.read_trec([run, run], tmp_path / "q.tsv")
 
 
 @pytest.mark.parametrize("grade", ["0.5", "nan", "inf", "1e9"])
@@ -243,21 +243,21 @@ def test_a_grade_that_is_no_whole_number_is_refused(grade, tmp_path):
     run, _ = trec(tmp_path)
     (tmp_path / "bad.tsv").write_text(f"q1 0 d1 1\n\nq2 0 d1 {grade}\n")
     with pytest.raises(DataError, match=rf"bad\.tsv, line 3: grade '{grade}' is not a whole number from .* scale the"):
-        results.read_trec([run], tmp_path / "bad.tsv")
+        readers.read_trec([run], tmp_path / "bad.tsv")
 
 
 def test_a_judgement_may_repeat_but_not_differ(tmp_path):
     run, _ = trec(tmp_path)
     judged = tmp_path / "twice.tsv"
     judged.write_text("q1 0 d2 1\nq1 0 d1 -1\nq1 0 d2 1.0\n")  # d2 at rank 2, where one relevant document counts once
-    frame = results.read_trec([run], judged)
+    frame = readers.read_trec([run], judged)
     assert frame.drop_nulls("item_id")["score"].to_list() == [pytest.approx(1 / math.log2(3))]
     judged.write_text("q1 0 d2 1\nq2 0 d2 0\nq1 0 d2 0\n")
     expected = (
         r"twice\.tsv, line 3: grade 0 for query 'q1' and document 'd2', which an earlier line grades 1; .* keep one"
     )
     with pytest.raises(DataError, match=expected):
-        results.read_trec([run], judged)
+        readers.read_trec([run], judged)
 
 
 @pytest.mark.parametrize(
@@ -273,13 +273,13 @@ def test_a_run_without_a_clear_ranking_is_refused(line, expected, tmp_path):
     bad = tmp_path / "bad.run"
     bad.write_text(f"q1 Q0 d1 1 3.0 a\nq2 Q0 d1 1 3.0 a\n{line}\n")
     with pytest.raises(DataError, match=rf"bad\.run, line 3: {expected}"):
-        results.read_trec([bad], tmp_path / "q.tsv")
+        readers.read_trec([bad], tmp_path / "q.tsv")
 
 
 def test_importing_results_and_comparison_needs_no_heavy_library():
     heavy = (
         "{'torch', 'mteb', 'transformers', 'sentence_transformers', 'polars', 'matplotlib', 'pandas', 'pytrec_eval'}"
     )
-    code = f"import sys, poolwise.results, poolwise.reporting.wording; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, poolwise.verdicts.readers, poolwise.reports.words; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,12 +12,12 @@ import scipy.stats
 
 from poolwise import api
 from poolwise.errors import StatisticsError, StudyError
-from poolwise.running.preview import check
-from poolwise.running.runner import guard, run, trials
-from poolwise.running.trial import prepare
-from poolwise.study import Study
+from poolwise.runs.check import check
+from poolwise.runs.prepare import prepare
+from poolwise.runs.run import guard, run, trials
+from poolwise.study.study import Study
 from poolwise.verdicts import robustness
-from poolwise.verdicts.long_table import table
+from poolwise.verdicts.table import table
 from tiny import tiny_folder
 
 DESIGNS = ("m1", "good", "split", "bad")

@@ -29,12 +29,16 @@ import polars as pl
 import psutil
 import pytest
 
-from poolwise import checkpoint, cli
+from poolwise import cli
 from poolwise.errors import PoolwiseError, StudyError, TrainingError
-from poolwise.running import engines, runner, trial
-from poolwise.scoring import score_files
-from poolwise.study import Recipe, Study
-from poolwise.train import CHANCE_WINDOW, _Watch
+from poolwise.model import checkpoint
+from poolwise.runs import engine as engines
+from poolwise.runs import layout, prepare, trial
+from poolwise.runs import run as runner
+from poolwise.runs.train import CHANCE_WINDOW, _Watch
+from poolwise.runs.trial import run_trial
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from tiny import tiny_folder
 
 POOLWISE = (sys.executable, "-c", "from poolwise.cli import main; main()")
@@ -120,7 +124,7 @@ def fast_engine() -> Iterator[None]:
     """Engine processes come from a server that has imported the libraries once, which saves 8 s a run."""
     get_context = multiprocessing.get_context
     server = get_context("forkserver")
-    server.set_forkserver_preload(["poolwise.running.trial"])
+    server.set_forkserver_preload(["poolwise.runs.trial"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             multiprocessing, "get_context", lambda kind=None: server if kind == "spawn" else get_context(kind)
@@ -388,7 +392,7 @@ def test_damaged_files_are_never_results(copy: Path, place: Path) -> None:
     content = bytearray(files[2].read_bytes())
     content[200] ^= 0xFF
     files[2].write_bytes(content)
-    assert [score_files.read(file) is None for file in files] == [True, True, True, False]
+    assert [layout.read(file) is None for file in files] == [True, True, True, False]
     runner.gather(copy)  # an interrupted run gathers what is there
     assert (
         scores(copy).filter(pl.col("design") == "m1").height
@@ -477,12 +481,12 @@ def test_a_process_that_dies_is_a_failed_trial(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(place: Path) -> trial.Prepared:
-    return trial.prepare(Study.load(write(place, "direct")))
+def prepared(place: Path) -> prepare.Prepared:
+    return prepare.prepare(Study.load(write(place, "direct")))
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
-def test_disk_full(at: int, prepared: trial.Prepared, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_disk_full(at: int, prepared: prepare.Prepared, finished: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The n-th saving (checkpoint 2, milestone 3, checkpoint 4, milestone 6, checkpoint 6) finds no space."""
     save, calls = checkpoint.save_weights, []
 
@@ -498,12 +502,12 @@ def test_disk_full(at: int, prepared: trial.Prepared, finished: Path, tmp_path: 
     assert first.label == "layers"
     folder = tmp_path / first.name
     with pytest.raises(TrainingError, match=r"the disk is full .* free some space and run the study again"):
-        trial.run_trial(first, prepared, folder)
+        run_trial(first, prepared, folder)
     assert "disk is full" in json.loads((folder / "failed.json").read_text())["reason"]
     assert not list(folder.rglob("*.tmp"))
     milestones = {path.name for path in (folder / "training").glob("step-*")}
     assert milestones == [set(), set(), {"step-3"}, {"step-3"}, {"step-3", "step-6"}][at - 1]
-    trial.run_trial(first, prepared, folder)
+    run_trial(first, prepared, folder)
     resumed = json.loads((folder / "train.json").read_text())["resumed_from"]
     assert resumed == [0, 2, 2, 4, 4][at - 1]
     assert not (folder / "failed.json").exists()
@@ -514,7 +518,7 @@ def test_disk_full(at: int, prepared: trial.Prepared, finished: Path, tmp_path: 
 
 
 def test_checkpoints_go_only_after_the_training_is_said_to_be_done(
-    prepared: trial.Prepared, tmp_path: Path, monkeypatch: Any
+    prepared: prepare.Prepared, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Killed while it removes them, a trial must not go on from what is left of the last one."""
     remove = shutil.rmtree
@@ -527,15 +531,15 @@ def test_checkpoints_go_only_after_the_training_is_said_to_be_done(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            trial.run_trial(prepared.trials[0], prepared, tmp_path / "m1")
+            run_trial(prepared.trials[0], prepared, tmp_path / "m1")
     written = (tmp_path / "m1" / "train.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "m1" / "training" / "checkpoint-6" / "adapter")
-    trial.run_trial(prepared.trials[0], prepared, tmp_path / "m1")
+    run_trial(prepared.trials[0], prepared, tmp_path / "m1")
     assert (tmp_path / "m1" / "train.json").stat().st_mtime_ns == written
     assert not list(tmp_path.rglob("checkpoint-*"))
 
 
-def test_disk_full_while_scoring(prepared: trial.Prepared, tmp_path: Path, monkeypatch: Any) -> None:
+def test_disk_full_while_scoring(prepared: prepare.Prepared, tmp_path: Path, monkeypatch: Any) -> None:
     reference = prepared.trials[2]
 
     def full(table: Any, path: Path, **options: Any) -> None:
@@ -545,17 +549,17 @@ def test_disk_full_while_scoring(prepared: trial.Prepared, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("pyarrow.parquet.write_table", full)
         with pytest.raises(TrainingError, match="the disk is full"):
-            trial.run_trial(reference, prepared, tmp_path / "tfidf")
+            run_trial(reference, prepared, tmp_path / "tfidf")
     assert not [path for path in (tmp_path / "tfidf" / "scores").rglob("*") if path.is_file()]
-    trial.run_trial(reference, prepared, tmp_path / "tfidf")
+    run_trial(reference, prepared, tmp_path / "tfidf")
     assert (tmp_path / "tfidf" / "done").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_trial(place: Path, tmp_path: Path) -> None:
     wild = ("learning_rate = 1e-3\nhead", "learning_rate = 1e30\nhead")
-    prepared = trial.prepare(Study.load(write(place, "wild", wild)))
+    prepared = prepare.prepare(Study.load(write(place, "wild", wild)))
     with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at step \d; lower recipe.learning_rate"):
-        trial.run_trial(prepared.trials[0], prepared, tmp_path / "wild")
+        run_trial(prepared.trials[0], prepared, tmp_path / "wild")
     assert "the loss is" in json.loads((tmp_path / "wild" / "failed.json").read_text())["reason"]
     assert not list(tmp_path.rglob("train.json")) + list(tmp_path.rglob("*.parquet"))
 
@@ -587,7 +591,7 @@ def test_a_loss_at_chance_stops_the_trial(tmp_path: Path) -> None:
 
 def test_only_designs_are_stopped_at_chance(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The control arms are exempt: the broken one is meant to learn nothing."""
-    prepared = trial.prepare(Study.load(write(place, "arms", ("controls = false", "controls = true"))))
+    prepared = prepare.prepare(Study.load(write(place, "arms", ("controls = false", "controls = true"))))
     stops: dict[str, set[bool]] = {}
 
     def train(*args: Any, stop_at_chance: bool, **options: Any) -> Any:
@@ -599,7 +603,7 @@ def test_only_designs_are_stopped_at_chance(place: Path, tmp_path: Path, monkeyp
         role = one.role
         if role != "reference":
             with pytest.raises(TrainingError, match="enough"):
-                trial.run_trial(one, prepared, tmp_path / one.name)
+                run_trial(one, prepared, tmp_path / one.name)
     assert stops.pop("design") == {True}
     assert {"aa", "broken"} <= stops.keys()
     assert set().union(*stops.values()) == {False}

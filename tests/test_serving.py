@@ -22,10 +22,11 @@ import numpy as np
 import pytest
 
 import poolwise
-from poolwise import serving as serving_file
+from poolwise.encoding import server as serving_file
+from poolwise.encoding.server import MAX_BYTES, MAX_TEXTS, ROUTE, Server, serving
 from poolwise.errors import PoolwiseError
-from poolwise.serving import MAX_BYTES, MAX_TEXTS, ROUTE, Server, serving
-from poolwise.study import Design, Recipe
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder
 
 QUERY = "query: find the island. "

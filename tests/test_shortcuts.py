@@ -13,13 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import poolwise
-from poolwise import encoding
-from poolwise.adopted import AGREEMENT, disagreement, moved, turned
-from poolwise.decoder import last_layer
-from poolwise.decoder.prefix import Prefix
-from poolwise.decoder.tokens import longest_first, rows_of, spread
-from poolwise.encoding import FastEncoder
-from poolwise.study import Design, Recipe
+from poolwise.encoding import fast as encoding
+from poolwise.encoding import shortcuts
+from poolwise.encoding.fast import FastEncoder
+from poolwise.encoding.rows import longest_first, rows_of, spread
+from poolwise.encoding.shortcuts import AGREEMENT, Prefix, disagreement, moved, turned
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder, tiny_model, tiny_tokenizer
 
 PROMPT = "query: find the island. "
@@ -131,8 +131,8 @@ def test_a_shortcut_that_is_wrong_for_some_is_found(
 
         monkeypatch.setattr(Prefix, "forward", forward)
     else:
-        last = last_layer.last_index
-        monkeypatch.setattr(last_layer, "last_index", lambda mask: torch.where(wrong(mask), 0, last(mask)))
+        last = shortcuts.last_index
+        monkeypatch.setattr(shortcuts, "last_index", lambda mask: torch.where(wrong(mask), 0, last(mask)))
     fast = FastEncoder(encoder, budget=60)
     assert np.abs(fast.encode(texts, prompt) - one_by_one(encoder, texts, prompt)).max() < 1e-5
     (note,) = fast.notes

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolwise import stats
-from poolwise.reporting import ranks_report, reports
-from poolwise.results import table
+from poolwise.reports import pages
+from poolwise.reports import ranks as ranks_report
 from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.single_runs import alike
+from poolwise.verdicts.table import table
 from test_comparison import rows, study
 
 SHIFTS = {"m1": 0.0, "m2": 0.03, "m3": 0.001, "m4": -0.03}
@@ -103,7 +104,7 @@ def test_report_shows_the_picture_and_says_checkpoints(tmp_path):
         said,
     )
     frame = study(SHIFTS, seeds=1, types={"Retrieval": 12})
-    _, html, _ = (p.read_text() for p in reports.render({}, frame, compare(frame, "m1"), None, None, tmp_path))
+    _, html, _ = (p.read_text() for p in pages.render({}, frame, compare(frame, "m1"), None, None, tmp_path))
     assert "Ranks of checkpoints" in html
     assert "Critical-difference picture" in html
     json.dumps(c.to_json(), allow_nan=False)

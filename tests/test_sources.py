@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 
 import poolwise
-from poolwise.data import Pairs, load_pairs
+from poolwise.data.pairs import Pairs, load_pairs
 from poolwise.errors import DataError
-from poolwise.study import Recipe, Source
+from poolwise.study.recipe import Recipe, Source
 
 SHARED = Path(__file__).parents[2] / "shared"
 ROWS = [
@@ -144,9 +144,9 @@ def test_hub_names_through_the_real_client(tmp_path):
         code = """
 import sys
 from pathlib import Path
-from poolwise.data import load_pairs
+from poolwise.data.pairs import load_pairs
 from poolwise.errors import DataError
-from poolwise.study import Recipe
+from poolwise.study.recipe import Recipe
 print(load_pairs(Recipe(dataset="yixuantt/ir_data"), Path()).fingerprint)
 try:
     load_pairs(Recipe(dataset="yixuantt/ir_dta"), Path())

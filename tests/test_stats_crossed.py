@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, norm
 
 from poolwise.errors import StatisticsError
-from poolwise.stats import (
-    crossed,
-    crossed_overall,
-    equivalence,
-    minimum_detectable_effect,
-    one_seed,
-)
+from poolwise.stats import crossed
+from poolwise.stats.crossed import crossed_overall, equivalence, minimum_detectable_effect, one_seed
 
 PROTOTYPE = Path(__file__).parents[2] / "shared" / "notes" / "prototypes" / "crossed.py"
 FIELDS = ("difference", "p_value", "ci_low", "ci_high", "se", "run_sd")

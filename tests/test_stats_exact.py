@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from poolwise.errors import StatisticsError
-from poolwise.stats import (
-    hodges_lehmann,
-    mcnemar,
-    min_reachable_p,
-    rank_biserial,
-    signed_rank,
-    wins_ties_losses,
-)
+from poolwise.stats.exact import hodges_lehmann, mcnemar, min_reachable_p, rank_biserial, signed_rank, wins_ties_losses
 
 # Small whole numbers make every pattern of ties and zeros likely; tenths make float ties that need rounding.
 tied_differences = st.lists(st.integers(-4, 4), min_size=1, max_size=12)

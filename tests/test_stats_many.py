@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 
 from poolwise.errors import StatisticsError
-from poolwise.stats import bh, contrast, crossed, factor_effects, friedman, holm
+from poolwise.stats import crossed
+from poolwise.stats.crossed import contrast
+from poolwise.stats.many import bh, factor_effects, friedman, holm
 
 p_values = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.01, 0.5, 1.0])), min_size=1, max_size=20)
 

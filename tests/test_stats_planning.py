@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import t as student
 
 from poolwise.errors import StatisticsError
-from poolwise.stats import (
+from poolwise.stats import crossed
+from poolwise.stats.crossed import (
     average_sources,
-    crossed,
     equivalence,
     minimum_detectable_effect,
     one_seed,

@@ -8,18 +8,21 @@ import scipy.stats
 from sklearn.metrics import average_precision_score
 
 from poolwise.errors import StatisticsError
-from poolwise.stats import (
+from poolwise.stats.resample import (
     PER_QUERY_RANK_TESTS_REFUSED,
     ap_bootstrap,
+    average_precision_function,
     bayesian_signed_rank,
+    correlation,
+    draw_counts,
     iqm,
     iqm_interval,
+    midrank_function,
     paired_bootstrap,
     paired_permutation,
     spearman_bootstrap,
     zou_interval,
 )
-from poolwise.stats.weighted import average_precision_function, correlation, draw_counts, midrank_function
 
 
 def rng(seed=0):

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from poolwise.stats import crossed, signed_rank
+from poolwise.stats import crossed
+from poolwise.stats.exact import signed_rank
 
 
 @pytest.fixture(scope="module")

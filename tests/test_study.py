@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from poolwise import designs
 from poolwise.errors import PoolwiseError, StudyError
-from poolwise.running.starters import TEMPLATES, demo_study, write
-from poolwise.study import Design, Recipe, Study
+from poolwise.study import catalogue
+from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.starters import TEMPLATES, demo_study, write
+from poolwise.study.study import Study
 
 COMPLETE = """
 name = "my-study"
@@ -92,9 +94,9 @@ def test_frozen() -> None:
 
 
 def test_presets_and_their_long_names() -> None:
-    for alias, name in designs.ALIASES.items():
+    for alias, name in catalogue.ALIASES.items():
         assert Design.model_validate({"preset": alias}).factors() == Design.model_validate({"preset": name}).factors()
-    for name in designs.PRESETS:
+    for name in catalogue.PRESETS:
         assert Design.model_validate({"preset": name}).name == name
 
 

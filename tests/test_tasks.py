@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 import poolwise
+from poolwise.data.own_tasks import TaskData, draw_sets
+from poolwise.data.tasks import PAPER_TASKS, resolve_tasks, task_from_data
 from poolwise.errors import TaskError
-from poolwise.reading.in_memory import TaskData, draw_sets
-from poolwise.tasks import PAPER_TASKS, resolve_tasks, task_from_data
 
 STS = [
     {"sentence1": 'She said "no"', "sentence2": "A, b", "score": 1.5},
@@ -119,7 +119,7 @@ def test_an_image_task_is_no_task_here(tmp_path):
 
 
 def test_importing_tasks_is_light():
-    code = "import sys, poolwise.tasks; assert not {'torch', 'mteb', 'datasets', 'numpy'} & set(sys.modules)"
+    code = "import sys, poolwise.data.tasks; assert not {'torch', 'mteb', 'datasets', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,12 +11,15 @@ import pytest
 
 from poolwise import api
 from poolwise.errors import StudyError
-from poolwise.running import runner, search
-from poolwise.running.preview import check
-from poolwise.settings.tuning import Setting, outcomes, settings
-from poolwise.study import Study
+from poolwise.runs import run as runner
+from poolwise.runs import run as search
+from poolwise.runs.check import check
+from poolwise.runs.prepare import check_tuning
+from poolwise.study.recipe import Setting, settings
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.long_table import table
+from poolwise.verdicts.robustness import outcomes
+from poolwise.verdicts.table import table
 from tiny import tiny_folder
 
 RECIPE = {"base_model": "./llama", "dataset": "demo", "steps": 2, "batch_size": 4, "warmup_steps": 0, "max_length": 48,
@@ -150,7 +153,7 @@ def test_mistakes(tuning: dict[str, Any], words: str, place: Path) -> None:
 
 def test_a_task_of_the_study_under_another_name_is_refused(place: Path) -> None:
     with pytest.raises(StudyError, match="pairs would be reported too"):
-        search.check_tuning(study(place, tuning={**TUNING, "tasks": [str(place / "pairs")]}))
+        check_tuning(study(place, tuning={**TUNING, "tasks": [str(place / "pairs")]}))
 
 
 def test_tuning_may_be_added_but_not_changed(place: Path, tmp_path: Path) -> None:

@@ -16,34 +16,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poolwise.api import compare, evaluate, report, run
-    from poolwise.attention import verdict as probe
-    from poolwise.checkpoint import load
-    from poolwise.encoder import build
+    from poolwise.api import compare, evaluate, report
+    from poolwise.encoding.encode import encode
     from poolwise.errors import PoolwiseError
-    from poolwise.exporting import export
-    from poolwise.poolings.heads import Pooling
-    from poolwise.running.bulk import encode
-    from poolwise.running.preview import check
-    from poolwise.study import Design, Recipe, Study
+    from poolwise.model.attention import verdict as probe
+    from poolwise.model.checkpoint import export, load
+    from poolwise.model.encoder import build
+    from poolwise.pooling.heads import Pooling
+    from poolwise.runs.check import check
+    from poolwise.runs.run import run
+    from poolwise.study.design import Design
+    from poolwise.study.recipe import Recipe
+    from poolwise.study.study import Study
 
 __version__ = "0.1.0"
 _WHERE = {  # imported on first use: torch and mteb cost seconds
-    "Design": "study",
-    "FastEncoder": "encoding",
-    "Pooling": "poolings.heads",
+    "Design": "study.design",
+    "FastEncoder": "encoding.fast",
+    "Pooling": "pooling.heads",
     "PoolwiseError": "errors",
-    "Recipe": "study",
-    "Study": "study",
-    "build": "encoder",
-    "check": "running.preview",
+    "Recipe": "study.recipe",
+    "Study": "study.study",
+    "build": "model.encoder",
+    "check": "runs.check",
     "compare": "api",
-    "encode": "running.bulk",
+    "encode": "encoding.encode",
     "evaluate": "api",
-    "export": "exporting",
-    "load": "checkpoint",
+    "export": "model.checkpoint",
+    "load": "model.checkpoint",
     "report": "api",
-    "run": "api",
+    "run": "runs.run",
 }
 __all__ = [
     "Design",
@@ -67,7 +69,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "probe":
-        return import_module("poolwise.attention").verdict
+        return import_module("poolwise.model.attention").verdict
     if name in _WHERE:
         return getattr(import_module(f"poolwise.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'poolwise' has no attribute {name!r}")

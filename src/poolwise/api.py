@@ -8,26 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise import demo, results
+from poolwise import demo
 from poolwise.errors import CheckpointError, StatisticsError
-from poolwise.reporting.tables import priced
-from poolwise.running.beside import controls_of, equally_tuned, last_step, on_each
-from poolwise.running.runner import results as study_results
-from poolwise.running.runner import run, trials
-from poolwise.running.study_costs import known_costs, mean_costs
-from poolwise.scoring import score_files
-from poolwise.study import Study
-from poolwise.verdicts import looks, robustness
-from poolwise.verdicts.budgets import equal_budgets
+from poolwise.reports.tables import priced
+from poolwise.runs import layout, looks
+from poolwise.runs.check import known_costs, mean_costs
+from poolwise.runs.run import results as study_results
+from poolwise.runs.run import trials, tuned_results
+from poolwise.study.study import Study
+from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.comparison import compare as compare_scores
-from poolwise.verdicts.paired import Paired
-from poolwise.verdicts.paired import compare_items as compare_on_items
+from poolwise.verdicts.findings import equal_budgets
+from poolwise.verdicts.items import Paired
+from poolwise.verdicts.items import compare_items as compare_on_items
 
 if TYPE_CHECKING:
     import polars as pl
-
-__all__ = ["compare", "compare_items", "compare_runs", "evaluate", "report", "run"]
 
 
 def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
@@ -36,7 +33,7 @@ def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
         source = Study.load(source)
     if isinstance(source, Study):
         return source, study_results(source)
-    return None, results.read(source)
+    return None, readers.read(source)
 
 
 def compare(
@@ -166,13 +163,13 @@ def compare_runs(
     test: str | None = None,
     seed: int = 0,
 ) -> tuple[Paired, ...]:
-    """Compare TREC runs query by query, the first one being the baseline; files are read as in `results.read_trec`.
+    """Compare TREC runs query by query, the first one being the baseline; files are read as in `readers.read_trec`.
 
     As pytrec_eval does, only queries that a run holds are evaluated: a judged query that one of them lacks is left out
     of all. The note lists such queries and says what a 0 for them (trec_eval's `-c`) would make of the difference.
     """
     name = task or Path(qrels).stem
-    frame = results.read_trec(runs, qrels, metric, name)
+    frame = readers.read_trec(runs, qrels, metric, name)
     return compare_on_items(
         frame, name, design=design, baseline=baseline, missing="drop", test=test, seed=seed
     )  # fmt: skip
@@ -189,7 +186,7 @@ def report(
 
     command: what repeats the study, where it is not `poolwise run` of its file.
     """
-    from poolwise.reporting.reports import render
+    from poolwise.reports.pages import render
 
     study, frame = scores(source)
     comparison = _compare(study, frame, baseline, "task_type", "error", {})
@@ -211,7 +208,7 @@ def layer_attention(study: Study) -> dict[str, Any]:
     found: dict[str, dict[int, list[float]]] = {}
     texts = 0
     for row in trials(study) if (study.folder / "trials.json").exists() else ():
-        path = study.folder / "trials" / row["name"] / score_files.LAYERS
+        path = study.folder / "trials" / row["name"] / layout.LAYERS
         if row["role"] == "design" and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
@@ -247,16 +244,16 @@ def evaluate(
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
     Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
     """
-    from poolwise.scoring.evaluation import evaluate as score
-    from poolwise.scoring.evaluation import model_identity
+    from poolwise.data.tasks import resolve_tasks
+    from poolwise.scoring.evaluate import evaluate as score
+    from poolwise.scoring.evaluate import model_identity
     from poolwise.scoring.references import reference
-    from poolwise.tasks import resolve_tasks
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
     if isinstance(model, (str, Path)):
         folder = Path(model)
         if (folder / "run.json").exists():
-            from poolwise.checkpoint import load
+            from poolwise.model.checkpoint import load
 
             model = load(folder)
         else:
@@ -267,8 +264,7 @@ def evaluate(
 
 def export_design(study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None) -> Path:
     """Export a trained design of a study: its run of `seed` on `base` (the first ones by default) at the last step."""
-    from poolwise.checkpoint import load
-    from poolwise.exporting import export
+    from poolwise.model.checkpoint import export, load
 
     study.design(design)
     wanted = study.seeds[0] if seed is None else seed
@@ -285,3 +281,54 @@ def export_design(study: Study, design: str, to: str | Path, seed: int | None = 
                 raise CheckpointError(f"{design} with seed {wanted} is not trained yet; run the study first")
             return export(load(folder), to)
     raise CheckpointError(f"{design} with seed {wanted} has not been started; run the study first")
+
+
+def on_each(
+    study: Study | None, frame: pl.DataFrame, names: Sequence[str], found: Comparison, missing: str
+) -> Comparison:
+    """The pooled comparison with that of each base model beside it."""
+    import polars as pl
+
+    seeds = {seed for arm in found.arms if arm.design in found.designs for seed in arm.seeds}
+    each = []
+    for name in names:
+        rows = robustness.alone(frame, name)
+        if study:
+            rows = last_step(study, rows).filter((pl.col("role") != "design") | pl.col("seed").is_in(list(seeds)))
+        one = compare_scores(
+            rows, found.baseline, found.by, controls=controls_of(rows), margin=found.margin, alpha=found.alpha,
+            missing="drop" if found.interim else missing, order=found.designs, treatments=found.treatments,
+            interim=found.interim, exploratory=found.exploratory,
+        )  # fmt: skip
+        each.append((name, one))
+    return replace(found, by_base=tuple(each))
+
+
+def equally_tuned(study: Study, found: Comparison) -> Comparison:
+    """The comparison with that of the second arm beside it, where the study tunes and all of it has run."""
+    if study.tuning is None or found.interim:
+        return found
+    results_of_second = tuned_results(study)
+    if results_of_second is None:
+        return replace(found, notes=(*found.notes, "Equally tuned: not all of the search has run yet; run the study."))
+    frame, chosen = results_of_second
+    frame = robustness.pooled(frame, names) if len(names := robustness.bases(frame)) > 1 else frame
+    tuned = compare_scores(
+        frame, found.baseline, found.by, margin=found.margin, alpha=found.alpha, order=found.designs,
+        treatments=found.treatments, exploratory=found.exploratory,
+    )  # fmt: skip
+    return replace(found, tuned=tuned, winners=tuple(chosen))
+
+
+def last_step(study: Study, frame: pl.DataFrame) -> pl.DataFrame:
+    """The scores at the end of the training, and of the untrained ones at step 0."""
+    import polars as pl
+
+    return frame.filter((pl.col("step") == study.recipe.steps) | pl.col("role").is_in(["untuned", "reference"]))
+
+
+def controls_of(frame: pl.DataFrame) -> list[str]:
+    """Designs outside the comparison, where the table has a column that says what each is (a study's table has)."""
+    if "role" not in frame.columns:
+        return []
+    return frame.filter(frame["role"] != "design")["design"].unique().to_list()

@@ -69,7 +69,7 @@ def init(
     to: Annotated[Path | None, typer.Option(help="File to write; TEMPLATE.toml by default.")] = None,
 ) -> None:
     """Write a study file to start from."""
-    from poolwise.running.starters import write
+    from poolwise.study.starters import write
 
     print(f"wrote {write(template, to)}; next: poolwise check {to or template + '.toml'}")
 
@@ -78,11 +78,11 @@ def init(
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study and show factors, sizes, cost, trials, negatives and the smallest reachable p."""
     from poolwise.screen import show_check, stdout_to_stderr
-    from poolwise.study import Study
+    from poolwise.study.study import Study
 
     loaded = Study.load(study)
     _quiet()
-    from poolwise.running.preview import check as preview
+    from poolwise.runs.check import check as preview
 
     with stdout_to_stderr():
         found = preview(loaded)
@@ -97,9 +97,9 @@ def run(
     extend: Annotated[bool, typer.Option("--extend", help="After the first look: go on to `extend_to` seeds.")] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
-    from poolwise.running.runner import all_done
+    from poolwise.runs.run import all_done
     from poolwise.screen import run_with_grid
-    from poolwise.study import Study
+    from poolwise.study.study import Study
 
     loaded = Study.load(study)
     failed = run_with_grid(loaded, workers, _shard(shard), extend)
@@ -117,9 +117,9 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why."""
-    from poolwise.running.runner import trials
+    from poolwise.runs.run import trials
     from poolwise.screen import show_status
-    from poolwise.study import Study
+    from poolwise.study.study import Study
 
     found = trials(Study.load(study))
     print(json.dumps(found, indent=1)) if as_json else show_status(found)
@@ -149,7 +149,7 @@ def compare(
     if metric or design or test:
         raise PoolwiseError("--metric, --design and --test compare items: name their task with --task")
     from poolwise.api import compare as run_comparison
-    from poolwise.reporting.reports import show
+    from poolwise.reports.pages import show
 
     found = run_comparison(
         _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
@@ -193,8 +193,8 @@ def probe(
 ) -> None:
     """Show which tokens see which, and whether the model takes both attention modes."""
     _quiet()
-    from poolwise.attention import verdict
-    from poolwise.decoder.base import load_base
+    from poolwise.model.attention import verdict
+    from poolwise.model.base import load_base
     from poolwise.screen import show_verdict, stdout_to_stderr
 
     with stdout_to_stderr():
@@ -213,7 +213,7 @@ def export(
     """Write a trained design as a sentence-transformers folder, LoRA merged."""
     _quiet()
     from poolwise.api import export_design
-    from poolwise.study import Study
+    from poolwise.study.study import Study
 
     print(export_design(Study.load(study), design, to, seed, base))
 
@@ -231,7 +231,7 @@ def encode(
 ) -> None:
     """Encode a file of texts into a NumPy file, a row for each, in their order."""
     _quiet()
-    from poolwise.running.bulk import encode_file
+    from poolwise.encoding.encode import encode_file
     from poolwise.screen import stdout_to_stderr
 
     side = {True: "query", False: "document", None: None}[query]
@@ -250,7 +250,7 @@ def serve(
 ) -> None:
     """Serve a model's embeddings over HTTP, in the form of OpenAI's /v1/embeddings."""
     _quiet()
-    from poolwise.serving import serve as serve_forever
+    from poolwise.encoding.server import serve as serve_forever
 
     serve_forever(model, host, port, say=_say)
 
@@ -266,7 +266,7 @@ def layers(
 ) -> None:
     """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
     _quiet()
-    from poolwise.running.layer_view import layer_view
+    from poolwise.runs.layer_view import layer_view
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
@@ -280,18 +280,19 @@ def demo(
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
-    from poolwise.running.starters import demo_study
     from poolwise.screen import run_with_grid
+    from poolwise.study.starters import demo_study
 
     loaded = demo_study(to, quick=quick)
     failed = run_with_grid(loaded, 0, (1, 1))
     if failed:
         raise typer.Exit(1)
     from poolwise.api import compare as run_comparison
-    from poolwise.api import mean_costs, study_info
     from poolwise.api import report as write_report
-    from poolwise.reporting.brief import show_end
-    from poolwise.reporting.reports import opening
+    from poolwise.api import study_info
+    from poolwise.reports.pages import opening
+    from poolwise.runs.check import mean_costs
+    from poolwise.screen import show_end
 
     found, info = run_comparison(loaded), study_info(loaded)
     info["base_parameters"] = mean_costs(loaded)[0]["base_parameters"]
@@ -311,7 +312,7 @@ def _compare_items(
 ) -> None:
     from poolwise.api import compare_items, compare_runs
     from poolwise.screen import show_paired
-    from poolwise.verdicts.paired import to_json
+    from poolwise.verdicts.items import to_json
 
     if qrels:
         lines = compare_runs(sources, qrels, metric=metric or "ndcg_at_10", **names)

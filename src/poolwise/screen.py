@@ -1,4 +1,4 @@
-"""What the command line shows: the live grid of trials on stderr, tables on stdout."""
+"""Where tables are printed."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from poolwise.reporting import probing_report
-from poolwise.reporting.wording import count, interval, points, probability
-from poolwise.results import write_atomic
-from poolwise.running.engines import Event
-from poolwise.running.runner import run, shared_work
-from poolwise.study import Study
-from poolwise.terminal import PIPE_WIDTH, terminal
-from poolwise.verdicts.paired import Paired
+from poolwise.files import write_atomic
+from poolwise.reports import analyses, tables
+from poolwise.reports import layers as probing_report
+from poolwise.reports.summary import designs, summary
+from poolwise.reports.words import count, interval, points, probability
+from poolwise.runs.engine import Event
+from poolwise.runs.run import run, shared_work
+from poolwise.study.study import Study
+from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.items import Paired
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+PIPE_WIDTH = 140
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; a file or a pipe gets `PIPE_WIDTH` columns at least."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, PIPE_WIDTH)
+    return console
+
 
 SHARES = {"train": (0.0, 0.6), "score": (0.6, 1.0)}
 """Where a stage begins and ends in a trial's bar."""
@@ -308,3 +325,54 @@ def stdout_to_stderr() -> Iterator[None]:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def print_table(console: Console, table: tables.Table) -> None:
+    """A table in aligned columns, never cut and never wrapped."""
+    from rich.text import Text
+
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts), no_wrap=True, overflow="ignore", crop=False)
+
+    def cells(row: Sequence[str]) -> str:
+        padded = zip(row, widths, words, strict=True)
+        return "  ".join(cell.ljust(width) if word else cell.rjust(width) for cell, width, word in padded).rstrip()
+
+    line()
+    line((table.title, "bold"))
+    line((cells(table.columns), "dim"))
+    for heading, rows in table.sections:
+        if heading:
+            line((heading, "italic"))
+        for row in rows:
+            line(cells(row))
+    if table.note:
+        console.print(Text(table.note, style="dim"))
+
+
+def show_end(opening: str, comparison: Comparison, predictions: Any, console: Console | None = None) -> None:
+    """What `poolwise demo` ends with; every number behind it is in the report."""
+    from rich.text import Text
+
+    console = console or terminal()
+    roles = dict(comparison.roles)
+    console.print()
+    console.print(Text(opening))
+    if told := designs(comparison):
+        console.print(Text(told, style="dim"))
+    console.print()
+    console.print(Text(summary(comparison, predictions), style="bold"))
+    for alarm in analyses.alarms(comparison, roles):
+        console.print(Text(alarm, style="bold yellow"))
+    print_table(console, tables.means(comparison))
+    if found := analyses.predictions_table(comparison, predictions):
+        print_table(console, found)
+    console.print()
+    for said in analyses.control_sentences(comparison):
+        console.print(Text(said))
+    for note in (*comparison.notes, *comparison.excluded):
+        console.print(Text(note, style="yellow"))
+    console.print()

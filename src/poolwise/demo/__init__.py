@@ -17,10 +17,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from poolwise.demo import forms
+from poolwise.data.own_tasks import TaskData
+from poolwise.demo import mechanisms as forms
 from poolwise.demo.mechanisms import MECHANISMS
 from poolwise.errors import TaskError, suggest
-from poolwise.reading.folders import TaskData
 
 __all__ = ["MECHANISMS", "nano_path", "predictions", "task_data", "task_names", "training_pairs"]
 

@@ -1,8 +1,8 @@
-"""From a planted meaning to sentences: splits, seeded choice, templates and the groups that mechanisms are made of.
+"""The authored vocabulary of the mechanism tasks, in two halves that share no content word.
 
-A `Group` is a handful of meanings that are easily taken for one another, each written out several times on two sides
-(query and document). Everything downstream, training pairs and all task forms, is made from groups, so a mechanism
-is one function that yields them.
+`WORDS["train"]` feeds the training pairs and `WORDS["eval"]` the tasks. What both may use are `FUNCTION_WORDS` alone:
+articles, auxiliaries, prepositions, negators and ordinals, without which no training pair could teach anything about
+an evaluation text. All words and sentences of this package were written for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,91 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from poolwise.demo.words import WORDS
+_FUNCTION = """
+    a an the this that these those it its they them he she who whom whose which what one ones
+    is was were be been being are has have had did does do
+    and or but yet nor so as if than then when while because though
+    yes not no never neither nobody nothing none without
+    of in on at to from by for with about into near after before behind beside under over between
+    only also too both each all every other others same there here still even just
+    first second third last former latter
+"""
+
+Lists = dict[str, tuple[str, ...]]
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FUNCTION_WORDS = frozenset(_split(_FUNCTION))
+
+_TRAIN: Lists = {
+    "people": _split(
+        "baker nurse judge farmer sailor painter lawyer singer hunter miller "
+        "priest tailor soldier servant gardener stranger"
+    ),
+    "names": _split("Anna Peter Clara Henry Laura Simon Julia Martin Helen Oscar Emma Victor Alice Walter Nora Felix"),
+    "transfers": _split("sent led introduced carried returned"),
+    "deeds": _split("sang left won fell laughed slept waited worked"),
+    "motions": _split("stood rested appeared burned vanished turned"),
+    "things": _split("lamp chair clock kettle wagon mirror basket bottle carpet ladder drum flute candle blanket"),
+    "plurals": _split("apples plates coins horses shirts bricks ropes eggs pens keys goats stamps"),
+    "numbers": _split("two four six eight ten twelve twenty sixty"),
+    "qualities": _split("old heavy broken clean wooden empty narrow bright cheap quiet green round dirty soft"),
+    "places": _split("garden kitchen church market harbour station forest tower cellar bridge mill barn"),
+    "papers": _split("report meeting form clerk office page committee notice"),
+    "states": _split("late brief plain ready open usual final public"),
+}
+
+_EVAL: Lists = {
+    "people": _split(
+        "doctor teacher captain butcher driver poet merchant guard "
+        "king queen actor pilot shepherd widow thief neighbour"
+    ),
+    "names": _split("Mary Thomas Rose George Susan Robert Jane Edward Kate Philip Ruth Albert Lucy Arthur Grace Hugh"),
+    "transfers": _split("brought recommended presented delivered guided"),
+    "deeds": _split("danced smiled lost spoke cried escaped wrote swam"),
+    "motions": _split("lay stayed moved arrived shone disappeared"),
+    "things": _split("table box bell sword book ring hat pipe cup spoon violin saddle pillow bucket"),
+    "plurals": _split("stones bowls sheep boats letters chairs nails trees gloves maps birds jars"),
+    "numbers": _split("three hundred seven million five thousand nine forty"),
+    "qualities": _split("small dark new warm strong black dry wide sharp rich red smooth thick pale"),
+    "places": _split("house river school hospital castle theatre island valley village prison library farm"),
+    "papers": _split("letter council paper desk record journal minister hearing"),
+    "states": _split("early long clear simple common private formal short"),
+}
+
+WORDS: dict[str, Lists] = {"train": _TRAIN, "eval": _EVAL}
+
+# Twelve words a topic; a text takes three, and two texts of one topic that meet in a task never share a word.
+TOPICS: dict[str, Lists] = {
+    "train": {
+        "cooking": _split("butter soup oven flour sugar dinner bread cheese sauce boil roast recipe"),
+        "sea": _split("ship ocean wave coast sail anchor storm deck pirate shore voyage tide"),
+        "law": _split("court trial crime guilty witness jury sentence police arrest appeal murder attorney"),
+        "music": _split("song guitar album piano band concert orchestra melody choir rhythm lyrics tune"),
+        "family": _split("mother father son daughter brother sister uncle wife husband cousin child parents"),
+        "weather": _split("rain snow wind cloud thunder frost fog sunshine hail breeze ice drought"),
+        "clothes": _split("coat dress shoes trousers sleeve collar silk boots jacket wool skirt button"),
+        "school": _split("pupil lesson exam classroom homework college grammar lecture essay degree student diploma"),
+    },
+    "eval": {
+        "war": _split("army battle troops cannon enemy regiment attack siege victory rifle invasion surrender"),
+        "sport": _split("football league goal championship coach player season cricket tennis score stadium team"),
+        "medicine": _split("disease fever patient surgeon medicine wound cure illness pain infection drug clinic"),
+        "religion": _split("god bible prayer bishop holy christian saint worship faith temple monk gospel"),
+        "money": _split("bank price tax debt purchase loan profit wages budget gold trade investment"),
+        "government": _split(
+            "president election parliament senate vote party governor law congress reform mayor treaty"
+        ),
+        "body": _split("arm leg shoulder finger knee throat chest elbow skin bone foot neck"),
+        "railway": _split(
+            "train track locomotive passenger tunnel freight engine platform signal carriage junction rail"
+        ),
+    },
+}
+
 
 Split = Literal["train", "eval"]
 Side = Literal["queries", "documents"]

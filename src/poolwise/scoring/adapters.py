@@ -10,9 +10,9 @@ import scipy.sparse as sparse
 from mteb.models import ModelMeta
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 
-from poolwise.encoding import FastEncoder
+from poolwise.data.tasks import Task, document_text
+from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import ModelError
-from poolwise.tasks import Task, document_text
 
 SEARCH_TYPES = ("Retrieval", "Reranking")
 SPARSE_TYPES = ("STS", "Classification", "Clustering")

@@ -17,6 +17,8 @@ from poolwise.stats.crossed import (
     equivalence,
     minimum_detectable_effect,
     one_seed,
+    planned_detectable_effect,
+    seeds_to_settle,
 )
 from poolwise.stats.exact import (
     HodgesLehmann,
@@ -31,9 +33,7 @@ from poolwise.stats.exact import (
     signed_rank,
     wins_ties_losses,
 )
-from poolwise.stats.factors import Effect, FactorStudy, factor_effects
-from poolwise.stats.many import TWO_LOOK_ALPHA, Friedman, bh, friedman, holm
-from poolwise.stats.planning import planned_detectable_effect, seeds_to_settle
+from poolwise.stats.many import TWO_LOOK_ALPHA, Effect, FactorStudy, Friedman, bh, factor_effects, friedman, holm
 from poolwise.stats.resample import (
     PER_QUERY_RANK_TESTS_REFUSED,
     Bootstrap,

@@ -1,1 +1,1 @@
-"""From the long table to verdicts about designs. Arrays, not models: nothing here imports torch."""
+"""From the long table to findings about designs. No torch."""

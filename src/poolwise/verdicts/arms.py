@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
-from poolwise.verdicts.long_table import main_scores
-from poolwise.verdicts.mechanism_items import by_mechanism, whole_task
+from poolwise.verdicts.mechanisms import by_mechanism, whole_task
+from poolwise.verdicts.table import main_scores
 
 if TYPE_CHECKING:
     import polars as pl
+
 
 CELL = ("task", "split", "subset")
 LISTED = 8  # gaps that a message spells out

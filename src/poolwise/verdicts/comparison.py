@@ -19,10 +19,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import StatisticsError, suggest
-from poolwise.settings import tuning
 from poolwise.verdicts import robustness as robust
+from poolwise.verdicts import robustness as tuning
 from poolwise.verdicts.arms import Arm, arms, natural
-from poolwise.verdicts.budgets import Budgets
 from poolwise.verdicts.contrasts import (
     Given,
     Overall,
@@ -34,18 +33,18 @@ from poolwise.verdicts.contrasts import (
     overall,
     thin_groups,
     usable_weights,
-)  # fmt: skip
-from poolwise.verdicts.control_arms import roles_of, unsound
-from poolwise.verdicts.control_arms import to_json as controls_to_json
-from poolwise.verdicts.factorial import Factorial, factorial
-from poolwise.verdicts.origins import with_origins
-from poolwise.verdicts.recommendation import Recommendation, recommend
+)
+from poolwise.verdicts.controls import controls_to_json, roles_of, unsound
+from poolwise.verdicts.factors import Factorial, factorial
+from poolwise.verdicts.findings import Budgets, Recommendation, recommend
 from poolwise.verdicts.single_runs import SingleRuns, single_runs
+from poolwise.verdicts.table import with_origins
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from poolwise.study import Design
+    from poolwise.study.design import Design
+
 
 __all__ = ["JSON_FIELDS", "Comparison", "Given", "Overall", "Row", "Verdict", "compare"]
 
@@ -196,8 +195,8 @@ class Comparison:
             "recommendations": [asdict(found) for found in self.recommendations],
             "factors": asdict(self.factorial) if self.factorial else None,
             "controls": controls_to_json(self),
-            "tuning": tuning.to_json(self),
-            "base_models": robust.to_json(self),
+            "tuning": tuning.tuning_to_json(self),
+            "base_models": robust.bases_to_json(self),
             "notes": [text for text in (self.interim, self.exploratory, self.plan, self.banner) if text]
             + [*self.notes, *self.excluded],
         }
@@ -225,7 +224,7 @@ def compare(
     """Compare every design of a long table with the baseline, group by group.
 
     Args:
-        frame: the long table (`poolwise.results.read`); per-item rows and earlier steps are ignored.
+        frame: the long table (`poolwise.verdicts.readers.read`); per-item rows and earlier steps are ignored.
         baseline: the design to compare with; by default the first of the table, and a note says so.
         by: the column that groups tasks, or `all` for one group.
         controls: designs outside the family and the pool; those that the table lacks are noted.

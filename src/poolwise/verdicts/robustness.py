@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poolwise.errors import StatisticsError, suggest
+from poolwise.study.recipe import Setting
 
 if TYPE_CHECKING:
     import polars as pl
 
     from poolwise.verdicts.comparison import Comparison
+
 
 DRAWS = 2000
 CELL = ("design", "role", "seed", "step", "task", "task_type", "source", "split", "subset", "metric", "item_id")
@@ -137,7 +139,7 @@ def robustness(by_base: Sequence[tuple[str, Comparison]]) -> Robustness | None:
     return Robustness(tuple(name for name, _ in by_base), tuple(rows), tuple(rankings))
 
 
-def to_json(comparison: Comparison) -> dict[str, Any] | None:
+def bases_to_json(comparison: Comparison) -> dict[str, Any] | None:
     """Whether the base models agree, and the comparison on each; None for a study of one."""
     if comparison.robustness is None:
         return None
@@ -194,3 +196,67 @@ def kendall_tau(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     a, b = np.sign(x[rows] - x[columns]), np.sign(y[rows] - y[columns])
     untied = np.sqrt(float(np.count_nonzero(a)) * np.count_nonzero(b))
     return float((a * b).sum() / untied) if untied else 0.0
+
+
+DECISIVE = ("better", "worse", "equivalent")
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The setting that a design is given: the best of `tried` by the mean score on the development tasks, one seed."""
+
+    design: str
+    base: str
+    setting: Setting
+    score: float
+    tried: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One contrast with the same recipe and equally tuned: verdicts, differences and intervals, 0–1.
+
+    `verdict`: `holds` (better, worse or equivalent in both), `depends on the recipe` (two of these that differ), else
+    `open`.
+    """
+
+    group: str
+    design: str
+    same: str
+    same_difference: float
+    same_ci: tuple[float | None, float | None]
+    tuned: str
+    tuned_difference: float
+    tuned_ci: tuple[float | None, float | None]
+    verdict: str
+
+
+def outcomes(same: Comparison, tuned: Comparison) -> tuple[Outcome, ...]:
+    """All contrasts that both arms have."""
+    found = []
+    theirs = {(row.group, row.design): row for row in tuned.rows}
+    for row in same.rows:
+        other = theirs.get((row.group, row.design))
+        if other is None:
+            continue
+        words = [r.verdict.verdict if r.verdict else "untested" for r in (row, other)]
+        a, b = row.verdict or row, other.verdict or other
+        verdict = "open"
+        if all(word in DECISIVE for word in words):
+            verdict = "holds" if words[0] == words[1] else "depends on the recipe"
+        same_ci, tuned_ci = ((x.ci_low, x.ci_high) for x in (a, b))
+        found.append(
+            Outcome(row.group, row.design, words[0], a.difference, same_ci, words[1], b.difference, tuned_ci, verdict)
+        )
+    return tuple(found)
+
+
+def tuning_to_json(comparison: Comparison) -> dict[str, Any] | None:
+    """The winners of the search, the outcomes and the second arm; None where the study does not tune."""
+    if comparison.tuned is None:
+        return None
+    return {
+        "winners": [asdict(found) for found in comparison.winners],
+        "outcomes": [asdict(found) for found in comparison.outcomes],
+        "comparison": comparison.tuned.to_json(),
+    }

@@ -23,6 +23,7 @@ from poolwise import stats
 if TYPE_CHECKING:
     from poolwise.verdicts.comparison import Comparison
 
+
 DRAWS = 20_000
 
 

@@ -1,0 +1,1 @@
+"""Training pairs and evaluation tasks, from files, the Hub or the demo."""

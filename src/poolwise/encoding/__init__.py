@@ -1,0 +1,1 @@
+"""Fast encoding: of texts, of a file, over HTTP."""

@@ -1,0 +1,151 @@
+"""Texts in, vectors out: a model by whatever name it goes, encoded fast, from Python or from file to file."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from poolwise.data.reading import read_texts
+from poolwise.encoding import fast as encoding
+from poolwise.encoding.fast import FastEncoder
+from poolwise.errors import DataError, ModelError, PoolwiseError, suggest
+from poolwise.files import open_atomic
+from poolwise.model.checkpoint import RUN_FILE, load
+from poolwise.scoring.references import LEXICAL, reference
+
+SIDES = ("query", "document")
+SAID_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+
+def open_model(model: str | Path) -> FastEncoder:
+    """A trial's folder (its last step) or one of its steps, an exported folder, a sentence-transformers model by name.
+
+    Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded or a lexical reference.
+    """
+    folder = Path(model)
+    steps = {int(step.name[5:]): step for step in folder.glob("training/step-*") if step.name[5:].isdigit()}
+    if steps:
+        folder = steps[max(steps)]
+    exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
+    if exported or (folder / RUN_FILE).exists():
+        return FastEncoder(load(folder))
+    if str(model) in LEXICAL:
+        raise ModelError(f"model {str(model)!r} knows only the texts of a task, it has no vectors; name an encoder")
+    return FastEncoder(reference(str(model)))
+
+
+def prompt_of(fast: FastEncoder, prompt: str | None, side: str | None) -> str:
+    """What is put before each text: `prompt`, or what the model keeps for a `query`, a `document` or any text."""
+    if prompt is not None:
+        return prompt
+    names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: (fast.default_prompt_name,)}
+    prompts = fast.prompts or {}
+    return next((prompts[name] for name in names[side] if name in prompts), "")
+
+
+def encode(
+    model: SentenceTransformer | FastEncoder | str | Path,
+    texts: Iterable[str],
+    *,
+    prompt: str | None = None,
+    side: str | None = None,
+) -> np.ndarray:
+    """(N, D) fp32 embeddings of `texts` in their order. `model` may be a `FastEncoder`, to be opened only once.
+
+    prompt: text put before each; side: `query` or `document`, to take the model's own instead. Raises ModelError where
+    an embedding is not finite.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"texts = {texts[:60]!r} is one text; give a list: [text]")
+    _check(prompt, side)
+    if isinstance(model, (str, Path)):
+        model = open_model(model)
+    fast = model if isinstance(model, FastEncoder) else FastEncoder(model)
+    return finite(fast.encode([*texts], prompt_of(fast, prompt, side), side=side))
+
+
+def encode_file(
+    model: str | Path,
+    texts: str | Path,
+    to: str | Path,
+    *,
+    prompt: str | None = None,
+    side: str | None = None,
+    field: str = "text",
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Encode a file of texts (see `read_texts`) into a NumPy file (N, D) fp32, row n for text n; arguments as `encode`.
+
+    The texts are read twice: once to count and check them before the model is loaded, then a window at a time while the
+    vectors are written, so memory does not grow with the file. `to` appears whole or not at all. `say` gets lines of
+    progress, and at the end the speed, the share of tokens that was computed, and the encoder's notes.
+
+    Raises DataError for texts that cannot be read and a place that cannot be written, and what `open_model` raises.
+    """
+    to = Path(to)
+    if to.suffix != ".npy" or to.is_dir():
+        raise DataError(f"{to}: vectors are written as one NumPy file; name it like vectors.npy")
+    _check(prompt, side)
+    total = sum(1 for _ in read_texts(texts, field))
+    if not total:
+        raise DataError(f"{texts}: no text in it")
+    fast = open_model(model)
+    prompt = prompt_of(fast, prompt, side)
+    done, started, said = 0, time.perf_counter(), time.perf_counter()
+    with open_atomic(to) as file:  # not a memory map: on a full disk that would kill the process
+        for vectors in _windows(fast, read_texts(texts, field), prompt, side, total):
+            finite(vectors, done)
+            if not done:
+                form = {"descr": "<f4", "fortran_order": False, "shape": (total, vectors.shape[1])}
+                np.lib.format.write_array_header_1_0(file, form)
+            file.write(np.ascontiguousarray(vectors, "<f4").data)
+            done += len(vectors)
+            if time.perf_counter() - said > SAID_EVERY:
+                said = time.perf_counter()
+                say(f"{done:,} of {total:,} texts, {done / (said - started):,.1f} texts/s")
+        if done != total:
+            raise DataError(f"{texts} had {total:,} texts and then {done:,}: it was changed while it was read")
+    say(_summary(fast, total, time.perf_counter() - started, prompt))
+    for note in fast.notes:
+        say(f"note: {note}")
+    return to
+
+
+def finite(vectors: np.ndarray, before: int = 0) -> np.ndarray:
+    """The vectors (N, D), `before` of whose texts came earlier. Raises ModelError where one of them is not finite."""
+    if not (good := np.isfinite(vectors).all(1)).all():
+        row = before + int(np.flatnonzero(~good)[0])
+        raise ModelError(f"the embedding of text {row + 1} is not finite; the model diverged or its dtype is small")
+    return vectors
+
+
+def _check(prompt: str | None, side: str | None) -> None:
+    if side is not None and side not in SIDES:
+        raise PoolwiseError(f"side {side!r}: allowed are {', '.join(SIDES)}{suggest(side, SIDES)}")
+    if prompt is not None and side is not None:
+        raise PoolwiseError("a prompt of your own, and the model's for queries or documents: give one of them")
+
+
+def _windows(
+    fast: FastEncoder, texts: Iterator[str], prompt: str, side: str | None, total: int
+) -> Iterator[np.ndarray]:
+    """Embeddings (n, D), a window of texts at a time."""
+    if fast.ours:
+        yield from fast.stream(texts, prompt, total)
+        return
+    while window := [*itertools.islice(texts, encoding.WINDOW)]:
+        yield fast.encode(window, prompt, side=side)
+
+
+def _summary(fast: FastEncoder, texts: int, seconds: float, prompt: str) -> str:
+    words = f"{texts:,} texts in {seconds:,.1f} s, {texts / seconds:,.1f} texts/s"
+    if fast.counts.tokens:
+        share = fast.counts.computed / fast.counts.tokens
+        words += f", {fast.counts.tokens:,} tokens, {share:.2f} computed for each (padding adds, reuse saves)"
+    return f"{words}; prompt {prompt!r}"

@@ -1,0 +1,318 @@
+"""What encoding may leave out, each shortcut checked before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from poolwise.encoding.rows import Row, padded
+from poolwise.errors import ModelError
+from poolwise.model.attention import get_attention, verify
+from poolwise.model.backbone import TEXT, Backbone
+from poolwise.model.encoder import PoolingHead
+from poolwise.model.hooks import decoder_layers, last_index
+
+BY_LENGTH = {"dynamic", "longrope"}
+"""Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
+
+
+def can_reuse(backbone: Backbone) -> bool:
+    """Whether an instruction's keys and values are the same before every text."""
+    config = backbone.model.config.get_text_config()
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {one.get("rope_type") or one.get("type") for one in (rope, *rope.values()) if isinstance(one, dict)}
+    return backbone.attention == "causal" and not kinds & BY_LENGTH
+
+
+def shared_prefix(rows: Sequence[Tensor]) -> Tensor:
+    """The token ids (P,) that all rows begin with, less each row's last token, so that none is left empty."""
+    shortest = min(rows, key=len)
+    first = rows[0][: len(shortest) - 1]
+    same = len(first)
+    for row in rows:
+        differ = (row[:same] != first[:same]).nonzero()
+        same = int(differ[0]) if len(differ) else same
+    return first[:same]
+
+
+@dataclass
+class Prefix:
+    """P tokens and what a decoder makes of them.
+
+    ids (P,); keys and values (1, K, P, E) of each layer; states (1, P, D) of the last layer; totals (1, L, D): sums of
+    each layer's states over the `pooled` tokens, for designs that pool layers by their mean.
+    """
+
+    ids: Tensor
+    cache: list[tuple[Tensor, Tensor]]
+    states: Tensor
+    totals: Tensor | None
+    pooled: int
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return len(self.ids)
+
+    def serves(self, backbone: Backbone, rows: Sequence[Row]) -> bool:
+        """Whether all these texts begin with it and go on after it; where layers are pooled by their mean, also whether
+        of its tokens those are pooled that were summed up: of a text without content, it may be all of them."""
+        ids = [row["input_ids"][: self.length] for row in rows if len(row["input_ids"]) > self.length]
+        if len(ids) < len(rows) or not (torch.stack(ids) == self.ids).all():
+            return False
+        if self.totals is None:
+            return True
+        pooled = backbone._pooling_mask(padded(rows, "cpu"))[:, : self.length]
+        return bool((pooled.bool().sum(1) == self.pooled).all())
+
+    @classmethod
+    def of(cls, backbone: Backbone, ids: Tensor, row: Row) -> Prefix | None:
+        """Run the prefix `ids` (P,) of `row` through the decoder; None where it gives no keys and values to reuse."""
+        device = backbone.model.device
+        mask = torch.ones(1, len(row["input_ids"]), dtype=torch.long, device=device)
+        whole = {**{name: value[None].to(device) for name, value in row.items()}, "attention_mask": mask}
+        pooled = backbone._pooling_mask(whole)[:, : len(ids)].bool()
+        cache = DynamicCache(config=backbone.model.config.get_text_config())
+        inputs = {
+            "input_ids": ids[None].to(device),
+            "attention_mask": mask[:, : len(ids)],
+            "position_ids": torch.arange(len(ids), device=device)[None],
+        }
+        totals = None
+        if backbone.collector is None:
+            output = backbone.model(**inputs, past_key_values=cache, use_cache=True)
+        else:
+            with backbone.collector.collect(mask[:, : len(ids)], pooled):
+                output = backbone.model(**inputs, past_key_values=cache, use_cache=True)
+                totals = backbone.collector.vectors(output.last_hidden_state) * pooled.sum()
+        kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+        whole_keys = [(keys, values) for keys, values in kept if keys is not None and values is not None]
+        if len(whole_keys) < len(kept) or any(keys.shape[2] != len(ids) for keys, _ in whole_keys):
+            return None  # a sliding window shorter than the prefix, or layers of another kind
+        return cls(ids, whole_keys, output.last_hidden_state, totals, int(pooled.sum()))
+
+    def forward(self, backbone: Backbone, features: dict[str, Any]) -> dict[str, Any]:
+        """What `backbone` adds to the features (B, T) of texts that begin with the prefix, padded on the right."""
+        texts, start, mask = len(features["input_ids"]), self.length, features["attention_mask"]
+        pooled = backbone._pooling_mask(features)
+        cache = DynamicCache(config=backbone.model.config.get_text_config())
+        for number, (keys, values) in enumerate(self.cache):
+            cache.update(keys.expand(texts, -1, -1, -1), values.expand(texts, -1, -1, -1), number)
+        width = mask.shape[1] - start
+        inputs = {
+            "input_ids": features["input_ids"][:, start:],
+            "attention_mask": mask,
+            "position_ids": torch.arange(start, start + width, device=mask.device).expand(texts, -1),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if backbone.collector is None:
+            states = backbone.model(**inputs).last_hidden_state
+        else:
+            rest = pooled[:, start:]
+            with backbone.collector.collect(mask[:, start:], rest):
+                states = backbone.model(**inputs).last_hidden_state
+                vectors = backbone.collector.vectors(states)
+            if backbone.collect == "mean":
+                assert self.totals is not None
+                own = rest.bool().sum(1)[:, None, None]
+                vectors = (vectors * own + self.totals) / (own + self.pooled)
+            features["layer_embeddings"] = vectors
+        features["token_embeddings"] = torch.cat([self.states.expand(texts, -1, -1), states], 1)
+        features["pooling_mask"] = pooled
+        return features
+
+
+def can_prune(backbone: Backbone) -> bool:
+    """Whether the last decoder layer has the parts that `pruned` replaces."""
+    layer = decoder_layers(backbone.model)[-1]
+    return hasattr(layer, "mlp") and hasattr(getattr(layer, "self_attn", None), "o_proj")
+
+
+@contextlib.contextmanager
+def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterator[None]:
+    """Inside, the last layer's output projection and feed-forward are computed for the last pooled token only, with
+    zeros elsewhere: nothing else of that layer is read by last-token pooling. So it is in the thread that opens it;
+    another one, in the `encode` of a model that shares the layer, finds it whole."""
+    if not prune:
+        yield
+        return
+    layer = cast(Any, decoder_layers(backbone.model)[-1])
+    last = last_index(backbone._pooling_mask(features))
+    texts = torch.arange(len(last), device=last.device)
+    parts = (layer.mlp, layer.self_attn.o_proj)
+    for part in parts:
+        part.forward = _Only(part.forward, texts, last)
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.forward
+
+
+class _Only:
+    """A module's forward at one token of each text, in this thread: (B, T, D) -> (B, T, D'), zero at all others."""
+
+    def __init__(self, forward: Any, texts: Tensor, tokens: Tensor) -> None:
+        self.forward, self.texts, self.tokens = forward, texts, tokens
+        self.thread = threading.get_ident()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if threading.get_ident() != self.thread:
+            return self.forward(states)
+        wanted = self.forward(states[self.texts, self.tokens])
+        out = wanted.new_zeros(*states.shape[:2], wanted.shape[-1])
+        out[self.texts, self.tokens] = wanted
+        return out
+
+
+def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
+    """The encoder with LoRA merged into a copy of an fp32 base; beside a base in half precision the head's matrices in
+    that precision too (norms and sums stay fp32). Itself where neither applies."""
+    backbone, head = cast(Backbone, encoder[0]), encoder[1]
+    dtype = next(backbone.model.parameters()).dtype
+    if dtype in (torch.float32, torch.float64):
+        if not isinstance(backbone.model, PeftModel):
+            return encoder
+        with backbone.lock:
+            merged = copy.deepcopy(encoder)
+        own = cast(Backbone, merged[0])
+        own.model = cast(Any, own.model).merge_and_unload()
+        return merged.eval()
+    if not any(True for _ in head.parameters()):
+        return encoder
+    half = copy.copy(encoder)
+    half._modules = {
+        **encoder._modules,
+        next(itertools.islice(encoder._modules, 1, None)): copy.deepcopy(head).to(dtype),
+    }
+    return half
+
+
+STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "max": "max"}
+"""Our pooling -> the mode of sentence-transformers' own."""
+AGREEMENT = {
+    torch.float32: (1e-5, 1e-8),
+    torch.float64: (1e-5, 1e-8),
+    torch.bfloat16: (2e-2, 1e-3),
+    torch.float16: (5e-3, 2e-5),
+}
+"""How far rounding may move a number of a unit-length embedding, and the whole of it by 1 - cosine. What shortcuts and
+batches of other shapes moved the built-in base by, at most: 2e-7 and 3e-14 in fp32, 5e-3 and 4e-5 in bf16, 5e-4 and
+5e-7 in fp16; deeper and wider bases round more."""
+PROBE_TEXTS = [
+    "A short text.",
+    "The second text is longer than the first, so that a batch of the two has padding in it.",
+    "Ünïcode, numbers 0123456789 and (brackets)",
+    "a",
+]
+PROBE_PROMPT = "Instruct: find an answer.\nQuery: "
+
+
+def adopted(model: SentenceTransformer) -> SentenceTransformer:
+    """`model` with a `Backbone` and a `PoolingHead` in place of its own modules; the weights are shared, nothing of
+    `model` is changed. Raises ModelError for a model that has something else, AttentionError where its attention is
+    neither causal nor declared and measured as bidirectional."""
+    if unlike := _unlike(model):
+        raise ModelError(unlike)
+    transformer, pooling, *rest = cast("list[Any]", list(model))
+    config = transformer.model.config.get_text_config()
+    attention = get_attention(transformer.model)
+    verify(transformer.model, attention)
+    ours = next(name for name, mode in STANDARD.items() if mode == pooling.pooling_mode)
+    head = PoolingHead(ours, {}, pooling.embedding_dimension, config.num_hidden_layers)
+    found = copy.copy(model)
+    modules = (Backbone.of(transformer, attention), head, *rest)
+    found._modules = dict(zip(model._modules, modules, strict=True))
+    return found
+
+
+def _unlike(model: SentenceTransformer) -> str:
+    """What `model` has that our modules have not; empty where there is nothing."""
+    kinds = [type(module) for module in model]
+    plain = [Transformer, Pooling]
+    if type(model) is not SentenceTransformer or kinds not in (plain, [*plain, Normalize]):
+        return f"{type(model).__name__} of {', '.join(kind.__name__ for kind in kinds)}"
+    for module in model:
+        if replaced := [name for name in vars(module) if callable(getattr(type(module), name, None))]:
+            return f"{type(module).__name__}.{replaced[0]} was replaced"
+    transformer, pooling, *rest = cast("list[Any]", list(model))
+    for part, name, expected in (
+        (model, "truncate_dim", None),
+        (transformer, "backend", "torch"),
+        (transformer, "transformer_task", "feature-extraction"),
+        (transformer, "modality_config", TEXT),
+        (transformer, "module_output_name", "token_embeddings"),
+        (transformer, "query_length", None),
+        (transformer, "document_length", None),
+        (transformer, "query_expansion", None),
+        (transformer.model, "hf_quantizer", None),
+        (transformer.model, "hf_device_map", None),
+        (pooling, "include_prompt", True),
+        *((module, "module_input_name", "sentence_embedding") for module in rest),
+        *((module, "module_output_name", "sentence_embedding") for module in rest),
+    ):
+        if (found := getattr(part, name, expected)) != expected:
+            return f"{type(part).__name__}.{name} = {found!r}"
+    if pooling.pooling_mode not in STANDARD.values():
+        return f"Pooling.pooling_mode = {pooling.pooling_mode!r}"
+    decoder = transformer.model
+    if not isinstance(decoder, PreTrainedModel) or "task" in inspect.signature(decoder.forward).parameters:
+        return f"{type(decoder).__name__} is no plain model of transformers"
+    declared = getattr(decoder.config.get_text_config(), "is_causal", None)
+    if get_attention(decoder) == "bidirectional" and declared is not False:
+        return f"{type(decoder).__name__} is bidirectional by itself, not by config.is_causal"
+    return ""
+
+
+def check(model: SentenceTransformer, encode: Callable[[Sequence[str], str], np.ndarray]) -> None:
+    """Raise ModelError unless `encode(texts, prompt)` gives the embeddings of the model's own `encode`."""
+    for prompt in ("", PROBE_PROMPT):
+        own = torch.from_numpy(own_vectors(model, PROBE_TEXTS, None, prompt, len(PROBE_TEXTS)))
+        found = torch.from_numpy(encode(PROBE_TEXTS, prompt))
+        if apart := disagreement(found, own, model.dtype or torch.float32):
+            raise ModelError(f"its embeddings would move {apart} (prompt {prompt!r})")
+
+
+def own_vectors(model: Any, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> np.ndarray:
+    """(N, D) fp32 embeddings by a sentence-transformers model's own `encode`."""
+    by_side = {"query": model.encode_query, "document": model.encode_document}
+    encode = by_side.get(side or "", model.encode)  # a Router sends the sides through different modules
+    vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
+    return np.asarray(vectors, dtype=np.float32)
+
+
+def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
+    """How far the embeddings (N, D) of a model of this dtype lie from what is expected, in words; empty where rounding
+    explains it: neither a number nor an angle has moved further than `AGREEMENT` lets it."""
+    number, angle = moved(found, expected), turned(found, expected)
+    most, widest = AGREEMENT.get(dtype, (1e-2, 1e-3))
+    return "" if number <= most and angle <= widest else f"by {number:.1e} (1 - cosine {angle:.1e})"
+
+
+def turned(found: Tensor, expected: Tensor) -> float:
+    """1 - cosine of the embeddings (N, D) to what is expected, the largest; as half the squared distance at unit
+    length, which is precise also where they are nearly equal, and 0 between zeros."""
+    ways = [torch.nn.functional.normalize(vectors.double(), dim=1) for vectors in (found, expected)]
+    return float((ways[0] - ways[1]).square().sum(1).max()) / 2
+
+
+def moved(found: Tensor, expected: Tensor) -> float:
+    """How far a number of the embeddings (N, D) lies from what is expected, this taken to unit length; the largest."""
+    found, expected = found.float(), expected.float()
+    return float(((found - expected) / expected.norm(dim=1, keepdim=True).clamp(min=1e-9)).abs().max())

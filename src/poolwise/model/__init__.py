@@ -1,0 +1,1 @@
+"""The model: base, attention, batch layouts, encoder, checkpoint."""

@@ -1,0 +1,209 @@
+"""The base model before anything is done to it: where it is, its configuration, tokenizer and templates."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from poolwise.errors import ModelError
+from poolwise.files import cached_if_unreachable
+from poolwise.study.recipe import Recipe
+
+
+def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base_model") -> str:
+    """Where `recipe.base_model` (or another `field`) is loaded from: built-in, a folder, or a Hub name."""
+    if name == "nano":
+        from poolwise.demo import nano_path
+
+        return str(nano_path())
+    folder = Path(name).expanduser()
+    for candidate in (folder, (base_dir or Path.cwd()) / folder):
+        if (candidate / "config.json").is_file():
+            return str(candidate.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"{field} = {name!r}: no such model folder (one with a config.json)")
+    return name
+
+
+def base_identity(path: str, commit: str | None = None) -> str:
+    """What a base model is: its Hub commit, or the hash of its folder's configuration, tokenizer and weights.
+
+    Of weight files beyond 64 MiB the size and the first and last MiB are hashed.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{commit or 'unknown'}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in {".json", ".safetensors", ".bin", ".model"} or file.name == "generation_config.json":
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= 1 << 26:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(1 << 20))
+                stream.seek(-(1 << 20), os.SEEK_END)
+                digest.update(stream.read())
+    return f"sha256:{digest.hexdigest()[:24]}"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`auto`: bf16 where a GPU computes in it, fp32 elsewhere."""
+    if name == "auto":
+        computes = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if computes else torch.float32
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer end every text with its EOS token, also where it truncates; checked, not assumed.
+
+    Raises ModelError where the tokenizer has no EOS token or will not append it.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} has no EOS token; "
+            "set append_eos = false (the last token is then the last word piece)"
+        )
+    if not _ends_with_eos(tokenizer):
+        from tokenizers.processors import TemplateProcessing
+
+        prefix = tokenizer("")["input_ids"]
+        prefix = [i for i in prefix if i != tokenizer.eos_token_id]
+        names = [tokenizer.convert_ids_to_tokens(i) for i in prefix]
+        special = {tokenizer.eos_token: tokenizer.eos_token_id, **dict(zip(names, prefix, strict=True))}
+        template = [*names, "$A", tokenizer.eos_token]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=" ".join(template),
+            pair=" ".join([*template, "$B:1", f"{tokenizer.eos_token}:1"]),
+            special_tokens=list(special.items()),
+        )
+    if not _ends_with_eos(tokenizer):
+        raise ModelError(
+            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} will not append "
+            f"{tokenizer.eos_token!r}; set append_eos = false or give the model a tokenizer.json with a post-processor"
+        )
+
+
+def _ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    for text in ("a text", "a much longer text " * 20):
+        ids = tokenizer(text, truncation=True, max_length=8)["input_ids"]
+        if not ids or ids[-1] != tokenizer.eos_token_id or ids.count(tokenizer.eos_token_id) != 1:
+            return False
+    return True
+
+
+def load_base(name: str, base_dir: Path | None = None, **options: Any) -> PreTrainedModel:
+    """The base model alone, without its language-model head. Raises ModelError where it cannot be loaded."""
+    from transformers import AutoModel
+
+    try:
+        path = base_path(name, base_dir)
+        with cached_if_unreachable(path):
+            return cast(PreTrainedModel, AutoModel.from_pretrained(path, **options))
+    except (OSError, ValueError, ImportError) as error:
+        raise cannot_load("model", name, error) from error
+
+
+def load_config(name: str, path: str) -> Any:
+    """The configuration of the base model at `path`, named `name` in the study. Raises ModelError."""
+    from transformers import AutoConfig
+
+    try:
+        with cached_if_unreachable(path):
+            return AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError) as error:
+        raise cannot_load("recipe.base_model", name, error) from error
+
+
+def check_positions(recipe: Recipe, config: Any) -> None:
+    """Raise ModelError where the recipe's texts may be longer than the base model has positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and recipe.max_length > limit:
+        raise ModelError(
+            f"recipe.max_length = {recipe.max_length}: {recipe.base_model} has {limit} positions; give at most {limit}"
+        )
+
+
+def cannot_load(field: str, name: str, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    if "attention implementation" in reason:
+        return ModelError(f"{field} = {name!r}: {reason.split('. ')[0]}; try recipe.attn_implementation = 'eager'")
+    return ModelError(
+        f"{field} = {name!r} cannot be loaded ({reason}); "
+        "give 'nano' (built in), a model folder, or a name on the Hub that this machine can reach"
+    )
+
+
+class Form(NamedTuple):
+    """A template's words: before the text, between its two copies (None: one copy), after it, and in front of each."""
+
+    before: str
+    between: str | None
+    after: str
+    space: str = ""
+
+
+FORMS = {
+    "prompteol": Form('This sentence : "', None, '" means in one word:"'),
+    "echo": Form("Rewrite the sentence:", ", rewritten sentence:", "", " "),
+}
+
+
+def write(
+    template: str, texts: Sequence[str], prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[list[int]], int]:
+    """Ids of each text in its template, at most `max_length` of them; and how many of them stand before the text.
+
+    Raises `ModelError` where prompt and template leave no token to the text.
+    """
+    form = FORMS[template]
+    leading, trailing = special_frame(tokenizer)
+    before = leading + _ids(tokenizer, prompt + form.before)
+    between = [] if form.between is None else _ids(tokenizer, form.between)
+    after = _ids(tokenizer, form.after) + (trailing if form.between is not None else [])
+    copies = 1 if form.between is None else 2
+    room = (max_length - len(before) - len(between) - len(after)) // copies
+    if room < 1:
+        raise ModelError(
+            f"recipe.max_length = {max_length} leaves no room for a text beside its prompt and template {template!r} "
+            f"({len(before) + len(between) + len(after)} tokens); give a larger max_length or a shorter prompt"
+        )
+    rows = []
+    for text in texts:
+        copy = _ids(tokenizer, form.space + text)[:room]
+        rows.append([*before, *copy, *between, *(copy if copies == 2 else []), *after])
+    return rows, len(before)
+
+
+def pooled_from(template: str, real: Tensor, prefix: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """How many tokens of each text stand before what is pooled: before the second copy in echo, none in others.
+
+    real, prefix: (B, 1), tokens of a text in its template, and those of them before the text, as `write` gives them.
+    """
+    between = FORMS[template].between
+    if between is None:
+        return prefix * 0
+    end = len(special_frame(tokenizer)[1])
+    copy = (real - prefix - len(_ids(tokenizer, between)) - end) // 2
+    return real - copy - end
+
+
+def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids that the tokenizer puts before and after every text: BOS, EOS, or none."""
+    whole, bare = list(tokenizer("a")["input_ids"]), _ids(tokenizer, "a")
+    start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

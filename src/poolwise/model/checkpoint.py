@@ -1,0 +1,308 @@
+"""A trained encoder on disk: adapter, pooling weights and `run.json`, which says how to put them together again.
+
+    FOLDER/run.json               recipe, design with every size resolved, seed, base model, SHA-256 of each file
+    FOLDER/adapter/               LoRA in PEFT's own layout (or `backbone.safetensors` where all weights were tuned)
+    FOLDER/pooling.safetensors    the pooling's weights, fp32
+
+A folder appears whole or not at all. Loading re-applies the attention mode and probes it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from poolwise.encoding.shortcuts import STANDARD
+from poolwise.errors import CheckpointError, StudyError
+from poolwise.files import sha256, write_json
+from poolwise.model.attention import MODES, verify
+from poolwise.model.backbone import TEXT, Backbone
+from poolwise.model.base import base_path
+from poolwise.model.encoder import PoolingHead, build
+from poolwise.study.design import Design, is_own
+from poolwise.study.design import allowing_code as allowing
+from poolwise.study.design import find_own as find
+from poolwise.study.recipe import Recipe
+
+RUN_FILE = "run.json"
+FORMAT = 1
+
+
+def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
+    """Write the tuned weights into `folder`, which exists: adapter (or backbone) and pooling."""
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    model = backbone.model
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
+    elif any(parameter.requires_grad for parameter in model.parameters()):
+        save_file(_state(model), folder / "backbone.safetensors")
+    save_file(_state(head.head), folder / "pooling.safetensors")
+
+
+def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
+    """Read what `save_weights` wrote into an encoder of the same recipe and design.
+
+    Raises CheckpointError naming the file that is missing, damaged or of another shape.
+    """
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    model = backbone.model
+    if isinstance(model, PeftModel):
+        state = _read(folder / "adapter" / "adapter_model.safetensors")
+        with _fitting(folder / "adapter"):
+            result = set_peft_model_state_dict(model, state)
+        expected = sum("lora_" in name for name, _ in model.named_parameters())
+        if result.unexpected_keys or len(state) != expected:
+            raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
+    elif any(parameter.requires_grad for parameter in model.parameters()):
+        _load_into(model, folder / "backbone.safetensors")
+    _load_into(head.head, folder / "pooling.safetensors")
+
+
+def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
+    """Save a built encoder; `info` (step, ...) is added to `run.json`. The folder appears whole or not at all."""
+    folder = Path(folder)
+    spec = getattr(encoder, "poolwise", None)
+    if spec is None:
+        raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_weights(encoder, temporary)
+        files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The content of a run folder's `run.json`. Raises CheckpointError where it is missing, damaged or too new."""
+    path = Path(folder) / RUN_FILE
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run the study again") from None
+    if run.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {run.get('format')}, this version reads {FORMAT}; upgrade poolwise")
+    return cast(dict[str, Any], run)
+
+
+def verify_files(folder: Path, run: dict[str, Any]) -> None:
+    """Compare every file with its hash. Raises CheckpointError naming those that are missing or changed."""
+    for name, expected in run["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
+        if sha256(path) != expected:
+            raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
+
+
+def load(
+    path: str | Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    trainable: bool = False,
+    allow_code: bool = False,
+) -> SentenceTransformer:
+    """The encoder saved at `path`: a run folder, or an exported one. Needs no trust flag.
+
+    base: where the base model lies now, if it was moved. trainable: LoRA and pooling get gradients again, to go on
+    training; otherwise nothing does. allow_code: import a pooling of the user's own that the folder names. Raises
+    CheckpointError, and AttentionError where the model no longer keeps the design's attention mode.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / RUN_FILE).exists() and (folder / "modules.json").exists():
+        with allowing(allow_code, Path.cwd()):
+            return load_exported(folder, device=device)
+    run = read_run(folder)
+    verify_files(folder, run)
+    if is_own(run["design"]["pooling"]):
+        with allowing(allow_code, Path.cwd()):
+            own_class(run["design"]["pooling"], folder)
+    recipe = Recipe.model_validate(_tuples(run["recipe"]))
+    source = base or run["base"]["path"]
+    if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
+        raise CheckpointError(f"{folder}: its base model was at {source}; say where it is now: load(path, base=...)")
+    recipe = recipe.model_copy(update={"base_model": source})
+    encoder = build(recipe, Design.model_validate(run["design"]), run["seed"], device=device)
+    found = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
+    if found != run["base"]["identity"]:
+        raise CheckpointError(
+            f"{folder}: trained on base {run['base']['identity']}, but {source} is {found}; give the same base model"
+        )
+    load_weights(encoder, folder)
+    encoder.poolwise = {key: run[key] for key in ("recipe", "design", "seed", "base")}  # type: ignore[assignment]
+    encoder.eval()
+    if not trainable:
+        encoder.requires_grad_(False)
+    return encoder
+
+
+def own_class(pooling: str, folder: Path) -> None:
+    """Import the class that a saved folder names. Raises CheckpointError where that is not allowed or not possible."""
+    try:
+        find(pooling)
+    except StudyError as error:
+        raise CheckpointError(f"{folder}: {'; '.join(error.problems)}") from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a recipe holds."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous().cpu().clone() for name, tensor in module.state_dict().items()}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+
+
+def _load_into(module: torch.nn.Module, path: Path) -> None:
+    with _fitting(path):
+        module.load_state_dict(_read(path))
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """What torch says of tensors that are missing or of another shape, as a CheckpointError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the recipe and the design: {reason}") from None
+
+
+PROBE_TEXTS = [
+    "A short text.",
+    "The second text is longer than the first, so that a batch of the two has padding in it.",
+    "Whether attention looks back or both ways shows at the end of a sentence.",
+]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
+    """Write `encoder` to `folder`, merged; the folder appears only after it was reloaded and gave the same embeddings.
+
+    Raises CheckpointError where the folder exists and is not empty, or where the reloaded embeddings differ.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is not empty; give another folder or delete it")
+    expected = encoder.encode(PROBE_TEXTS)
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    dtype = next(backbone.model.parameters()).dtype
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        merged = _merged(encoder)
+        if _is_standard(backbone, head):
+            _save_standard(merged, temporary)
+        else:
+            merged.save(str(temporary), create_model_card=False)
+        found = load_exported(temporary, device=str(encoder.device)).encode(PROBE_TEXTS)
+        difference = float(np.abs(expected - found).max())
+        if not difference <= TOLERANCE.get(dtype, 1e-3):
+            raise CheckpointError(f"the exported model's embeddings differ by {difference:.2g}; nothing was written")
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load_exported(folder: Path, device: str | None = None) -> SentenceTransformer:
+    """The encoder in an exported folder; its attention mode is probed."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from None
+    if modules[0]["type"] != f"{Backbone.__module__}.{Backbone.__qualname__}":
+        return SentenceTransformer(str(folder), device=device)
+    backbone = Backbone.load(str(folder))
+    try:
+        head = PoolingHead.load(str(folder), subfolder=modules[1]["path"])
+    except StudyError as error:  # a pooling of the user's own
+        raise CheckpointError(f"{folder}: {'; '.join(error.problems)}") from None
+    encoder = SentenceTransformer(
+        modules=[backbone, head, Normalize()],
+        device=device,
+        prompts=settings.get("prompts"),
+        similarity_fn_name="cosine",
+    )
+    head.float()
+    verify(backbone.model, backbone.attention)
+    return encoder.eval()
+
+
+def _is_standard(backbone: Backbone, head: PoolingHead) -> bool:
+    """Whether sentence-transformers' own modules compute the same."""
+    plain = backbone.attention in MODES and backbone.template == "plain" and backbone.special_tokens
+    return plain and head.pooling in STANDARD and backbone.include_prompt and not backbone.pad_by_id
+
+
+def _merged(encoder: SentenceTransformer) -> SentenceTransformer:
+    """A copy of the encoder with LoRA merged into the base's weights."""
+    encoder = copy.deepcopy(encoder)
+    backbone = cast(Backbone, encoder[0])
+    if isinstance(backbone.model, PeftModel):
+        backbone.model = cast(Any, backbone.model).merge_and_unload()
+    backbone.words.padding_side = "right"  # models without rotary positions count them from the left
+    return encoder
+
+
+def _save_standard(encoder: SentenceTransformer, folder: Path) -> None:
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    with tempfile.TemporaryDirectory() as scratch:
+        backbone.model.save_pretrained(scratch)
+        backbone.words.save_pretrained(scratch)
+        plain = Transformer(
+            scratch,
+            max_seq_length=backbone.max_seq_length,
+            modality_config=TEXT,
+            module_output_name="token_embeddings",
+        )
+        pooling = Pooling(head.hidden_size, pooling_mode=STANDARD[head.pooling])
+        standard = SentenceTransformer(
+            modules=[plain, pooling, Normalize()],
+            prompts=cast(dict[str, str], encoder.prompts),
+            similarity_fn_name="cosine",
+        )
+        standard.save(str(folder), create_model_card=False)

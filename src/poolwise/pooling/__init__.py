@@ -1,0 +1,1 @@
+"""Poolings: the formulas, their heads, their cost and their laws."""

@@ -1,0 +1,119 @@
+"""The paper's trainable pooling as its code computes it, and the heads that its authors released."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poolwise.errors import CheckpointError
+from poolwise.pooling.heads import (
+    CrossAttentionHead,
+)
+
+
+class PaperHead(nn.Module):
+    """A head as the paper released them: vectors (B, N, D), mask (B, N) or None -> (B, D) of length 1."""
+
+    def __init__(self, pooling: CrossAttentionHead):
+        super().__init__()
+        self.pooling = pooling
+
+    def forward(self, vectors: Tensor, mask: Tensor | None = None) -> Tensor:
+        return F.normalize(self.pooling(vectors, mask), dim=-1)
+
+
+_RELEASED = {  # released name -> our name; to_kv holds keys first, then values
+    "latents": "latents",
+    "pos_emb.weight": "layer_weights",
+    "cross_attend_blocks.0.norm.weight": "norm_states.weight",
+    "cross_attend_blocks.0.norm.bias": "norm_states.bias",
+    "cross_attend_blocks.0.norm_context.weight": "norm_latents.weight",
+    "cross_attend_blocks.0.norm_context.bias": "norm_latents.bias",
+    "cross_attend_blocks.0.fn.to_q.weight": "to_q.weight",
+    "cross_attend_blocks.0.fn.to_kv.weight": "to_k.weight, to_v.weight",
+    "cross_attend_blocks.0.fn.to_out.weight": "to_out.weight",
+    "cross_attend_blocks.1.norm.weight": "norm_ffn.weight",
+    "cross_attend_blocks.1.norm.bias": "norm_ffn.bias",
+    "cross_attend_blocks.1.fn.net.0.weight": "ffn_in.weight",
+    "cross_attend_blocks.1.fn.net.0.bias": "ffn_in.bias",
+    "cross_attend_blocks.1.fn.net.2.weight": "ffn_out.weight",
+    "cross_attend_blocks.1.fn.net.2.bias": "ffn_out.bias",
+}
+
+
+def load_paper_head(state_dict: Mapping[str, Tensor] | str | Path, heads: int = 32) -> PaperHead:
+    """A trained head from the paper's released layout: a state dict, or the path of an `attn_pool.pt`.
+
+    Sizes are read from the shapes; only the number of `heads` is not written in them. Weights become fp32. With
+    `pos_emb.weight` it is a multi-layers head (its first N rows are added to N vectors), without it a last-layer head.
+    A prefix `module.` is dropped.
+
+    Raises `CheckpointError` naming missing and unexpected keys, shapes that do not fit together, a file that is not a
+    state dict, or heads that do not divide the inner width.
+    """
+    where = "state dict"
+    if isinstance(state_dict, (str, Path)):
+        where, state_dict = str(state_dict), _read(Path(state_dict))
+    weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    missing = [name for name in _RELEASED if name not in weights and name != "pos_emb.weight"]
+    unexpected = [name for name in weights if name not in _RELEASED]
+    if missing or unexpected:
+        parts = [
+            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise CheckpointError(f"{where} is not a head in the layout of attn_pool.pt: {'; '.join(parts)}")
+
+    latents, hidden_size = _shape(weights, "latents", where)
+    width = _shape(weights, "cross_attend_blocks.0.fn.to_q.weight", where)[0]
+    inner = _shape(weights, "cross_attend_blocks.1.fn.net.2.weight", where)[1]
+    if width % heads:
+        raise CheckpointError(f"{where}: heads = {heads} does not divide the inner width {width} of to_q.weight")
+    with torch.device("meta"):
+        pooling = CrossAttentionHead(
+            hidden_size,
+            latents=latents,
+            heads=heads,
+            head_dim=width // heads,
+            ffn=max(1, inner // hidden_size),
+            layer_weights=len(weights.get("pos_emb.weight", ())),
+        )
+    ours = {}
+    for released, name in _RELEASED.items():
+        if released in weights:
+            names = name.split(", ")
+            for part, tensor in zip(names, weights[released].float().chunk(len(names)), strict=False):
+                ours[part] = tensor
+    expected = pooling.state_dict()
+    wrong = [
+        f"{name} {tuple(ours[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if ours[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: shapes that do not fit latents of width {hidden_size}: {'; '.join(wrong)}")
+    pooling.load_state_dict({name: tensor.clone() for name, tensor in ours.items()}, assign=True)
+    return PaperHead(pooling)
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{path}: not a file of weights that torch can load safely ({error})") from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no state dict (names and tensors)")
+    return content
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, where: str) -> torch.Size:
+    shape = weights[name].shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{where}: {name} has shape {tuple(shape)}, a matrix was expected")
+    return shape

@@ -1,1 +1,0 @@
-"""The trainable poolings, their capacity controls, and how they are folded at inference."""

@@ -1,1 +1,0 @@
-"""Verdicts in words, tables, pictures and pages."""

@@ -1,0 +1,1 @@
+"""Findings in words, tables, pictures and pages."""

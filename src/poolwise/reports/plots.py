@@ -1,0 +1,272 @@
+"""Small plots as inline SVG, one panel for each group of tasks, drawn at the size at which they are read.
+
+A panel is about 340 px wide, so that a page sets panels beside each other where it is wide and below each other where
+it is narrow, and letters keep their size. Colours are CSS variables of the page (light, dark, print), and every meaning
+of a colour is also a shape: filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from poolwise.reports.words import interval, number, outcome, points
+from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.contrasts import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6  # px
+LABEL_LETTERS = 21
+INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))  # stand-ins, see VARIABLES
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", RULE: "--rule", BETTER: "--better", WORSE: "--worse", BAND: "--band",
+    PAPER: "--paper",
+}  # fmt: skip
+MARKS = {  # marker, size, edge, face
+    "better": ("o", 7, BETTER, BETTER),
+    "worse": ("s", 6.4, WORSE, WORSE),
+    "equivalent": ("D", 6, INK, PAPER),
+    "inconclusive": ("o", 6.6, MUTED, PAPER),
+    "untested": ("o", 6.6, MUTED, PAPER),
+}
+ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # behind a text that may cross a line
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: the group it shows, the SVG element and its description in words."""
+
+    group: str
+    svg: str
+    alt: str
+
+
+def forest(comparison: Comparison) -> list[Panel]:
+    """Difference to the baseline with its 95 % interval, a row for each design, one scale for all groups.
+
+    The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
+    """
+    ends = [100 * value for row in comparison.rows for value in _span(row) if value is not None]
+    limits = focused([100 * _span(row)[1] for row in comparison.rows], ends)
+    panels = []
+    for group in comparison.groups:
+        rows = [row for row in comparison.rows if row.group == group]
+
+        def draw(axes: Axes, rows: Sequence[Row] = rows) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, row in enumerate(rows):
+                _interval(axes, place, row, outcome(comparison, row), limits)
+
+        parts = [
+            f"{row.design} {points(_span(row)[1], 2, True)} ({interval(_span(row)[0], _span(row)[2])})" for row in rows
+        ]
+        axis = f"points above {comparison.baseline} with {comparison.percent} % interval"
+        alt = f"Forest plot, {group}: {axis}: {'; '.join(parts)}."
+        panels.append(
+            _panel(group, alt, [row.design for row in rows], limits, draw, f"points above {comparison.baseline}", True)
+        )
+    return panels
+
+
+def intervals(groups: Sequence[tuple[str, Sequence[tuple[str, float, float, float, str]]]], axis: str) -> list[Panel]:
+    """Rows of (label, low, estimate, high, word of `MARKS`), values 0–1: a panel for each group, one scale."""
+    found = [row for _, rows in groups for row in rows]
+    limits = focused([100 * row[2] for row in found], [100 * value for row in found for value in row[1:4]])
+    panels = []
+    for group, rows in groups:
+
+        def draw(axes: Axes, rows: Sequence[tuple[str, float, float, float, str]] = rows) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, (_, low, middle, high, word) in enumerate(rows):
+                _bar(axes, place, 100 * low, 100 * high, MARKS[word][2], limits)
+                _mark(axes, place, 100 * middle, word)
+
+        parts = [f"{name} {points(middle, 2, True)} ({interval(low, high)})" for name, low, middle, high, _ in rows]
+        alt = f"Effects with 95 % interval, {group}, {axis}: {'; '.join(parts)}."
+        panels.append(_panel(group, alt, [row[0] for row in rows], limits, draw, axis, True, above=True))
+    return panels
+
+
+def task_dots(comparison: Comparison) -> list[Panel]:
+    """Difference to the baseline on each task (seeds averaged), a dot for each task, a bar at the mean."""
+    differences = {
+        (row.group, row.design): 100
+        * (
+            comparison.arm(row.group, row.design).whole().task_means
+            - comparison.arm(row.group, row.baseline).whole().task_means
+        )
+        for row in comparison.rows
+    }
+    limits = padded([0.0, *(float(value) for values in differences.values() for value in values)])
+    panels = []
+    for group in comparison.groups:
+        names = list(comparison.designs[1:])
+
+        def draw(axes: Axes, group: str = group, names: Sequence[str] = names) -> None:
+            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
+            for place, name in enumerate(names):
+                _dots(axes, place, differences[group, name])
+
+        ends = {name: (float(differences[group, name].min()), float(differences[group, name].max())) for name in names}
+        parts = [f"{name} from {number(low)} to {number(high)}" for name, (low, high) in ends.items()]
+        alt = f"Dots for each task, {group}: points above {comparison.baseline}: {'; '.join(parts)}."
+        panels.append(
+            _panel(group, alt, names, limits, draw, f"points above {comparison.baseline}, each task a dot", True)
+        )
+    return panels
+
+
+def run_strip(comparison: Comparison) -> list[Panel]:
+    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale."""
+    panels = []
+    for group in comparison.groups:
+        means = {name: 100 * comparison.arm(group, name).run_means for name in comparison.designs}
+        limits = padded([float(value) for values in means.values() for value in values])
+
+        def draw(axes: Axes, means: dict[str, Any] = means) -> None:
+            for place, values in enumerate(means.values()):
+                _dots(axes, place, values)
+
+        parts = [f"{name} {', '.join(number(float(value)) for value in values)}" for name, values in means.items()]
+        alt = f"Runs, {group}: mean score of each seed: {'; '.join(parts)}."
+        panels.append(_panel(group, alt, list(means), limits, draw, "mean score ×100, each seed a dot", False))
+    return panels
+
+
+def _span(row: Row) -> tuple[float | None, float, float | None]:
+    """(low, estimate, high) of the scope that the row supports, 0–1."""
+    source = row.verdict or row
+    return source.ci_low, source.difference, source.ci_high
+
+
+def focused(estimates: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
+    """A scale for estimates and the ends of their intervals; a few very wide intervals do not set it."""
+    low, high = padded([0.0, *estimates, *ends])
+    sizes = sorted(abs(end) for end in ends)
+    reach = max(2.5 * max(map(abs, estimates)), 2 * sizes[len(sizes) // 2]) if sizes else 0.0
+    return (max(low, -reach), min(high, reach)) if reach > 0 else (low, high)
+
+
+def padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    pad = 0.06 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, float]) -> None:
+    low, middle, high = _span(row)
+    edge = MARKS[word][2]
+    if row.verdict:
+        reach = 100 * row.verdict.detectable
+        axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
+    if low is not None and high is not None:
+        _bar(axes, place, 100 * low, 100 * high, edge, limits)
+    elif row.p_value is not None:  # too few tasks to bound the difference
+        axes.plot(limits, (place, place), color=edge, linewidth=1.4, linestyle=(0, (1, 2.2)), zorder=2)
+    _mark(axes, place, 100 * middle, word)
+
+
+def _bar(axes: Axes, place: int, low: float, high: float, colour: str, limits: tuple[float, float]) -> None:
+    """An interval; an arrow where it goes on beyond the scale."""
+    shown = max(low, limits[0]), min(high, limits[1])
+    axes.plot(shown, (place, place), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
+    for beyond, edge, arrow in ((low < limits[0], limits[0], "<"), (high > limits[1], limits[1], ">")):
+        if beyond:
+            axes.plot([edge], [place], arrow, color=colour, markersize=5, clip_on=False, zorder=2)
+
+
+def _mark(axes: Axes, place: int, value: float, word: str) -> None:
+    marker, size, edge, face = MARKS[word]
+    axes.plot(
+        [value], [place], marker, color=edge, markerfacecolor=face, markersize=size, markeredgewidth=1.4, zorder=3
+    )
+
+
+def _dots(axes: Axes, place: int, values: Any) -> None:
+    shifts = [(-0.16, 0.16, 0.0)[i % 3] if len(values) > 5 else 0.0 for i in range(len(values))]
+    mean = float(values.mean())
+    axes.plot([mean, mean], [place - 0.34, place + 0.34], color=INK, linewidth=1.6, zorder=2)
+    axes.plot(
+        list(values), [place + shift for shift in shifts], "o", color=BETTER, markerfacecolor="none",
+        markersize=5, markeredgewidth=1.1, zorder=3,
+    )  # fmt: skip
+
+
+def _panel(
+    group: str,
+    alt: str,
+    names: Sequence[str],
+    limits: tuple[float, float],
+    draw: Callable[..., None],
+    axis: str,
+    sign: bool,
+    above: bool = False,
+) -> Panel:
+    """Rows under each other, named at the left or, where names are long, `above` their row; a scale below."""
+    letters = 3 * LABEL_LETTERS if above else LABEL_LETTERS
+    labels = [name if len(name) <= letters else name[: letters - 1] + "…" for name in names]
+    labels = [label.replace("$", r"\$") for label in labels]
+    left = 16.0 if above else min(LETTER * max(map(len, labels)) + 16, 0.46 * WIDTH)
+
+    def rows(axes: Axes) -> None:
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        axes.set_xlim(*limits)
+        axes.set_ylim(len(names) - 0.5, -0.9 if above else -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value, axes.get_xticks(), sign)))
+        axes.grid(axis="x", color=RULE, linewidth=0.7)
+        axes.set_yticks([] if above else range(len(names)), [] if above else labels)
+        for place, label in enumerate(labels if above else []):
+            axes.text(limits[0], place - 0.34, label, color=INK, fontsize=11, va="center", bbox=ON_PAPER)
+        axes.set_xlabel(axis.replace("$", r"\$"), color=MUTED, fontsize=11, labelpad=4)
+        draw(axes)
+
+    return sketch(group, alt, (1.6 if above else 1) * ROW * len(names) + TOP + AXIS, left, RIGHT, rows)
+
+
+def sketch(group: str, alt: str, height: float, left: float, right: float, draw: Callable[[Axes], None]) -> Panel:
+    """A panel of `height` px with margins of `left` and `right` px, drawn into bare axes by `draw`."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    salt = re.sub(r"\W+", "-", f"{group} {alt}")
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}):
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+        axes = figure.add_axes(
+            (left / WIDTH, AXIS / height, (WIDTH - left - right) / WIDTH, (height - TOP - AXIS) / height), frameon=False
+        )
+        axes.tick_params(axis="x", length=0, pad=5, labelcolor=MUTED, labelsize=11)
+        axes.tick_params(axis="y", length=0, pad=7, labelcolor=INK, labelsize=12)
+        axes.set_axisbelow(True)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return Panel(group, _inline(buffer.getvalue(), alt), alt)
+
+
+def tick(value: float, ticks: Any, sign: bool) -> str:
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
+    digits = next((d for d in range(4) if abs(round(step, d) - step) < 1e-9), 3)
+    return "0" if abs(value) < 1e-9 else number(value, digits, sign)
+
+
+def _inline(svg: str, alt: str) -> str:
+    """matplotlib's file as an element of a page: no prolog, metadata or style of its own, the page's font, colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1\.1"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', f' role="img" aria-label="{html.escape(alt)}"', svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r" font-family: [^;\"]*;?", "", svg).replace("\n", " ")
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return re.sub(r"<defs>\s*</defs>", "", re.sub(r"\s{2,}", " ", svg)).replace("> <", "><")

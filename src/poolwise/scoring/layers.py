@@ -1,0 +1,196 @@
+"""The layers of a trained design: what its pooling looks at, and how good each layer is alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Module
+from torch import Tensor, nn
+
+from poolwise.data.tasks import Task
+from poolwise.encoding.fast import sentence_vectors
+from poolwise.errors import ModelError
+from poolwise.model.backbone import Backbone
+from poolwise.model.encoder import PoolingHead
+from poolwise.model.hooks import LayerCollector
+from poolwise.pooling.heads import LayerCrossAttention
+from poolwise.scoring.evaluate import evaluate
+
+
+def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 8) -> NDArray[np.float64]:
+    """(L,) share of the attention that goes to each layer, lowest first, sum 1: mean over texts, heads and latents.
+
+    The weights are those of the head's forward, softmax(Q_h K_hᵀ / √E) over the L layer vectors of a text.
+
+    Args:
+        encoder: of a `layer_cross_attention` design.
+        texts: encoded as documents; at least one.
+
+    Raises:
+        ModelError: another pooling, or no text.
+    """
+    head = _head(encoder)
+    if not texts:
+        raise ModelError("layer_attention: no texts to look at; give at least one")
+    total: list[Tensor] = []
+
+    def look(module: Any, inputs: tuple[Any, ...]) -> None:
+        total.append(_attention(head, inputs[0]).mean(dim=(1, 2)).double().sum(dim=0).cpu())  # (L,) over the batch
+
+    handle = head.register_forward_pre_hook(look)
+    try:
+        with torch.inference_mode():
+            encoder.encode(list(texts), batch_size=batch_size, prompt_name=_document(encoder), show_progress_bar=False)
+    finally:
+        handle.remove()
+    return (torch.stack(total).sum(dim=0) / len(texts)).numpy()
+
+
+def attends_to_layers(encoder: SentenceTransformer) -> bool:
+    """Whether `layer_attention` has an answer for this encoder."""
+    return any(isinstance(getattr(module, "head", None), LayerCrossAttention) for module in encoder)
+
+
+def layer_weights(encoder: SentenceTransformer) -> NDArray[np.float64] | None:
+    """(L, D): the learned vector that the head adds to each layer's, or None where it has none.
+
+    Raises:
+        ModelError: another pooling.
+    """
+    weights = _head(encoder).layer_weights
+    return None if weights is None else weights.detach().double().cpu().numpy()
+
+
+def _head(encoder: SentenceTransformer) -> LayerCrossAttention:
+    found = next((module for module in encoder if isinstance(module, PoolingHead)), None)
+    head = None if found is None else cast(Any, found.head)
+    if not isinstance(head, LayerCrossAttention):
+        what = found.pooling if found else "no pooling of poolwise"
+        raise ModelError(f"{what}: only layer_cross_attention attends to layers; give an encoder of such a design")
+    return head
+
+
+def _document(encoder: SentenceTransformer) -> str | None:
+    return "document" if encoder.prompts.get("document") else None
+
+
+def _attention(head: LayerCrossAttention, states: Tensor) -> Tensor:
+    """Layer vectors (B, L, D) -> attention weights (B, heads, latents, L) fp32."""
+    states, _ = head.prepare(states, None)
+    query = head._split(head.to_q(head.norm_latents(head.latents)))  # (H, R, E)
+    key = head._split(head.to_k(head.norm_states(states)))  # (B, H, L, E)
+    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+Array = NDArray[np.float32]
+CHUNK = 1024
+"""Texts that are encoded at a time."""
+
+
+def probe_layers(
+    encoder: SentenceTransformer,
+    tasks: Sequence[Task],
+    *,
+    identity: str,
+    reduce: str,
+    prompts: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+) -> list[dict[str, Any]]:
+    """Main rows of `evaluation.evaluate` for each layer, with `layer` (1 the lowest, L the last, after its norm).
+
+    reduce: `last` or `mean`, what stands for a layer's tokens. The head is left out.
+    """
+    with tempfile.TemporaryDirectory(prefix="poolwise-layers-") as folder:
+        layers = EveryLayer(encoder, reduce, Path(folder))
+        try:
+            rows = []
+            for task in tasks:  # all layers of a task, then the next: its texts are fresh in memory
+                for layer in range(layers.count):
+                    view = OneLayer(layers, layer)
+                    found = evaluate(
+                        view, [task], identity=f"{identity}-layer-{layer + 1}", batch_size=batch_size, items=False,
+                        prompts=prompts,
+                    )  # fmt: skip
+                    rows += [{**row, "layer": layer + 1} for row in found]
+            return rows
+        finally:
+            layers.close()
+
+
+class EveryLayer:
+    """The vectors of all layers of an encoder's backbone: (N, L, D) in a file in `folder`, each text encoded once."""
+
+    def __init__(self, encoder: SentenceTransformer, reduce: str, folder: Path) -> None:
+        self.encoder, self.folder = encoder, folder
+        self.backbone = cast(Backbone, encoder[0])
+        self._own = self.backbone.collector
+        self._collector = LayerCollector(self.backbone.model, reduce=reduce)
+        self.backbone.collector = self._collector
+        config = self.backbone.model.config.get_text_config()
+        self.count, self.width = config.num_hidden_layers, config.hidden_size
+        self._flat = SentenceTransformer(modules=[cast(nn.Module, self.backbone), _Flat()], device=str(encoder.device))
+        self._flat.prompts = encoder.prompts
+        self._known: dict[tuple[str | None, str, str], tuple[int, int]] = {}
+        self._files: list[Any] = []
+
+    def close(self) -> None:
+        """Leave the backbone as it was found."""
+        self._collector.remove()
+        self.backbone.collector = self._own
+
+    def vectors(self, layer: int, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
+        """(N, D) vectors of one layer."""
+        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self._known]
+        if new:
+            self._keep(new, side, prompt, batch_size)
+        places = [self._known[side, prompt, text] for text in texts]
+        return np.stack([self._files[file][row, layer] for file, row in places])
+
+    def _keep(self, texts: list[str], side: str | None, prompt: str, batch_size: int) -> None:
+        path = self.folder / f"{len(self._files)}.f32"
+        kept = np.memmap(path, dtype=np.float32, mode="w+", shape=(len(texts), self.count, self.width))
+        for start in range(0, len(texts), CHUNK):
+            part = texts[start : start + CHUNK]
+            flat = sentence_vectors(self._flat, part, side, prompt, batch_size)
+            kept[start : start + len(part)] = flat.reshape(len(part), self.count, self.width)
+        self._known.update({(side, prompt, text): (len(self._files), row) for row, text in enumerate(texts)})
+        self._files.append(kept)
+
+
+class OneLayer:
+    """One layer of an encoder as a model that mteb can evaluate."""
+
+    def __init__(self, layers: EveryLayer, layer: int) -> None:
+        self.layers, self.layer = layers, layer
+
+    @property
+    def encoder(self) -> SentenceTransformer:
+        """The model whose layer this is."""
+        return self.layers.encoder
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """Its prompts."""
+        return self.layers.encoder.prompts
+
+    def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
+        """(N, D)."""
+        return self.layers.vectors(self.layer, texts, side, prompt, batch_size)
+
+
+class _Flat(Module):
+    """(B, L, D) layer vectors as one embedding (B, L · D)."""
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        features["sentence_embedding"] = features["layer_embeddings"].flatten(1)
+        return features
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """There is nothing to save."""

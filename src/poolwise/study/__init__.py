@@ -1,0 +1,1 @@
+"""What is compared: the study file and the catalogue of designs. No torch."""

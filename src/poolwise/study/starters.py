@@ -1,0 +1,131 @@
+"""Study files to start from: the paper's, the demo's, and a full factorial. Written as text a person edits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from poolwise.errors import PoolwiseError, suggest
+from poolwise.study.study import Study
+
+_FIVE = "\n".join(f'[[designs]]\npreset = "{name}"\n' for name in ("m1", "m2", "m3", "m4", "m5"))
+
+_CELLS = "\n".join(
+    f'[[designs]]\nname = "{short}-{mode[:2]}"\nattention = "{mode}"\npooling = "{pooling}"{arguments}\n'
+    for mode in ("causal", "bidirectional")
+    for short, pooling, arguments in (
+        ("last", "last_token", ""),
+        ("mean", "mean", ""),
+        ("last-ffn", "last_token_ffn", ""),
+        ("mean-ffn", "mean_ffn", ""),
+        ("cross", "cross_attention", ""),
+        ("layers", "layer_cross_attention", '\npooling_args = { tokens = "mean" }'),
+    )
+)
+
+DEMO_RECIPE = """\
+[recipe]
+base_model = "nano"
+dataset = "demo"
+steps = 16
+learning_rate = 5e-3
+head_learning_rate = 5e-3
+warmup_steps = 2
+batch_size = 24
+negatives = 1
+max_length = 128
+save_steps = 1000
+"""
+
+QUICK = ("overlap", "late", "topic")
+"""Mechanisms of `poolwise demo --quick`: every form, and m1 and m5 were predicted to differ on them."""
+QUICK_STEPS = 10
+
+TEMPLATES = {
+    "paper": f"""\
+# The five designs of "Pooling and Attention: What are Effective Designs for LLM-Based Embedding Models?"
+# (arXiv 2409.02727) with its recipe and tasks: several GPU-days for a 7B base. The heads are width-matched and masked;
+# use the presets m2-paper ... m5-paper for the computation of the paper's code.
+name = "paper"
+baseline = "m1"
+seeds = [0, 1, 2]
+tasks = ["paper"]
+references = ["untuned", "tfidf", "bm25"]
+
+[recipe]
+base_model = "mistralai/Mistral-7B-v0.1"
+dataset = "yixuantt/ir_data"
+steps = 1000
+learning_rate = 1e-5
+head_learning_rate = 1e-5
+warmup_steps = 100
+weight_decay = 0.01
+batch_size = 2048
+mini_batch_size = 8
+negatives = 1
+temperature = 0.05
+max_length = 1024
+dtype = "bfloat16"
+gradient_checkpointing = true
+save_steps = 100
+
+[recipe.lora]
+rank = 16
+alpha = 32
+dropout = 0.1
+target = "all-linear"
+
+{_FIVE}""",
+    "demo": f"""\
+# The built-in model and tasks: runs offline in minutes. What it can show is how designs differ on planted mechanisms.
+name = "demo"
+baseline = "m1"
+seeds = [0, 1, 2]
+tasks = ["demo"]
+references = ["untuned", "tfidf", "tfidf_chars", "bm25"]
+evaluate_at = [1.0]
+
+{DEMO_RECIPE}
+{_FIVE}""",
+    "factorial": f"""\
+# Every pooling under both attentions. m1 to m5 alone confound the two factors; here each main effect and their
+# interaction can be told apart, and the *-ffn designs are capacity controls: the trainable head without its attention.
+name = "factorial"
+baseline = "last-ca"
+seeds = [0, 1, 2]
+tasks = ["demo"]
+evaluate_at = [1.0]
+
+{DEMO_RECIPE}
+{_CELLS}""",
+}
+
+
+def write(template: str, to: Path | None = None) -> Path:
+    """Write a starter study. Raises PoolwiseError for an unknown template or a file that exists."""
+    if template not in TEMPLATES:
+        allowed = ", ".join(TEMPLATES)
+        raise PoolwiseError(f"template {template!r} is unknown; allowed: {allowed}{suggest(template, TEMPLATES)}")
+    path = to or Path(f"{template}.toml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATES[template])
+    except FileExistsError:
+        raise PoolwiseError(f"{path} exists; give another name with --to") from None
+    except OSError as error:
+        raise PoolwiseError(f"{path} cannot be written: {error.strerror}") from None
+    return path
+
+
+def demo_study(folder: Path, *, quick: bool = False) -> Study:
+    """The study of `poolwise demo`; its runs go to `folder/runs`. quick: m1 and m5, two seeds, `QUICK` mechanisms."""
+    import tomllib
+
+    from poolwise import demo
+
+    raw = tomllib.loads(TEMPLATES["demo"])
+    raw["output"] = str((folder / "runs").resolve())
+    if quick:
+        tasks = [name for name in demo.task_names() if name.removeprefix(demo.PREFIX).startswith(QUICK)]
+        raw["recipe"]["steps"] = QUICK_STEPS
+        raw.update(name="demo-quick", seeds=[0, 1], tasks=tasks, designs=[{"preset": "m1"}, {"preset": "m5"}])
+    return Study.parse(raw, where="demo")

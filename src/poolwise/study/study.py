@@ -1,0 +1,293 @@
+"""The study file: what is compared (designs), what is held equal (recipe), on what (tasks), how often (seeds).
+
+TOML in, frozen pydantic objects out. All mistakes are reported at once, each with its path, its value, what is
+allowed and the nearest guess. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from poolwise.errors import StudyError, explain, suggest
+from poolwise.study import design as grids
+from poolwise.study import design as own
+from poolwise.study.design import Design
+from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
+from poolwise.verdicts.table import TASK_TYPES
+
+
+def _seeds(value: object) -> object:
+    """`seeds = 3` means 0, 1, 2."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return tuple(range(value))
+    return to_tuple(value)
+
+
+def _load_code(raw: dict[str, Any]) -> None:
+    """Import the poolings of the user's own that a study names: among its designs, or in its grid."""
+    designs, axes = raw.get("designs"), raw.get("grid")
+    named = [d.get("pooling") for d in designs if isinstance(d, dict)] if isinstance(designs, list) else []
+    listed = axes.get("pooling") if isinstance(axes, dict) else ()
+    for pooling in [*named, *(listed if isinstance(listed, list | tuple) else [listed])]:
+        if isinstance(pooling, str) and own.is_own(pooling):
+            own.find_own(pooling)
+
+
+def _missing_baseline(baseline: object, names: list[str]) -> list[str]:
+    if not names or baseline in names:
+        return []
+    return [f"baseline = {baseline!r} is not among the designs; allowed: {', '.join(names)}{suggest(baseline, names)}"]
+
+
+def _axes(value: Any) -> Any:
+    """`latents = 16` is a list of one."""
+    if not isinstance(value, dict):
+        return value
+    return {name: to_tuple(found) if isinstance(found, list | tuple) else (found,) for name, found in value.items()}
+
+
+def _valid_designs(raw_designs: object) -> list[Design]:
+    """Those of the designs as written in which nothing is wrong."""
+    found = []
+    for raw in raw_designs if isinstance(raw_designs, list | tuple) else ():
+        with contextlib.suppress(ValidationError):
+            found.append(Design.model_validate(raw))
+    return found
+
+
+def _names(raw_designs: object) -> list[str]:
+    """The names of designs as written, valid or not."""
+    found = []
+    for raw in raw_designs if isinstance(raw_designs, list) else []:
+        if isinstance(raw, dict):
+            name = raw.get("name", raw.get("preset", f"{raw.get('pooling')}-{raw.get('attention')}"))
+            found.append(str(name))
+    return found
+
+
+class Study(Strict):
+    """A controlled comparison: every design trained once per seed under one recipe and scored on the same tasks."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    baseline: str = "m1"
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds)] = (0, 1, 2)
+    tasks: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ()
+    base_models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(to_tuple)] = ()
+    references: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ("untuned", "tfidf", "bm25")
+    controls: bool = True
+    evaluate_at: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(to_tuple)] = (
+        0.25,
+        0.5,
+        1.0,
+    )
+    margin: float = Field(default=0.005, gt=0, lt=1)
+    extend_to: int | None = None
+    type_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    output: str | None = None
+    allow_code: bool = False
+    recipe: Recipe = Field(default_factory=Recipe)
+    designs: Annotated[tuple[Design, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
+    tuning: Tuning | None = None
+    grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)] = Field(default_factory=dict)
+
+    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_grid(cls, raw: Any) -> Any:
+        """The designs that the grid spells out, after those that are listed."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("grid"), dict) or not raw["grid"]:
+            return raw
+        listed = raw.get("designs") or ()
+        made, _, mistakes = grids.expand(_axes(raw["grid"]), _valid_designs(listed), Design)
+        return raw if mistakes else {**raw, "designs": [*listed, *made]}
+
+    @field_validator("grid")
+    @classmethod
+    def _sensible_grid(cls, axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        if axes and (mistakes := grids.expand(axes, (), Design)[2]):
+            raise ValueError("\n".join(mistakes))
+        return axes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        names = [design.name for design in self.designs]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"designs: the name {name!r} is used {names.count(name)} times; give each design its own")
+        problems += _names_taken(names, self.references)
+        problems += _missing_baseline(self.baseline, names)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            problems.append(f"seeds = {list(self.seeds)}: give at least one seed, each once")
+        if self.extend_to is not None and self.extend_to <= len(self.seeds):
+            problems.append(
+                f"extend_to = {self.extend_to}: must be more than the {len(self.seeds)} seeds of the first look"
+            )
+        for kind in self.type_weights or ():
+            if kind not in TASK_TYPES:
+                allowed = ", ".join(TASK_TYPES)
+                problems.append(f"type_weights.{kind} is no task type; allowed: {allowed}{suggest(kind, TASK_TYPES)}")
+        if 1.0 not in self.evaluate_at:
+            problems.append(f"evaluate_at = {list(self.evaluate_at)} must contain 1.0, the end of the training")
+        if len(set(self.tasks)) != len(self.tasks):
+            problems.append("tasks: a task is listed twice")
+        if len(set(self.base_models)) != len(self.base_models):
+            problems.append(f"base_models = {list(self.base_models)}: give each base model once")
+        if self.tuning:
+            problems += self.tuning.problems(self.tasks, self.all_seeds)
+        if self.base_models and self.recipe.base_model != Recipe.model_fields["base_model"].default:
+            problems.append("give either base_models or recipe.base_model, not both")
+        code = [design.pooling for design in self.designs if own.is_own(design.pooling)]
+        if code and not self.allow_code:
+            problems.append(f"designs: {code[0]} is code of your own; say allow_code = true to have it imported")
+        prompted = self.recipe.query_prompt or self.recipe.document_prompt or self.recipe.prompts
+        for design in self.designs:
+            if "prefix" in design.attention and design.template == "plain" and not prompted:
+                problems.append(
+                    f"designs: {design.name} has attention = {design.attention!r}, and the recipe has no prompt that "
+                    "could be the prefix; give recipe.query_prompt or document_prompt, or another attention"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Study:
+        """Read a study file. Relative paths in it are relative to its folder.
+
+        Raises StudyError with every mistake in the file.
+        """
+        path = Path(path)
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
+            raise StudyError([f"no such file{near} Make one with `poolwise init demo`"], str(path)) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError([f"cannot be read: {error}"], str(path)) from None
+        except tomllib.TOMLDecodeError as error:
+            raise StudyError([f"is not valid TOML: {error}"], str(path)) from None
+        return cls.parse(raw, base_dir=path.resolve().parent, where=str(path))
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], base_dir: Path | None = None, where: str = "study") -> Study:
+        """Validate a study given as plain dictionaries, as TOML reads them."""
+        allowed = raw.get("allow_code") is True
+        try:
+            with own.allowing_code(allowed, base_dir):
+                _load_code(raw if allowed else {})
+                study = cls.model_validate(raw)
+        except StudyError as error:
+            raise StudyError(error.problems, where) from None
+        except ValidationError as error:
+            problems = explain(error, _MODELS)
+            if any(line.startswith("grid") for line in problems):  # what it would have made is missing from the designs
+                problems = [line for line in problems if not line.startswith(("designs = ", "designs is missing"))]
+            if not any(line.startswith("baseline") for line in problems):  # other mistakes hide this one from pydantic
+                problems += _missing_baseline(raw.get("baseline", "m1"), _names(raw.get("designs")))
+            raise StudyError(problems, where) from None
+        study._base_dir = base_dir or Path.cwd()
+        return study
+
+    def load_code(self) -> None:
+        """Import the poolings of the user's own, in a process that got this study from another one."""
+        with own.allowing_code(self.allow_code, self.base_dir):
+            for design in self.designs:
+                if own.is_own(design.pooling):
+                    own.find_own(design.pooling)
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder that relative paths in the study start from."""
+        return self._base_dir
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs go: `output`, or `runs/NAME` in the working directory."""
+        return (self._base_dir / self.output) if self.output else Path("runs") / self.name
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The base models: `base_models`, or the recipe's one."""
+        return self.base_models or (self.recipe.base_model,)
+
+    def on_base(self, name: str) -> Study:
+        """The same study on one of its base models."""
+        recipe = self.recipe.model_copy(update={"base_model": name})
+        return self.model_copy(update={"recipe": recipe, "base_models": ()})
+
+    @property
+    def grid_notes(self) -> list[str]:
+        """A line for each combination of the grid that is no design of its own."""
+        return grids.expand(self.grid, self.designs, Design)[1] if self.grid else []
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The planned seeds, and the next numbers up to `extend_to` seeds where an extension is declared."""
+        more = range((self.extend_to or 0) - len(self.seeds))
+        return self.seeds + tuple(max(self.seeds) + 1 + i for i in more)
+
+    def extended(self) -> Study:
+        """The same study with the seeds of its declared extension. Raises StudyError where none is declared."""
+        if self.extend_to is None:
+            raise StudyError(
+                ["no extension is declared, and seeds added after a look make a verdict exploratory: write "
+                 "`extend_to = 5` into the file before the first run"]
+            )  # fmt: skip
+        return self.model_copy(update={"seeds": self.all_seeds})
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that bears on results: all but the name, the output folder and the trackers."""
+        content = self.model_dump(
+            mode="json", exclude={"name": True, "output": True, "grid": True, "recipe": {"report_to": True}}
+        )
+        return content_hash(content)
+
+    def design(self, name: str) -> Design:
+        """The design of that name. Raises StudyError with the nearest guess."""
+        for design in self.designs:
+            if design.name == name:
+                return design
+        names = [design.name for design in self.designs]
+        raise StudyError([f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"])
+
+
+def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:
+    """Mistakes: names that a study gives to its control arms and references, and those that would share a folder."""
+    taken = {"broken", *references, *(f"{name}{end}" for name in names for end in ("-aa", "-untuned"))}
+    problems = [
+        f"designs: the name {name!r} is that of a control arm or a reference; give the design another"
+        for name in dict.fromkeys(names)
+        if name in taken or name.startswith("ladder-")
+    ]
+    folders: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = folders.setdefault("".join(c if c.isalnum() or c in "-_." else "-" for c in name), name)
+        if other != name:
+            problems.append(f"designs: the names {other!r} and {name!r} differ only in characters that no folder keeps")
+    return problems
+
+
+def content_hash(content: Any, length: int = 16) -> str:
+    """Hash of JSON-able content, independent of key order."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+_MODELS: dict[str, type[BaseModel]] = {
+    "": Study,
+    "recipe": Recipe,
+    "recipe.lora": Lora,
+    "recipe.sources": Source,
+    "designs": Design,
+    "tuning": Tuning,
+}

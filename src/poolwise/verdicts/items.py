@@ -1,0 +1,359 @@
+"""Systems compared on one data set, item by item."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from poolwise import stats
+from poolwise.errors import StatisticsError, suggest
+from poolwise.stats.exact import midranks
+from poolwise.stats.resample import correlation
+from poolwise.verdicts.table import NOT_IN_RUN
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+Array = NDArray[np.float64]
+NOUNS = {
+    "Retrieval": "queries", "Reranking": "queries", "Classification": "examples", "Clustering": "sets",
+    "STS": "pairs", "PairClassification": "pairs",
+}  # fmt: skip
+OUTPUT = "cosine"  # metric of rows that hold a model's output, to be measured against the column `gold`
+MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
+LISTED = 5  # names that a message spells out
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Items of one task × split × subset that every run has: `runs` of each design, (runs, items), sorted by item id.
+
+    `gold` (items,) where the scores are outputs to be measured against it. `lacking` names the items left out because
+    a run lacks them; `with_zeros` is each design's mean with a 0 for those.
+    """
+
+    task: str
+    task_type: str
+    metric: str
+    runs: dict[str, Array]
+    seeds: dict[str, tuple[int, ...]]
+    gold: Array | None
+    lacking: tuple[str, ...]
+    with_zeros: dict[str, float]
+
+    @property
+    def noun(self) -> str:
+        """What an item is called."""
+        return NOUNS.get(self.task_type, "items")
+
+
+def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
+    """The item rows of one task at each run's last step."""
+    import polars as pl
+
+    items = frame.filter(pl.col("item_id").is_not_null())
+    known = items["task"].unique(maintain_order=True).to_list()
+    if not known:
+        raise StatisticsError("the scores hold no items (rows with an item_id); only main scores can be compared")
+    if task not in known:
+        why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
+        names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
+        raise StatisticsError(f"task {task!r} {why}; tasks with items: {names}{suggest(task, known)}")
+    last = pl.col("step").max().over("design", "seed")
+    return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
+
+
+def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
+    """The step of each design's checkpoints; refused where one run of a design stopped earlier than another."""
+    steps: dict[str, int | None] = {}
+    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
+        if steps.setdefault(design, step) != step:
+            raise StatisticsError(
+                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
+                "them with `poolwise run`, or leave the short ones out"
+            )
+    return steps
+
+
+def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
+    """The metric of the rows to compare: what was asked for, the task's main one, or the only one."""
+    import polars as pl
+
+    kind = rows["task_type"][0]
+    found = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
+    if wanted is None:
+        main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
+        wanted = next((name for name in (*main, *found) if name in found and (name in main or len(found) == 1)), None)
+        if wanted is None:
+            raise StatisticsError(f"{task}: items have several metrics ({', '.join(found)}); choose one")
+    if wanted not in {*found, *found.values()}:
+        raise StatisticsError(
+            f"metric {wanted!r} is not there for the items of {task!r}; allowed: {', '.join(found)}"
+            f"{suggest(wanted, found)}"
+        )
+    return found.get(wanted, wanted)
+
+
+def data_sets(rows: pl.DataFrame, task: str, metric: str, missing: str) -> list[DataSet]:
+    import polars as pl
+
+    rows = rows.filter(pl.col("metric") == metric)
+    if "note" in rows.columns:
+        rows = rows.with_columns(pl.when(pl.col("note").ne_missing(NOT_IN_RUN)).then("score").alias("score"))
+    expected = sorted(rows.select("design", "seed").unique().iter_rows())
+    cells = rows.partition_by("split", "subset", as_dict=True, maintain_order=True)
+    return [
+        _data_set(part, task if len(cells) == 1 else f"{task} ({split}, {subset})", metric, missing, expected)
+        for (split, subset), part in cells.items()
+    ]
+
+
+def _data_set(part: pl.DataFrame, label: str, metric: str, missing: str, expected: list[tuple[str, int]]) -> DataSet:
+    import polars as pl
+
+    kind = part["task_type"][0]
+    noun = NOUNS.get(kind, "items")
+    part = part.with_columns((pl.col("item_id").rank("dense") - 1).alias("_item"))
+    names = part["item_id"].unique().sort().to_list()
+    table = np.full((len(expected), len(names)), np.nan)  # (runs, items)
+    gold = np.full_like(table, np.nan) if metric == OUTPUT else None
+    if gold is not None and (kind not in MEASURED or "gold" not in part.columns or part["gold"].is_null().any()):
+        raise StatisticsError(
+            f"{label}: rows of metric {OUTPUT!r} need a number in column 'gold' and the task type STS or "
+            f"PairClassification; this one is {kind}"
+        )
+    for run, scores in part.partition_by("design", "seed", as_dict=True).items():
+        place = scores["_item"].to_numpy()
+        table[expected.index(run), place] = scores["score"].to_numpy()  # type: ignore[arg-type]
+        if gold is not None:
+            gold[expected.index(run), place] = scores["gold"].to_numpy()
+    shared = ~np.isnan(table).any(axis=0)
+    lacking = [name for name, here in zip(names, shared, strict=True) if not here]
+    if not shared.any():
+        have = [
+            f"{design} seed {seed} has {listed([n for n, x in zip(names, row, strict=True) if x == x])}"
+            for (design, seed), row in zip(expected, table, strict=True)
+        ]
+        raise StatisticsError(f"{label}: no {noun} that all runs have; {'; '.join(have[:LISTED])}")
+    if lacking and missing == "error":
+        raise StatisticsError(
+            f"{label}: {len(lacking)} of {len(names)} {noun} lack a score in some run: {listed(lacking)}. Score them, "
+            'or leave them out of every run (missing="drop" in Python, --missing drop on the command line)'
+        )
+    if gold is not None:
+        gold = gold[:, shared]
+        if (different := np.flatnonzero((gold != gold[0]).any(axis=0))).size:
+            wrong = names[np.flatnonzero(shared)[different[0]]]
+            raise StatisticsError(f"{label}: gold of {wrong!r} differs between runs: they were scored on other data")
+    names_of = list(dict.fromkeys(design for design, _ in expected))
+    of = {name: [i for i, (design, _) in enumerate(expected) if design == name] for name in names_of}
+    return DataSet(
+        label, kind, MEASURED[kind] if metric == OUTPUT else metric,
+        {name: table[of[name]][:, shared] for name in names_of},
+        {name: tuple(expected[i][1] for i in of[name]) for name in names_of},
+        None if gold is None else gold[0], tuple(lacking),
+        {name: float(np.nan_to_num(table[of[name]]).mean()) for name in names_of},
+    )  # fmt: skip
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+CROSSED = "crossed"
+RANK_TESTS = ("wilcoxon", "signed_rank", "sign")
+FEW = 20  # items below which a percentile interval is noticeably too narrow
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One system against the baseline on one data set: design − baseline, in scores 0–1, with its 95 % interval.
+
+    `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope` says for what the line
+    speaks; `note` what else must be known to read it.
+    """
+
+    task: str
+    metric: str
+    design: str
+    baseline: str
+    n: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float
+    test: str
+    scope: str
+    note: str
+
+
+class Found(NamedTuple):
+    """What a test found: the difference, its interval and p, its own name and what to know about it."""
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    test: str
+    notes: tuple[str, ...]
+
+
+def compare_items(
+    frame: pl.DataFrame,
+    task: str,
+    *,
+    design: str | None = None,
+    baseline: str | None = None,
+    metric: str | None = None,
+    missing: str = "error",
+    controls: Iterable[str] = (),
+    test: str | None = None,
+    seed: int = 0,
+) -> tuple[Paired, ...]:
+    """Compare designs with a baseline on the items of one task; each split and subset is a data set of its own.
+
+    Args:
+        frame: the long table with per-item rows; earlier steps are ignored.
+        design: the one to compare; by default all but the baseline and the controls.
+        baseline: by default the first design of the table.
+        metric: by default the task's main one.
+        missing: `error` refuses items that a run lacks; `drop` leaves them out of every run and says so in the note.
+        test: None, the one for the task's type; rank tests over items are refused with the reason.
+        seed: of the resampling; the same seed gives the same numbers.
+
+    Raises:
+        StatisticsError: unknown task, design, baseline, metric or test; no items; gaps; different gold values; runs of
+            one design that stopped at different steps.
+    """
+    _check_words(test, missing)
+    rows = items_of(frame, task)
+    present = rows["design"].unique(maintain_order=True).to_list()
+    baseline = baseline or present[0]
+    for role, name in (("baseline", baseline), ("design", design)):
+        if name is not None and name not in present:
+            hint = suggest(name, present)
+            raise StatisticsError(
+                f"{role} {name!r} has no items of {task!r}; designs with some: {', '.join(present)}{hint}"
+            )
+    outside = set(controls) | {baseline}
+    others = [design] if design else [name for name in present if name not in outside]
+    if not others or others == [baseline]:
+        raise StatisticsError(f"a comparison needs two designs; {task!r} has items of {', '.join(present)} only")
+    import polars as pl
+
+    rows = rows.filter(pl.col("design").is_in([baseline, *others]))
+    steps = last_steps(rows)
+    sets = data_sets(rows, task, item_metric(frame, rows, task, metric), missing)
+    lines = [line for data in sets for other in others for line in _contrast(data, baseline, other, steps, seed)]
+    adjusted = dict.fromkeys(range(len(lines)), math.nan)
+    for at_designs in (False, True):
+        chosen = [i for i, line in enumerate(lines) if (line.test == CROSSED) == at_designs]
+        if chosen:
+            adjusted.update(zip(chosen, stats.holm([lines[i].p_value for i in chosen]).tolist(), strict=True))
+    return tuple(replace(line, p_holm=adjusted[i]) for i, line in enumerate(lines))
+
+
+def to_json(lines: Sequence[Paired]) -> dict[str, Any]:
+    """What `poolwise compare --json` prints of item-level comparisons."""
+    return {"comparisons": [asdict(line) for line in lines]}
+
+
+def _check_words(test: str | None, missing: str) -> None:
+    if test in RANK_TESTS:
+        raise StatisticsError(stats.PER_QUERY_RANK_TESTS_REFUSED)
+    if test is not None:
+        raise StatisticsError(f"test={test!r}: leave it out; the task's type chooses the test on items")
+    if missing not in ("error", "drop"):
+        hint = suggest(missing, ["error", "drop"])
+        raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
+
+
+def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
+    """The line for the checkpoints, and the one for the designs where runs allow it."""
+    a, b = data.runs[base], data.runs[name]
+    n, rng = a.shape[1], np.random.default_rng(seed)
+    found = _by_mean(data, a, b, rng) if data.gold is None else _by_gold(data, a, b, data.gold, rng)
+    general = []
+    if data.lacking:
+        of = f"{len(data.lacking)} of {n + len(data.lacking)} {data.noun}"
+        general.append(f"left out, as some run lacks them: {of} ({listed(data.lacking)})")
+        if data.gold is None:
+            general.append(f"with 0 for those the difference is {data.with_zeros[name] - data.with_zeros[base]:.4f}")
+    if steps[base] != steps[name]:
+        general.append(f"trained for other numbers of steps: {name} {steps[name]}, {base} {steps[base]}")
+    runs = "these two checkpoints"
+    if len(a) + len(b) > 2:
+        runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
+    lines = [(found, runs)]
+    if data.gold is None and min(len(a), len(b)) > 1 and n > 1:
+        lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
+    return [
+        Paired(
+            data.task, data.metric, name, base, n, test.difference, test.ci_low, test.ci_high, test.p_value, math.nan,
+            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *general]),
+        )
+        for test, scope in lines
+    ]  # fmt: skip
+
+
+def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Found:
+    """A score that is a mean over items: permutation or McNemar, with the bootstrap's interval."""
+    x, y = a.mean(axis=0), b.mean(axis=0)
+    interval = stats.paired_bootstrap(x, y, rng)
+    moved, notes = int((x != y).sum()), _size_notes(data, len(x))
+    if data.task_type == "Clustering":
+        notes.append("sets drawn again from one data set overlap, which makes p and the interval too small")
+    if data.task_type == "Classification" and np.isin([x, y], (0, 1)).all():
+        test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum())).p_value
+    else:
+        test, p = "paired permutation", stats.paired_permutation(x, y, rng).p_value
+        if data.task_type == "Classification":
+            notes.append("an example's score is a share of experiments, so McNemar's test does not apply")
+    if moved == 0:
+        notes.append(f"the scores are the same on all {data.noun}")
+    elif 2 / 2**moved > 0.05:
+        notes.append(f"only {moved} of {len(x)} {data.noun} differ, so p cannot fall below {2 / 2**moved:g}")
+    return Found(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes))
+
+
+def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Generator) -> Found:
+    """A score of all pairs together: the bootstrap redraws pairs."""
+    notes = _size_notes(data, len(gold))
+    if data.task_type == "STS":
+        found, test = stats.spearman_bootstrap(a, b, gold, rng), "bootstrap of Spearman's correlation"
+        rho_a, rho_b, rho_ab = _spearman(a[0], gold), _spearman(b[0], gold), _spearman(a[0], b[0])
+        if len(a) == len(b) == 1 and len(gold) > 3 and max(abs(rho_a), abs(rho_b)) < 1:
+            zou = stats.zou_interval(rho_a, rho_b, rho_ab, len(gold))
+            notes.append(f"check, Zou's interval: {zou.ci_low:.4f} to {zou.ci_high:.4f}")
+    else:
+        found, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
+    return Found(found.difference, found.ci_low, found.ci_high, found.p_value, test, tuple(notes))
+
+
+def _over_runs(data: DataSet, base: str, name: str) -> Found:
+    """Random runs × random items; other designs with the same seeds lend their run variance."""
+    seeds = data.seeds[base]
+    lent = [
+        runs for other, runs in data.runs.items() if other not in (base, name) and data.seeds[other] == seeds
+    ] if data.seeds[name] == seeds else []  # fmt: skip
+    found = stats.crossed(data.runs[base], data.runs[name], pool=lent)
+    note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {found.run_sd:.4f} ({found.scope})"
+    return Found(
+        found.difference, found.ci_low, found.ci_high, found.p_value, CROSSED, (note, *filter(None, [found.note]))
+    )
+
+
+def _size_notes(data: DataSet, n: int) -> list[str]:
+    return [f"few {data.noun}: the bootstrap's interval is too narrow"] if n < FEW else []
+
+
+def _spearman(x: Array, y: Array) -> float:
+    return float(correlation(midranks(x)[None], midranks(y)[None], np.ones((1, len(x))))[0])

@@ -1,0 +1,198 @@
+"""The long table of scores: one row for each design × seed × task × split × subset, and one for each item where kept.
+
+| column | meaning |
+|---|---|
+| `design`, `seed` | what was trained (a design, a model, a system) and which run of it |
+| `task`, `task_type`, `metric`, `score` | what was measured; scores lie in 0–1 (correlations in −1–1) |
+| `step` | optimiser step of the evaluated checkpoint; null where it does not apply |
+| `source` | the data set a task was made from; null: the task is its own source |
+| `split`, `subset` | as in mteb; null where a file does not say |
+| `item_id` | query, example or set of a per-item score; null on the main score |
+
+Any further column is provenance and kept as it is. `results.py` reads and writes this table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from poolwise.errors import DataError, suggest
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+REQUIRED = ("design", "seed", "task", "task_type", "metric", "score")
+OPTIONAL = ("step", "source", "split", "subset", "item_id")
+KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
+SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
+NOT_IN_RUN = "query not in the run"  # `note` of an item whose score of 0 means that nothing was ranked for it
+EXAMPLES = 5  # mistakes of one kind that are spelt out
+
+
+def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFrame:
+    """The validated long table of rows that are dictionaries, e.g. those of `poolwise.evaluate`.
+
+    Raises:
+        DataError: there is no row, or one of them breaks a rule of `validate`.
+    """
+    import polars as pl
+
+    rows = list(rows)
+    if not rows:
+        raise DataError(f"{where}: no scores at all")
+    return validate(pl.from_dicts(rows, infer_schema_length=None), where)
+
+
+def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1) -> pl.DataFrame:
+    """Check a table of scores, convert its columns and add the optional ones as nulls.
+
+    `unit` and `first` say how rows are named in messages ("line 2" is a CSV's first row of data).
+
+    Raises:
+        DataError: missing columns, empty cells, seeds or steps that are no whole numbers, scores that are no numbers or
+            out of range, tasks with two types or two sources, duplicate rows. All are listed, a few examples of each.
+    """
+    import polars as pl
+
+    frame = frame.rename({name: name.strip().removeprefix("\ufeff") for name in frame.columns})
+    missing = [name for name in REQUIRED if name not in frame.columns]
+    if missing:
+        hints = "".join(f"\n  - {name!r} is missing{suggest(name, frame.columns)}" for name in missing)
+        extra = "\n  - one column only: is the file comma-separated?" if len(frame.columns) == 1 else ""
+        raise DataError(f"{where}: columns needed: {', '.join(REQUIRED)}{hints}{extra}")
+    text = [name for name in (*REQUIRED, *OPTIONAL) if name not in ("seed", "score", "step")]
+    absent = [pl.lit(None).alias(name) for name in OPTIONAL if name not in frame.columns]
+    frame = frame.with_columns(absent).with_columns(pl.col(text).cast(pl.String).str.strip_chars().replace("", None))
+    if any(frame[name].str.contains("\n", literal=True).any() for name in text):
+        unit, first = "row", 1  # quoted line breaks: lines of the file and rows differ
+    frame = frame.with_row_index("_row", offset=first)
+    frame = frame.filter(~pl.all_horizontal(pl.exclude("_row").is_null()))
+    if frame.is_empty():
+        raise DataError(f"{where}: a header and no scores")
+    typed = frame.with_columns(
+        pl.col("seed", "step").cast(pl.Int64, strict=False), pl.col("score").cast(pl.Float64, strict=False)
+    )
+    problems = _Problems(unit, frame)
+    for name in REQUIRED:
+        problems.add(f"{name} is empty", frame[name].is_null() if name != "score" else _empty(frame["score"]), None)
+    for name in ("seed", "step"):
+        wrong = typed[name].is_null() & frame[name].is_not_null()
+        if frame[name].dtype.is_float():
+            wrong = wrong | (typed[name].cast(pl.Float64) != frame[name])
+        problems.add(f"{name} must be a whole number", wrong.fill_null(False), name)
+    number = typed["score"]
+    problems.add("score is no number", ~_empty(frame["score"]) & ~number.is_finite().fill_null(False), "score")
+    low = pl.when(pl.col("metric").str.contains(SIGNED_METRICS)).then(-1.0).otherwise(0.0)
+    outside = typed.select(
+        (pl.col("score").is_finite() & ((pl.col("score") > 1 + 1e-9) | (pl.col("score") < low - 1e-9))).fill_null(False)
+    ).to_series()
+    scale = ""
+    if outside.any() and 1 < (number.filter(number.is_finite().fill_null(False)).median() or 0) <= 100:  # type: ignore[operator]
+        scale = "; they look like percentages: divide every score by 100"
+    problems.add("score must lie between 0 and 1 (a correlation: −1 and 1)" + scale, outside, "score")
+    for name in ("task_type", "source"):
+        words = typed.group_by("task").agg(pl.col(name).drop_nulls().unique().sort())
+        for task, found in words.filter(pl.col(name).list.len() > 1).sort("task").iter_rows():
+            listed = ", ".join(map(repr, found))
+            problems.lines.append(f"task {task!r} has {len(found)} values of {name}: {listed}; keep one")
+    key = [*KEY, "base"] if "base" in typed.columns else KEY
+    repeated = typed.select(pl.struct(key).is_duplicated()).to_series()
+    problems.add("the same design, seed, task, split, subset and metric stand there more than once", repeated, "task")
+    problems.stop(where)
+    order = [*REQUIRED[:2], "step", "task", "task_type", "source", "split", "subset", "metric", "score", "item_id"]
+    return typed.select([*order, *[name for name in typed.columns if name not in (*order, "_row")]])
+
+
+def _empty(column: pl.Series) -> pl.Series:
+    import polars as pl
+
+    if column.dtype == pl.String:
+        word = column.fill_null("").str.strip_chars().str.to_lowercase()
+        return word.is_in(["", "nan", "na", "null"])
+    return column.is_null() | (column.is_nan() if column.dtype.is_float() else column.is_null())
+
+
+class _Problems:
+    """Collects mistakes, a line for each kind with its first examples, so that all are told at once."""
+
+    def __init__(self, unit: str, frame: pl.DataFrame):
+        self.unit, self.frame, self.lines = unit, frame, list[str]()
+
+    def add(self, message: str, wrong: pl.Series, column: str | None) -> None:
+        if not wrong.any():
+            return
+        rows = self.frame.filter(wrong)
+        places = [
+            f"{self.unit} {row['_row']}" + (f" ({row[column]!r})" if column else "")
+            for row in rows.head(EXAMPLES).iter_rows(named=True)
+        ]
+        more = f" and {len(rows) - EXAMPLES} more" if len(rows) > EXAMPLES else ""
+        self.lines.append(f"{message}: {', '.join(places)}{more}")
+
+    def stop(self, where: str) -> None:
+        if self.lines:
+            raise DataError("\n".join([f"{where}: the scores cannot be used", *(f"  - {line}" for line in self.lines)]))
+
+
+def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the long table that hold main scores of final checkpoints: no items, each run's largest step only."""
+    import polars as pl
+
+    last = pl.col("step").max().over("design", "seed")
+    return frame.filter(pl.col("item_id").is_null()).filter(pl.col("step").eq_missing(last))
+
+
+TASK_TYPES = (
+    "BitextMining", "Classification", "Clustering", "InstructionReranking", "InstructionRetrieval",
+    "MultilabelClassification", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization",
+)  # fmt: skip
+"""mteb's words for the types of text tasks."""
+ORIGINS: tuple[tuple[str, str], ...] = (
+    (r"STS22", "sts22-news"),
+    (r"STS1[2-7]|STSBenchmark", "semeval-sts"),
+    (r"SICK-R", "sick"),
+    (r"Ar[xX]iv", "arxiv"),
+    (r"Biorxiv", "biorxiv"),
+    (r"Medrxiv", "medrxiv"),
+    (r"Reddit", "reddit"),
+    (r"StackExchange|StackOverflow|AskUbuntu|CQADupstack", "stackexchange"),
+    (r"Amazon", "amazon-reviews"),
+    (r"Massive", "massive"),
+    (r"MTOP", "mtop"),
+    (r"Twitter|Tweet|Emotion", "twitter"),
+    (r"FEVER|ClimateFEVER|HotpotQA|DBPedia|NQ", "wikipedia"),
+    (r"Touche2020", "touche"),
+    (r"SCIDOCS|SciDocs", "scidocs"),
+    (r"TwentyNewsgroups", "twentynewsgroups"),
+)
+"""(regular expression that a task's name begins with, origin)."""
+
+
+def origin(task: str) -> str | None:
+    """The origin that an official task shares with others; None where the table knows none.
+
+    A pattern ends at the end of a word: `STS12` is known, `STS120` and `NQueens` are not.
+    """
+    found = (name for pattern, name in ORIGINS if re.match(rf"(?:{pattern})(?![a-z0-9])", task))
+    return next(found, None)
+
+
+def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Sources of official tasks filled in where the table has none, and a note of those that now share one."""
+    import polars as pl
+
+    bare = frame.filter(pl.col("source").is_null())["task"].unique().to_list()
+    known = {task: name for task in sorted(bare) if (name := origin(task))}
+    if not known:
+        return frame, []
+    filled = pl.col("source").fill_null(pl.col("task").replace_strict(known, default=None, return_dtype=pl.String))
+    shared = [
+        f"{', '.join(tasks)} ({name})"
+        for name in dict.fromkeys(known.values())
+        if len(tasks := [task for task in known if known[task] == name]) > 1
+    ]
+    said = f"Averaged as one source each, by mteb's names (a column `source` overrides it): {'; '.join(shared)}."
+    return frame.with_columns(filled), [said] if shared else []
