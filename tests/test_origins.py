@@ -5,8 +5,9 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
+from poolwise.study.catalogue import ORIGINS, origin
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.table import origin, table
+from poolwise.verdicts.table import table
 from test_comparison import rows
 
 
@@ -45,8 +46,6 @@ def test_every_name_in_the_table_is_a_task_of_mteb():
     import re
 
     mteb = pytest.importorskip("mteb")
-    from poolwise.verdicts.table import ORIGINS
-
     names = {task.metadata.name for task in mteb.get_tasks()}
     for pattern, _ in ORIGINS:
         for part in pattern.split("|"):

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from poolwise.errors import TaskError, suggest
-from poolwise.verdicts.readers import HIGHEST_GRADE
 
+HIGHEST_GRADE = 1000
+"""The highest relevance grade allowed: trec_eval allocates memory for every grade up to it and crashes on high ones."""
 MTEB_TYPES = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
     "reranking": ("Reranking", "map_at_1000"),

@@ -12,7 +12,7 @@ from typing import Any, cast
 from poolwise.data.own_tasks import MTEB_TYPES, TaskData, content_identity, read_folder
 from poolwise.errors import PoolwiseError, TaskError, suggest
 from poolwise.files import cached_if_unreachable
-from poolwise.verdicts.table import origin
+from poolwise.study.catalogue import origin
 
 
 def mteb_task(name: str, data: TaskData, identity: str) -> Any:

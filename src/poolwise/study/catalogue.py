@@ -210,3 +210,38 @@ ALIASES: dict[str, str] = {
     "layers-bidirectional": "m5",
 }
 """The paper's long names of the presets."""
+
+TASK_TYPES = (
+    "BitextMining", "Classification", "Clustering", "InstructionReranking", "InstructionRetrieval",
+    "MultilabelClassification", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization",
+)  # fmt: skip
+"""mteb's names of the types of text tasks."""
+
+ORIGINS: tuple[tuple[str, str], ...] = (
+    (r"STS22", "sts22-news"),
+    (r"STS1[2-7]|STSBenchmark", "semeval-sts"),
+    (r"SICK-R", "sick"),
+    (r"Ar[xX]iv", "arxiv"),
+    (r"Biorxiv", "biorxiv"),
+    (r"Medrxiv", "medrxiv"),
+    (r"Reddit", "reddit"),
+    (r"StackExchange|StackOverflow|AskUbuntu|CQADupstack", "stackexchange"),
+    (r"Amazon", "amazon-reviews"),
+    (r"Massive", "massive"),
+    (r"MTOP", "mtop"),
+    (r"Twitter|Tweet|Emotion", "twitter"),
+    (r"FEVER|ClimateFEVER|HotpotQA|DBPedia|NQ", "wikipedia"),
+    (r"Touche2020", "touche"),
+    (r"SCIDOCS|SciDocs", "scidocs"),
+    (r"TwentyNewsgroups", "twentynewsgroups"),
+)
+"""(regular expression that matches the start of a task's name, the data source shared by those tasks)."""
+
+
+def origin(task: str) -> str | None:
+    """The data source that an official mteb task shares with others; None if `ORIGINS` does not list the task.
+
+    A pattern must end at the end of a word: `STS12` matches, `STS120` and `NQueens` do not.
+    """
+    matches = (name for pattern, name in ORIGINS if re.match(rf"(?:{pattern})(?![a-z0-9])", task))
+    return next(matches, None)

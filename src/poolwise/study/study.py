@@ -19,9 +19,9 @@ from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationE
 from poolwise.errors import StudyError, explain, suggest
 from poolwise.study import design as grids
 from poolwise.study import design as own
+from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
-from poolwise.verdicts.table import TASK_TYPES
 
 
 def _seeds(value: object) -> object:

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from poolwise.data.own_tasks import HIGHEST_GRADE
 from poolwise.errors import DataError, suggest
 from poolwise.files import write_atomic
 from poolwise.verdicts.table import NOT_IN_RUN, REQUIRED, table, validate
 
 if TYPE_CHECKING:
     import polars as pl
-
-
-HIGHEST_GRADE = 1000
-"""trec_eval sets memory aside for every grade up to the highest, and crashes on very high ones."""
 
 
 def read(path: str | Path) -> pl.DataFrame:

@@ -14,11 +14,11 @@ Any further column is provenance and kept as it is. `results.py` reads and write
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import DataError, suggest
+from poolwise.study.catalogue import origin
 
 if TYPE_CHECKING:
     import polars as pl
@@ -143,41 +143,6 @@ def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
 
     last = pl.col("step").max().over("design", "seed")
     return frame.filter(pl.col("item_id").is_null()).filter(pl.col("step").eq_missing(last))
-
-
-TASK_TYPES = (
-    "BitextMining", "Classification", "Clustering", "InstructionReranking", "InstructionRetrieval",
-    "MultilabelClassification", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization",
-)  # fmt: skip
-"""mteb's words for the types of text tasks."""
-ORIGINS: tuple[tuple[str, str], ...] = (
-    (r"STS22", "sts22-news"),
-    (r"STS1[2-7]|STSBenchmark", "semeval-sts"),
-    (r"SICK-R", "sick"),
-    (r"Ar[xX]iv", "arxiv"),
-    (r"Biorxiv", "biorxiv"),
-    (r"Medrxiv", "medrxiv"),
-    (r"Reddit", "reddit"),
-    (r"StackExchange|StackOverflow|AskUbuntu|CQADupstack", "stackexchange"),
-    (r"Amazon", "amazon-reviews"),
-    (r"Massive", "massive"),
-    (r"MTOP", "mtop"),
-    (r"Twitter|Tweet|Emotion", "twitter"),
-    (r"FEVER|ClimateFEVER|HotpotQA|DBPedia|NQ", "wikipedia"),
-    (r"Touche2020", "touche"),
-    (r"SCIDOCS|SciDocs", "scidocs"),
-    (r"TwentyNewsgroups", "twentynewsgroups"),
-)
-"""(regular expression that a task's name begins with, origin)."""
-
-
-def origin(task: str) -> str | None:
-    """The origin that an official task shares with others; None where the table knows none.
-
-    A pattern ends at the end of a word: `STS12` is known, `STS120` and `NQueens` are not.
-    """
-    found = (name for pattern, name in ORIGINS if re.match(rf"(?:{pattern})(?![a-z0-9])", task))
-    return next(found, None)
 
 
 def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
