@@ -48,7 +48,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def evaluation_texts() -> list[str]:
-    return [text for name in demo.task_names() for text in texts(demo.task_data(name).records)]
+    return [text for name in demo.task_names() for text in texts(demo.task_data(name)["records"])]
 
 
 def training_texts(seed: int = 0) -> list[str]:
@@ -58,7 +58,7 @@ def training_texts(seed: int = 0) -> list[str]:
 FINGERPRINT = """
 import hashlib, json
 from poolwise import demo
-whole = [demo.training_pairs(3), [dict(demo.task_data(name).records) for name in demo.task_names()]]
+whole = [demo.training_pairs(3), [dict(demo.task_data(name)["records"]) for name in demo.task_names()]]
 print(hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest())
 """
 
@@ -74,7 +74,7 @@ def test_same_data_in_every_process() -> None:
         ).stdout
         for seed in ("0", "1", "77")
     }
-    whole = [demo.training_pairs(3), [dict(demo.task_data(name).records) for name in demo.task_names()]]
+    whole = [demo.training_pairs(3), [dict(demo.task_data(name)["records"]) for name in demo.task_names()]]
     here = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     assert {line.strip() for line in found} == {here}
 
@@ -137,7 +137,7 @@ def test_sizes() -> None:
         items = 0
         for kind in KINDS:
             if f"demo/{mechanism}-{kind}" in demo.task_names():
-                records = demo.task_data(f"demo/{mechanism}-{kind}").records
+                records = demo.task_data(f"demo/{mechanism}-{kind}")["records"]
                 rows = records["queries"] if kind == "retrieval" else records["test"]
                 items += sum(len(row["sentences"]) for row in rows) if kind == "clustering" else len(rows)
         assert items >= 200, (mechanism, items)
@@ -147,19 +147,19 @@ def test_sizes() -> None:
 
 def test_records_are_whole() -> None:
     for name in demo.task_names():
-        data = demo.task_data(name)
-        if data.kind == "retrieval":
-            documents, queries = ([row["_id"] for row in data.records[part]] for part in ("corpus", "queries"))
+        kind, records = demo.task_data(name).values()
+        if kind == "retrieval":
+            documents, queries = ([row["_id"] for row in records[part]] for part in ("corpus", "queries"))
             assert len(set(documents)) == len(documents)
             assert len(set(queries)) == len(queries)
-            assert {row["corpus-id"] for row in data.records["qrels"]} <= set(documents)
-            assert {row["query-id"] for row in data.records["qrels"]} == set(queries)
-            assert len({row["text"] for row in data.records["corpus"]}) == len(documents)
-        elif data.kind == "classification":
-            counts = Counter(row["label"] for row in data.records["train"])
+            assert {row["corpus-id"] for row in records["qrels"]} <= set(documents)
+            assert {row["query-id"] for row in records["qrels"]} == set(queries)
+            assert len({row["text"] for row in records["corpus"]}) == len(documents)
+        elif kind == "classification":
+            counts = Counter(row["label"] for row in records["train"])
             assert min(counts.values()) >= 7
-            assert counts.keys() == {row["label"] for row in data.records["test"]}
-            assert not {row["text"] for row in data.records["train"]} & {row["text"] for row in data.records["test"]}
+            assert counts.keys() == {row["label"] for row in records["test"]}
+            assert not {row["text"] for row in records["train"]} & {row["text"] for row in records["test"]}
     for row in demo.training_pairs():
         assert len({row["query"], row["positive"], *row["negatives"]}) == 3
 
@@ -178,7 +178,7 @@ def test_meanings_of_a_group_have_the_same_words(name: str) -> None:
 @pytest.mark.parametrize("name", [*BOUND, "topic"])
 def test_bags_of_words_are_at_chance(name: str) -> None:
     """TF-IDF of words and of characters within words orders the pairs at random: |Spearman| below its 99.9 % bound."""
-    rows = demo.task_data(f"demo/{name}-sts").records["test"]
+    rows = demo.task_data(f"demo/{name}-sts")["records"]["test"]
     gold = [row["score"] for row in rows]
     for options in ({}, {"analyzer": "char_wb", "ngram_range": (3, 5)}):
         vectorizer = TfidfVectorizer(**options).fit(evaluation_texts())
@@ -189,7 +189,7 @@ def test_bags_of_words_are_at_chance(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["overlap", "early", "late"])
 def test_shared_words_solve_what_they_should(name: str) -> None:
-    rows = demo.task_data(f"demo/{name}-sts").records["test"]
+    rows = demo.task_data(f"demo/{name}-sts")["records"]["test"]
     vectorizer = TfidfVectorizer().fit(evaluation_texts())
     first, second = (vectorizer.transform([row[side] for row in rows]) for side in ("sentence1", "sentence2"))
     similarity = np.asarray(first.multiply(second).sum(axis=1)).ravel()

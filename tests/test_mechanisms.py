@@ -131,7 +131,7 @@ def test_wordings_of_one_meaning_are_one_item() -> None:
     assert {len(m.templates.eval_queries) for m in demo.MECHANISMS.values()} == {WORDINGS}
     names = [name for name in demo.task_names() if name.endswith("-retrieval")]
     for name in names:
-        records = demo.task_data(name).records
+        records = demo.task_data(name)["records"]
         relevant = {row["query-id"]: set() for row in records["qrels"]}  # type: ignore[var-annotated]
         for row in records["qrels"]:
             relevant[row["query-id"]].add(row["corpus-id"])

@@ -395,7 +395,10 @@ def test_reranking_gives_each_query_its_own_candidates_negatives_first_on_ties()
 def test_built_in_tasks_come_from_the_demo(monkeypatch, tmp_path):
     stub = SimpleNamespace(
         task_names=lambda: ["demo/roles-sts", "demo/tail-pair_classification"],
-        task_data=lambda name: TaskData("sts", {"test": [*STS, {"sentence1": name, "sentence2": "x", "score": 0}]}),
+        task_data=lambda name: {
+            "kind": "sts",
+            "records": {"test": [*STS, {"sentence1": name, "sentence2": "x", "score": 0}]},
+        },
     )
     monkeypatch.setitem(sys.modules, "poolwise.demo", stub)
     monkeypatch.setattr(poolwise, "demo", stub, raising=False)

@@ -382,7 +382,7 @@ def _built_in(name: str) -> list[Task]:
     if name not in names:
         raise TaskError(f"unknown built-in task {name!r} (allowed: demo, {', '.join(names)}){suggest(name, names)}")
     mechanism = name.removeprefix("demo/").rpartition("-")[0]
-    task = task_from_data(name, demo.task_data(name), source=mechanism or name)
+    task = task_from_data(name, TaskData(**demo.task_data(name)), source=mechanism or name)
     if task.task_type == "Classification":  # its training sets are small: mteb's ten draws from one differ little
         task.mteb.n_experiments = DEMO_EXPERIMENTS
     return [task]

@@ -6,8 +6,8 @@
     demo.task_names()             # ["demo/overlap-sts", ...]
     demo.task_data("demo/roles-retrieval")
 
-Every task is made from one planted mechanism (`poolwise.demo.mechanisms`), the training pairs from the same ones with
-other words and other templates. Importing this imports neither torch nor numpy.
+Every task is generated from one planted mechanism (`poolwise.demo.mechanisms`); the training pairs come from the same
+mechanisms with other words and other templates. Importing this package loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from poolwise.data.own_tasks import TaskData
 from poolwise.demo import mechanisms as forms
 from poolwise.demo.mechanisms import MECHANISMS
 from poolwise.errors import TaskError, suggest
@@ -50,10 +49,10 @@ def predictions() -> dict[str, Any]:
     and what it `plants`, in a few words.
     """
     content = (Path(__file__).parent / "predictions.toml").read_bytes()
-    said = tomllib.loads(content.decode())
-    written = said.pop("written")
-    said = {name: {**favours, "plants": MECHANISMS[name].plants} for name, favours in said.items()}
-    return {"sha256": hashlib.sha256(content).hexdigest(), "written": written.isoformat(), "mechanisms": said}
+    rows = tomllib.loads(content.decode())
+    written = rows.pop("written")
+    mechanisms = {name: {**row, "plants": MECHANISMS[name].plants} for name, row in rows.items()}
+    return {"sha256": hashlib.sha256(content).hexdigest(), "written": written.isoformat(), "mechanisms": mechanisms}
 
 
 def task_names() -> list[str]:
@@ -61,8 +60,8 @@ def task_names() -> list[str]:
     return [f"{PREFIX}{mechanism}-{kind}" for mechanism, kinds in forms.SIZES.items() for kind in kinds]
 
 
-def task_data(name: str) -> TaskData:
-    """The data of a built-in task, always the same.
+def task_data(name: str) -> dict[str, Any]:
+    """The data of a built-in task, always the same: `kind`, and its `records` as own evaluation folders hold them.
 
     Raises:
         TaskError: there is no such task.
@@ -70,4 +69,4 @@ def task_data(name: str) -> TaskData:
     if name not in task_names():
         raise TaskError(f"unknown demo task {name!r} (allowed: {', '.join(task_names())}){suggest(name, task_names())}")
     mechanism, kind = name.removeprefix(PREFIX).split("-")
-    return TaskData(kind, forms.records(mechanism, kind))
+    return {"kind": kind, "records": forms.records(mechanism, kind)}

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from poolwise.demo import PREFIX
+
 if TYPE_CHECKING:
     import polars as pl
 
 
-PREFIX = "demo/"
 ITEM = "#"
 WORDINGS = 2
 """Queries of one meaning in a built-in retrieval task, numbered one after the other."""
