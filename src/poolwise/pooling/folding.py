@@ -1,20 +1,20 @@
-"""Trainable heads at inference: whatever does not depend on the text is multiplied out once. Exact, and never saved.
+"""Trainable heads at inference: everything that does not depend on the text is multiplied out once; never saved.
 
-D width, R latents, H heads of width E, T attended vectors, F feed-forward width; z is a state after its norm, without
-the norm's scale g and shift s. The formulas of `heads` then read:
+The result is the same up to rounding. D width, R latents, H heads of width E, T attended vectors, F feed-forward width;
+z is a state after its norm, without the norm's scale g and shift s. The formulas of `heads` become:
 
-- Queries are constant: logits are z_t A_hᵀ with A_h = norm(Z) W_q,h W_k,hᵀ diag(g) / √E of shape R×D. s adds the same
-  number to all logits of a row, and subtracting the mean state from all z_t does too: softmax sees neither. The latter
-  keeps logits small, and so precise, where all states share a massive activation.
+- Queries are constant: logits are z_t A_hᵀ with A_h = norm(Z) W_q,h W_k,hᵀ diag(g) / √E of shape R×D. The shift s adds
+  one number to all logits of a row, and so does subtracting the mean state from all z_t; softmax ignores both. The
+  subtraction keeps logits small, hence precise, if all states share a massive activation.
 - W_o commutes with the weighted sum: X = Z + Σ_h s W_v,h W_o,h + Σ_ht P_ht z_t M_h, M_h = diag(g) W_v,h W_o,h of shape
-  D×D. Weights sum to 1, so s leaves a constant; where no token is attended to, the whole result is one.
-- The scale and shift of the second norm go into W_1 and b_1, its centring into the columns of W_1.
+  D×D. Weights sum to 1, so the term in s is constant; if no token is attended to, the whole result is constant.
+- The scale and shift of the second norm are merged into W_1 and b_1, its centring into the columns of W_1.
 - A head over one vector attends to it with weight 1, whatever the queries: H = 1, E the whole inner width, no A.
 - W_2 follows the mean over latents, as in `heads`.
 
-`Shape` says by multiply-adds what is multiplied out and in which order. Products are formed in fp64 and used in the
-dtype of the weights (or of autocast); norms, softmax, residual and mean are fp32. Texts go in chunks, so that the
-largest intermediate stays near `CHUNK` numbers.
+`Shape` decides by multiply-adds what is multiplied out and in which order. Products are computed in fp64 and used in
+the dtype of the weights (or of autocast); norms, softmax, residual and mean are fp32. Texts are processed in chunks
+that keep the largest intermediate near `CHUNK` numbers.
 """
 
 from __future__ import annotations
@@ -22,27 +22,41 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from poolwise.pooling.heads import Head
-
+from torch import Tensor, nn
 
 CHUNK = {"cpu": 2**23}
-"""Numbers in the largest intermediate by device: what a cache holds a part of …"""
+"""Numbers in the largest intermediate by device: on a CPU few enough for its cache …"""
 CHUNK_ELSEWHERE = 2**27
-"""… and on a GPU what keeps it busy."""
+"""… on a GPU enough to occupy it."""
 LOW_RANK_WIDTH = 512
-"""Below this width, passes over the (R, 2F) products cost more than a smaller W_1 saves."""
+"""Below this width, passes over the (R, 2F) products cost more than the smaller product with W_1 saves."""
+
+
+class Weights(Protocol):
+    """The parts of a head (`heads.Head`) that are folded. With `single` = False it also has `heads`, `norm_latents`
+    and the projections `to_q` and `to_k`."""
+
+    training: bool
+    single: bool  # it attends to one vector, so it needs no queries
+    latents: nn.Parameter  # (R, D)
+    norm_states: Any  # norms have a `kind`, a `weight` and perhaps a `bias`
+    norm_ffn: Any
+    to_v: Any  # linear layers
+    to_out: Any
+    ffn_in: Any
+    ffn_out: Any
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a head, and what follows from them; `single`: it attends to one vector (then heads = 1)."""
+    """The sizes of a head, and the cheapest way to compute it; `single`: it attends to one vector (then heads = 1)."""
 
     width: int
     latents: int
@@ -51,20 +65,33 @@ class Shape:
     hidden: int
     single: bool = False
 
+    @classmethod
+    def of(cls, head: Any) -> Shape:
+        """The shape of a head (`Weights`), which may be on the meta device."""
+        heads = 1 if head.single else head.heads
+        return cls(
+            width=head.latents.shape[1],
+            latents=len(head.latents),
+            heads=heads,
+            head_dim=len(head.to_v.weight) // heads,
+            hidden=head.ffn_out.in_features,
+            single=head.single,
+        )
+
     @property
     def folds_queries(self) -> bool:
-        """A_h pays instead of cached queries and W_k: R·D < E·(R + D), fewer numbers and fewer multiply-adds."""
+        """Whether A_h is cheaper than cached queries and W_k: R·D < E·(R + D), in memory and in multiply-adds."""
         return self.latents * self.width < self.head_dim * (self.latents + self.width)
 
     @property
     def merges_values(self) -> bool:
-        """M_h pays instead of the pair W_v, W_o: D² < 2·D·E."""
+        """Whether M_h is cheaper than the pair W_v, W_o: D² < 2·D·E."""
         return self.width < 2 * self.head_dim
 
     def value_costs(self, vectors: int) -> dict[str, int]:
         """Multiply-adds from z to X by order, for T vectors.
 
-        `states`: project each state, then sum; `latents`: sum states, then project; `between` (where M_h does not pay):
+        `states`: project each state, then sum; `latents`: sum states, then project; `between` (if M_h is not cheaper):
         W_v, sum, W_o, the usual order.
         """
         pair = self.width * min(self.width, 2 * self.head_dim)
@@ -87,7 +114,7 @@ class Shape:
         return min(costs, key=lambda name: costs[name])
 
     def low_rank(self, vectors: int) -> bool:
-        """W_1 pays before the weighted sum (rank H·T instead of R): it at least halves the work of a wide W_1."""
+        """Whether W_1 comes before the weighted sum (rank H·T instead of R): if that halves the work of a wide W_1."""
         rank = self.heads * (1 if self.single else vectors)
         fewer = 2 * rank * (self.latents + self.width) < self.latents * self.width
         return fewer and self.width >= LOW_RANK_WIDTH and self.order(vectors) == "states"
@@ -109,18 +136,18 @@ class Shape:
         return 2 * ((0 if self.single else logits) + values + gated + self.hidden * self.width)
 
 
-def foldable(head: Head) -> bool:
-    """Whether this call may use folded weights: evaluation, no gradients, weights whose changes can be seen."""
+def foldable(head: Weights) -> bool:
+    """Whether this call may use folded weights: evaluation, no gradients, weights whose changes are detectable."""
     return not (head.training or torch.is_grad_enabled()) and not any(
         parameter.is_inference() or parameter.is_meta for parameter in head.parameters()
     )
 
 
-def _stamp(head: Head) -> tuple[Any, ...]:
-    """Changes when a weight does, in place (optimisers, `load_state_dict`) or by replacement, and with autocast.
+def _stamp(head: Weights) -> tuple[Any, ...]:
+    """A value that changes with the weights, in place (optimisers, `load_state_dict`) or replaced, and with autocast.
 
-    What autograd cannot see either is seen only when the head is trained or run with gradients in between: writing
-    through `weight.data[...]`, and the steps of fused optimisers.
+    Changes that autograd does not count, writes through `weight.data[...]` and the steps of fused optimisers, are
+    detected only if the head is trained or run with gradients in between.
     """
     where = head.latents.device.type
     dtype = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else head.to_v.weight.dtype
@@ -128,29 +155,22 @@ def _stamp(head: Head) -> tuple[Any, ...]:
 
 
 class Folded:
-    """A head's folded weights: a function of states (B, T, D) fp32 and mask (B, T) bool, giving vectors (B, D) fp32."""
+    """A head's folded weights: a function from states (B, T, D) fp32 and mask (B, T) bool to vectors (B, D) fp32."""
 
-    def __init__(self, head: Head):
+    def __init__(self, head: Weights):
         self.stamp = _stamp(head)
-        self.storages = [parameter.untyped_storage() for parameter in head.parameters()]  # no address is used again
+        # held, so that no new weight can get the address of one that the stamp has seen
+        self.storages = [parameter.untyped_storage() for parameter in head.parameters()]
         self.dtype: torch.dtype = self.stamp[0]
         self.single = head.single
         self.kind = head.norm_states.kind
-        heads: int = 1 if self.single else head.heads  # type: ignore[assignment]
-        self.shape = Shape(
-            width=head.latents.shape[1],
-            latents=len(head.latents),
-            heads=heads,
-            head_dim=len(head.to_v.weight) // heads,
-            hidden=head.ffn_out.in_features,
-            single=self.single,
-        )
+        self.shape = Shape.of(head)
         with torch.no_grad(), torch.autocast(head.latents.device.type, enabled=False):
             self._fold(head, torch.float32 if head.latents.device.type == "mps" else torch.float64)
-            self.nothing = self._feed_forward(head.latents.float()[None], None)[0]
+            self.nothing = self._feed_forward(head.latents.float()[None], None)[0]  # of a text that is all padding
 
-    def fits(self, head: Head) -> bool:
-        """Whether the head's weights are still those that were folded."""
+    def fits(self, head: Weights) -> bool:
+        """Whether the head still has the weights that were folded."""
         return self.stamp == _stamp(head)
 
     def __call__(self, states: Tensor, mask: Tensor | None) -> Tensor:
@@ -168,6 +188,7 @@ class Folded:
         return out if mask is None else torch.where(mask.any(dim=1, keepdim=True), out, self.nothing)
 
     def _fold(self, head: Any, wide: torch.dtype) -> None:
+        """Multiply out in the `wide` dtype: rounding would otherwise add up over the chained products."""
         shape = self.shape
         scale = head.norm_states.weight.to(wide)
         norm = head.norm_ffn.weight.to(wide)
@@ -208,11 +229,11 @@ class Folded:
 
     @functools.cached_property
     def start_w_1(self) -> Tensor:
-        """W_1's product with what does not depend on the text (R, 2F), for `low_rank` heads."""
+        """The constant part of X times W_1 (R, 2F), for `low_rank` heads."""
         return F.linear(self.start.to(self.dtype), self.w_1)
 
     def _pairs(self, head: Any, wide: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """W_v (E, D) and W_o (D, E) of each head, one at a time: in fp64 all of them would be large."""
+        """W_v (E, D) and W_o (D, E) of each head, one at a time to save memory in fp64."""
         for value, out in zip(
             head.to_v.weight.chunk(self.shape.heads), head.to_out.weight.chunk(self.shape.heads, dim=1), strict=True
         ):
@@ -278,7 +299,7 @@ class Folded:
         """Latents after attention (B, R, D) fp32, and their product with W_1 if it is known, -> (B, D) fp32."""
         if wide is None:
             wide = F.linear(self._standardise(x).to(self.dtype), self.w_1, self.b_1)
-        else:
+        else:  # W_1 came before the norm; its columns are centred, so the norm's scale is all that is left to apply
             if self.kind == "layer_norm":
                 spread = (x.var(dim=-1, correction=0, keepdim=True) + 1e-5).rsqrt()
             else:
