@@ -1,21 +1,30 @@
-"""docs/cost.md: what every preset costs on the paper's two base models, computed on the meta device.
+"""The tables of the documentation that follow from the catalogue: docs/cost.md, poolings, controls and arguments.
 
-python benchmarks/cost_table.py    # writes docs/cost.md; seconds, no weights and no network
+python benchmarks/cost_table.py    # writes all of them; seconds, no weights and no network
+
+docs/cost.md is written whole, what every preset costs on the paper's two base models. In docs/design-space.md and
+docs/study-file.md a table stands between two marks, `<!-- NAME, by benchmarks/cost_table.py -->` and `<!-- end -->`.
+Costs are computed on the meta device.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import MistralConfig, Qwen2Config
 
+from poolwise.pooling.cost import head_cost, resolve_args
 from poolwise.reports.tables import magnitude
 from poolwise.runs.check import LENGTHS, base_costs
-from poolwise.study.catalogue import PRESETS
+from poolwise.study.catalogue import POOLINGS, PRESETS
+from poolwise.study.pooling_spec import Arg, PoolingSpec
 from poolwise.study.study import Study
 
-PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
+DOCS = Path(__file__).parents[1] / "docs"
 BASES = {
     "Mistral-7B": MistralConfig(),  # the defaults are Mistral-7B-v0.1
     "Qwen2-0.5B": Qwen2Config(
@@ -28,6 +37,8 @@ BASES = {
         tie_word_embeddings=True,
     ),
 }
+BASE = BASES["Qwen2-0.5B"]
+"""The base model of the tables of poolings and controls."""
 LORA = {"rank": 16, "target": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 INTRO = """\
 # What a design costs
@@ -76,9 +87,83 @@ def table(name: str, config: Any) -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """The whole of docs/cost.md."""
     return "\n".join([INTRO, *(table(name, config) for name, config in BASES.items())])
 
 
+def poolings(reads: str) -> Iterable[str]:
+    """A row for each pooling over tokens or over layers."""
+    yield "| pooling | vector | source | parameters | FLOPs, 128 tokens |"
+    yield "|---|---|---|--:|--:|"
+    for spec in POOLINGS.values():
+        if spec.reads == reads:
+            cost = head_cost(spec.name, resolve_args(spec.name, {}, BASE), BASE, 128)
+            flops = magnitude(cost.flops) if cost.flops else "0"
+            source = spec.source or _controlled(spec)
+            yield f"| `{spec.name}` | {spec.formula} | {source} | {cost.parameters:,} | {flops} |"
+
+
+def _controlled(spec: PoolingSpec) -> str:
+    """`control of …`, for a pooling that is nothing else."""
+    names = [f"`{other.name}`" for other in POOLINGS.values() if spec.name in other.all_controls]
+    return f"control of {', '.join(names)}" if names else ""
+
+
+def controls() -> Iterable[str]:
+    """A row for each trainable pooling and each of its controls, with the parameters that the control lacks."""
+    yield "| trainable | control | parameters | without counterpart |"
+    yield "|---|---|--:|--:|"
+    for spec in POOLINGS.values():
+        choices = list(spec.controls) if isinstance(spec.controls, dict) else [""]
+        for tokens in choices if spec.controls else ():
+            args = resolve_args(spec.name, {"tokens": tokens} if tokens else {}, BASE)
+            name = f'`{spec.name}`, `tokens = "{tokens}"`' if tokens else f"`{spec.name}`"
+            for control in spec.controls_for(args):
+                shared = {key: value for key, value in args.items() if key in POOLINGS[control].args}
+                mine, theirs = (
+                    head_cost(pooling, resolve_args(pooling, given, BASE), BASE, 0).parameters
+                    for pooling, given in ((spec.name, args), (control, shared))
+                )
+                yield f"| {name} | `{control}` | {mine:,} | {mine - theirs:,} |"
+
+
+def arguments() -> Iterable[str]:
+    """A row for each argument, one for all poolings in which it is the same."""
+    yield "| argument | default | of | meaning, allowed |"
+    yield "|---|---|---|---|"
+    takers: dict[tuple[str, Arg], list[str]] = {}
+    for spec in POOLINGS.values():
+        for name, arg in spec.args.items():
+            takers.setdefault((name, arg), []).append(f"`{spec.name}`")
+    for (name, arg), names in takers.items():
+        allowed = f"; {', '.join(f'`{word}`' for word in arg.allowed)}" if arg.allowed else ""
+        allowed = f"; {arg.minimum} or more" if arg.minimum is not None else allowed
+        yield f"| `{name}` | `{json.dumps(arg.default)}` | {', '.join(names)} | {arg.help}{allowed} |"
+
+
+TABLES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
+    "design-space.md": {
+        "poolings over tokens": lambda: poolings("tokens"),
+        "poolings over layers": lambda: poolings("layers"),
+        "controls": controls,
+    },
+    "study-file.md": {"arguments": arguments},
+}
+"""Page of docs/ -> the name between its marks -> lines of the table."""
+
+
+def inserted(name: str) -> str:
+    """The page with its tables written anew."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    for mark, lines in TABLES[name].items():
+        start = f"<!-- {mark}, by benchmarks/cost_table.py -->\n"
+        between = re.compile(re.escape(start) + r".*?(?=<!-- end -->)", re.DOTALL)
+        text, count = between.subn(lambda _: start + "\n".join(lines()) + "\n", text)  # noqa: B023 (called at once)
+        assert count == 1, f"docs/{name} needs the marks of {mark!r} once"
+    return text
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    (DOCS / "cost.md").write_text(page(), encoding="utf-8")
+    for page_name in TABLES:
+        (DOCS / page_name).write_text(inserted(page_name), encoding="utf-8")

@@ -22,7 +22,7 @@ from benchmarks.cost_table import BASES as PAPER_BASES
 from benchmarks.measure import angle, deviation, extra_memory, hardware, interleave, ratio_record, record
 from poolwise.pooling import cost
 from poolwise.pooling.heads import LayerCrossAttention
-from poolwise.pooling.poolings import resolve_args
+from poolwise.study.catalogue import POOLINGS
 
 WIDTH, LAYERS, LATENTS, HEADS, HEAD_DIM = 896, 24, 768, 32, 2048
 BASES = {
@@ -130,8 +130,10 @@ def shares() -> list[dict[str, Any]]:
     for base, config in BASES.items():
         flops = cost.base_flops(config, cost.SHARE_TOKENS)
         found = {}
-        for pooling in cost.TRAINABLE:
-            args = resolve_args(pooling, {}, config)
+        for pooling in (
+            name for name, spec in POOLINGS.items() if "latents" in spec.args and name != "latent_attention"
+        ):
+            args = cost.resolve_args(pooling, {}, config)
             found[pooling] = (
                 cost.folded_flops(pooling, args, config, cost.SHARE_TOKENS) / flops,
                 cost.head_flops(pooling, args, config, cost.SHARE_TOKENS) / flops,

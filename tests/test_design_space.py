@@ -23,7 +23,8 @@ from poolwise.model.attention import influence
 from poolwise.model.checkpoint import export
 from poolwise.model.encoder import build
 from poolwise.model.hooks import reachable
-from poolwise.study.catalogue import POOLING_ARGS, POOLINGS_READ, PRESETS
+from poolwise.study.catalogue import POOLINGS as SPECS
+from poolwise.study.catalogue import PRESETS
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora
 from poolwise.verdicts.factors import control_pairs, pooling_level
@@ -32,16 +33,16 @@ from tiny import tiny_folder
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma3")
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_last_1", "prefix", "causal_prefix")
-POOLINGS = tuple(POOLING_ARGS)
+POOLINGS = tuple(SPECS)
 PROMPT = "find the book: "
 SMALL = {"latents": 4, "count": 3}
 
 
 def design(pooling: str, attention: str = "causal", **more: Any) -> Design:
     """A design with small sizes; layer poolings read means where attention is bidirectional, so both are covered."""
-    known = POOLING_ARGS[pooling]
+    known = SPECS[pooling].args
     args = {name: value for name, value in SMALL.items() if name in known}
-    if POOLINGS_READ[pooling] == "layers" and attention == "bidirectional":
+    if SPECS[pooling].reads == "layers" and attention == "bidirectional":
         args["tokens"] = "mean"
     return Design(name=f"{pooling}-{attention}", attention=attention, pooling=pooling, pooling_args=args, **more)
 
@@ -159,7 +160,7 @@ def test_law_3_one_fresh_process_loads_every_folder(bases: dict[str, str], tmp_p
     cases.append(design("last_token", special_tokens=False))
     expected, folders, causal = {}, {}, {}
     for number, case in enumerate(cases):
-        small = {**case.pooling_args, "latents": 4} if "latents" in POOLING_ARGS[case.pooling] else case.pooling_args
+        small = {**case.pooling_args, "latents": 4} if "latents" in case.spec.args else case.pooling_args
         case = Design.model_validate({**case.model_dump(exclude={"preset"}), "pooling_args": small})
         encoder = build(some("llama", bases, max_length=64), case, 0).eval()
         roughen(encoder)

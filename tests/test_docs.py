@@ -20,7 +20,7 @@ import pytest
 import typer.main
 
 from poolwise.cli import app
-from poolwise.study.catalogue import POOLING_ARGS
+from poolwise.study.catalogue import POOLINGS
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe, Source, Tuning
 from poolwise.study.study import Study
@@ -167,7 +167,7 @@ def test_every_study_in_the_documents_is_valid() -> None:
         Study.parse(tomllib.loads(text), where=path.name)
 
 
-ARGUMENTS = {name for arguments in POOLING_ARGS.values() for name in arguments}
+ARGUMENTS = {name for spec in POOLINGS.values() for name in spec.args}
 
 
 def tables() -> dict[str, dict[str, str]]:
@@ -219,15 +219,12 @@ def test_fields_and_defaults(heading: str, model: Any, words: dict[str, str]) ->
 
 
 def test_pooling_arguments_and_defaults() -> None:
-    found = tables()
-    four = ["last_token_ffn", "mean_ffn", "cross_attention", "layer_cross_attention"]
-    groups = {"all four": four, "all five": [*four, "latent_attention"]}
-    listed: dict[str, dict[str, str]] = {pooling: {} for pooling in POOLING_ARGS}
-    for of, arguments in found.items():
-        for pooling in groups.get(of, re.findall(r"`(\w+)`", of)):
+    listed: dict[str, dict[str, str]] = {pooling: {} for pooling in POOLINGS}
+    for of, arguments in tables().items():
+        for pooling in re.findall(r"`(\w+)`", of):
             listed[pooling].update(arguments)
-    for pooling, known in POOLING_ARGS.items():
-        assert listed[pooling] == {name: f"`{json.dumps(argument.default)}`" for name, argument in known.items()}
+    for pooling, spec in POOLINGS.items():
+        assert listed[pooling] == {name: f"`{json.dumps(argument.default)}`" for name, argument in spec.args.items()}
 
 
 if __name__ == "__main__":

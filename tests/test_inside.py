@@ -14,7 +14,7 @@ from poolwise.errors import ModelError
 from poolwise.model.encoder import build
 from poolwise.reports import layers as layers_report
 from poolwise.runs import trial
-from poolwise.scoring.layers import _attention, attends_to_layers, layer_attention, layer_weights
+from poolwise.scoring.layers import attends_to_layers, layer_attention, layer_weights
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study
@@ -39,7 +39,7 @@ def test_the_weights_are_those_of_the_forward(encoder):
     """weights · values, through W_o and the feed-forward, is the head's own output."""
     head = encoder[1].head
     states = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(0))
-    weights = _attention(head, states)
+    weights = head.attention_weights(states)
     assert weights.shape == (5, 4, 4, 3)
     value = head._split(head.to_v(head.norm_states(states + head.layer_weights)))
     attended = (weights @ value).transpose(1, 2).flatten(2)

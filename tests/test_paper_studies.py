@@ -23,8 +23,7 @@ from peft.tuners.lora import LoraLayer
 from poolwise.data.batches import effective_negatives
 from poolwise.data.tasks import PAPER_TASKS
 from poolwise.model.encoder import build
-from poolwise.pooling.cost import head_parameters
-from poolwise.pooling.poolings import resolve_args
+from poolwise.pooling.cost import head_parameters, resolve_args
 from poolwise.runs.train import train
 from poolwise.study.design import Design
 from poolwise.study.study import Study

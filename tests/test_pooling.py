@@ -1,15 +1,13 @@
-"""Poolings: their formulas, the paper's head against a second transcription, and laws 1, 4, 5, 9 and 10.
+"""Poolings: the plain formulas, and laws 1, 4, 5, 9 and 10.
 
-Weights are drawn large (`sharpen`): at their first values attention is nearly uniform and the feed-forward adds
-nothing, so that no test of them could fail.
+Weights are drawn large (`sharpen`): initially attention is nearly uniform and the feed-forward adds nothing, so that
+tests of them could not fail.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-import json
-import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -17,34 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity, layer_norm
 
-from paper_head import paper_head, random_weights
-from poolwise.errors import CheckpointError, ModelError, StudyError
+from paper_head import random_weights
 from poolwise.pooling.paper import load_paper_head
-from poolwise.pooling.poolings import POOLINGS, resolve_args
-from poolwise.study.catalogue import (
-    ALIASES,
-    POOLING_ARGS,
-    POOLINGS_READ,
-    PRESETS,
-    REFERENCES,
-    TEMPLATES,
-    Arg,
-    is_attention,
-)
-from tiny import tiny_config
+from poolwise.pooling.poolings import module_class
+from poolwise.study.catalogue import POOLINGS, PRESETS, spec_of
 
 WIDTH, LAYERS, TOKENS = 16, 3, 7
 SIZES = {"latents": 4, "heads": 2, "head_dim": 8, "layer": 2, "layers": 2}
 ALL = sorted(POOLINGS)
-TRAINABLE = [name for name in ALL if "latents" in POOLING_ARGS[name]]
+TRAINABLE = [name for name in ALL if "latents" in POOLINGS[name].args]
 WEIGHTED = [*TRAINABLE, "attention", "mean_gain", "scalar_mix", "layer_attention", "layer_mean_ffn"]
-READS_TOKENS = [name for name in ALL if POOLINGS_READ[name] == "tokens"]
+READS_TOKENS = [name for name in ALL if POOLINGS[name].reads == "tokens"]
 
 
 def make(name: str, seed: int = 0, width: int = WIDTH, **args) -> torch.nn.Module:
-    """A pooling with its first weights."""
-    sizes = {key: value for key, value in SIZES.items() if key in POOLING_ARGS[name]}
-    pooling = POOLINGS[name](width, LAYERS, **{**sizes, **args})
+    """A pooling with its initial weights."""
+    sizes = {key: value for key, value in SIZES.items() if key in spec_of(name).args}
+    pooling: Any = module_class(name)(width, LAYERS, **{**sizes, **args})
     pooling.reset_parameters(torch.Generator().manual_seed(seed))
     return pooling
 
@@ -55,7 +42,7 @@ def make_preset(name: str) -> torch.nn.Module:
     small = {**SIZES, "layer_weights": 5} if name.endswith("-paper") else SIZES
     args = {
         **design["pooling_args"],
-        **{key: value for key, value in small.items() if key in POOLING_ARGS[design["pooling"]]},
+        **{key: value for key, value in small.items() if key in spec_of(design["pooling"]).args},
     }
     return make(design["pooling"], **args)
 
@@ -118,115 +105,6 @@ def test_plain_poolings_equal_loops(rows):
             ("weighted_mean", weighted),
         ):
             torch.testing.assert_close(make(name)(states, mask)[b], expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [None, 4, 6])
-@pytest.mark.parametrize("heads", [1, 2, 5])
-@pytest.mark.parametrize("masked", [False, True])
-def test_paper_head_equals_the_transcription(rows, heads, masked):
-    weights = random_weights(width=8, latents=3, heads=heads, head_dim=10 // heads, rows=rows)
-    vectors = random_states(3, 4, 8)
-    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]]) if masked else None
-    ours, theirs = load_paper_head(weights, heads=heads)(vectors, mask), paper_head(weights, vectors, heads, mask)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.norm(dim=1), torch.ones(3))
-
-
-def test_the_transcription_sees_every_detail_of_the_layout():
-    """Each change to the layout moves the vector by far more than the tolerance above: the comparison can fail."""
-    weights = random_weights(heads=2, head_dim=5, rows=4)
-    vectors = random_states(3, 4, 8)
-    right = load_paper_head(weights, heads=2)(vectors)
-    first, second = "cross_attend_blocks.0.", "cross_attend_blocks.1."
-    kv, net = weights[first + "fn.to_kv.weight"], weights[second + "fn.net.0.weight"]
-    changes = {
-        "values first": {first + "fn.to_kv.weight": kv.roll(10, 0)},
-        "norms swapped": {
-            first + "norm.weight": weights[first + "norm_context.weight"],
-            first + "norm_context.weight": weights[first + "norm.weight"],
-        },
-        "gate first": {second + "fn.net.0.weight": net.roll(32, 0)},
-        "heads interleaved": {first + "fn.to_out.weight": weights[first + "fn.to_out.weight"].roll(1, 1)},
-        "rows shifted": {"pos_emb.weight": weights["pos_emb.weight"].roll(1, 0)},
-    }
-    for what, change in changes.items():
-        assert (load_paper_head({**weights, **change}, heads=2)(vectors) - right).abs().max() > 1e-2, what
-    assert (load_paper_head(weights, heads=1)(vectors) - right).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-paper")])
-def test_paper_presets_equal_the_transcription(name):
-    """The presets are the published computation: their weights, read as a released head, give the same vectors."""
-    pooling = sharpen(make_preset(name))
-    ours = pooling.state_dict()
-    first, second = "cross_attend_blocks.0.", "cross_attend_blocks.1."
-    weights = {
-        "latents": ours["latents"],
-        first + "fn.to_q.weight": ours["to_q.weight"],
-        first + "fn.to_kv.weight": torch.cat([ours["to_k.weight"], ours["to_v.weight"]]),
-        first + "fn.to_out.weight": ours["to_out.weight"],
-    }
-    for part in ("weight", "bias"):
-        weights[first + f"norm.{part}"] = ours[f"norm_states.{part}"]
-        weights[first + f"norm_context.{part}"] = ours[f"norm_latents.{part}"]
-        weights[second + f"norm.{part}"] = ours[f"norm_ffn.{part}"]
-        weights[second + f"fn.net.0.{part}"] = ours[f"ffn_in.{part}"]
-        weights[second + f"fn.net.2.{part}"] = ours[f"ffn_out.{part}"]
-    if "layer_weights" in ours:
-        weights["pos_emb.weight"] = ours["layer_weights"]
-    states = random_states(2, TOKENS if pooling.reads == "tokens" else LAYERS, WIDTH)
-    vectors = states[:, -1:] if name == "m2-paper" else states
-    result = torch.nn.functional.normalize(pooling(states), dim=-1)
-    torch.testing.assert_close(result.double(), paper_head(weights, vectors, 2), rtol=0, atol=1e-5)
-
-
-# --- released heads: what is read and what is refused -----------------------------------------------------------------
-
-
-def test_paper_head_from_a_file_in_bf16_with_a_prefix(tmp_path):
-    weights = {name: tensor.bfloat16() for name, tensor in random_weights().items()}
-    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, tmp_path / "attn_pool.pt")
-    head, vectors = load_paper_head(tmp_path / "attn_pool.pt", heads=2), random_states(2, 4, 8)
-    assert {p.dtype for p in head.parameters()} == {torch.float32}
-    assert all(p.requires_grad for p in head.parameters())
-    torch.testing.assert_close(head(vectors).double(), paper_head(weights, vectors, 2), rtol=0, atol=1e-5)
-
-
-def test_paper_head_does_not_share_memory_with_the_state_dict():
-    weights = random_weights()
-    head, vectors = load_paper_head(weights, heads=2), random_states(2, 4, 8)
-    before = head(vectors)
-    for tensor in weights.values():
-        tensor.zero_()
-    assert torch.equal(head(vectors), before)
-
-
-def test_paper_head_refuses_what_it_cannot_read(tmp_path):
-    weights = random_weights()
-    without = {name: tensor for name, tensor in weights.items() if name != "latents"}
-    with pytest.raises(CheckpointError, match=r"missing latents; unexpected extra$"):
-        load_paper_head({**without, "extra": torch.zeros(1)}, heads=2)
-    with pytest.raises(CheckpointError, match="heads = 32 does not divide the inner width 10"):
-        load_paper_head(weights)
-    norm = "cross_attend_blocks.1.norm.bias"
-    with pytest.raises(CheckpointError, match=r"norm_ffn.bias \(9,\) instead of \(8,\)"):
-        load_paper_head({**weights, norm: torch.zeros(9)}, heads=2)
-    with pytest.raises(CheckpointError, match=r"latents has shape \(8,\)"):
-        load_paper_head({**weights, "latents": torch.zeros(8)}, heads=2)
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_paper_head(tmp_path / "nothing.pt")
-    (tmp_path / "noise.pt").write_bytes(b"not weights")
-    with pytest.raises(CheckpointError, match=r"noise\.pt"):
-        load_paper_head(tmp_path / "noise.pt")
-    torch.save(Arg(int, 1, "a class that is not a tensor"), tmp_path / "code.pt")
-    with pytest.raises(CheckpointError, match="load safely"):
-        load_paper_head(tmp_path / "code.pt")
-    torch.save({"weights": weights}, tmp_path / "nested.pt")
-    with pytest.raises(CheckpointError, match="no state dict"):
-        load_paper_head(tmp_path / "nested.pt")
-    with pytest.raises(ModelError, match="5 vectors for a head of 4 layer weights"):
-        load_paper_head(weights, heads=2)(random_states(1, 5, 8))
 
 
 # --- law 1 and law 10: padding ----------------------------------------------------------------------------------------
@@ -303,7 +181,7 @@ def test_law_10_masked_positions_have_no_weight_at_all(name):
         assert torch.equal(pooling(states, mask.to(kind)), pooling(states, mask))
 
 
-# --- law 4: first weights ---------------------------------------------------------------------------------------------
+# --- law 4: initial weights -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])
@@ -320,7 +198,7 @@ def test_law_4_equal_names_and_shapes_start_equal_in_all_poolings(init):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_first_weights_come_from_the_generator_alone(name):
+def test_initial_weights_come_from_the_generator_alone(name):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     pooling = make(name)
@@ -351,7 +229,7 @@ def test_an_untrained_head_is_nearly_the_mean_of_the_normalised_states(heads, he
         result = make(name, heads=heads, head_dim=head_dim, norm=norm)(states)
         assert cosine_similarity(result, target).min() > 0.99, name
     paper = make("cross_attention", heads=heads, head_dim=head_dim, norm=norm, init="paper")(states)
-    assert cosine_similarity(paper, normed.mean(dim=1)).max() < 0.9  # the published first weights are noise
+    assert cosine_similarity(paper, normed.mean(dim=1)).max() < 0.9  # the published initial weights are noise
 
 
 def test_a_narrow_head_starts_as_a_projection():
@@ -408,7 +286,7 @@ def gradients_seen(pooling: torch.nn.Module, steps: int = 2) -> dict[str, bool]:
 @pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
 def test_law_5_every_tensor_gets_a_gradient_within_two_steps(name, norm):
-    seen = gradients_seen(make(name, **({"norm": norm} if "norm" in POOLING_ARGS[name] else {})))
+    seen = gradients_seen(make(name, **({"norm": norm} if "norm" in spec_of(name).args else {})))
     assert seen
     assert all(seen.values()), [key for key, value in seen.items() if not value]
 
@@ -469,96 +347,3 @@ def test_law_9_attention_sums_in_fp32_under_autocast():
         values = pooling.to_v(pooling.norm_states(states))
         gathered = pooling.attend(states, None)
     torch.testing.assert_close(gathered[:, 0], values.mean(dim=1), rtol=1e-4, atol=1e-5)
-
-
-# --- the modules and their arguments ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_modules_and_designs_agree(name):
-    assert POOLINGS_READ[name] == POOLINGS[name].reads
-    assert list(POOLINGS) == list(POOLING_ARGS) == list(POOLINGS_READ)
-    config = tiny_config("llama")
-    args = resolve_args(name, {}, config)
-    assert json.loads(json.dumps(args)) == args
-    assert set(args) == set(POOLING_ARGS[name])
-    for key, arg in POOLING_ARGS[name].items():
-        assert type(args[key]) is arg.type
-        assert arg.allowed is None or {args[key], arg.default} <= set(arg.allowed)
-    pooling = POOLINGS[name](config.hidden_size, config.num_hidden_layers, **args)
-    parameters = inspect.signature(POOLINGS[name]).parameters
-    assert list(parameters)[:2] == ["hidden_size", "n_layers"]
-    states = random_states(2, 2, config.hidden_size)
-    for twin in (copy.deepcopy(pooling), pickle.loads(pickle.dumps(pooling))):
-        assert torch.equal(twin(states), pooling(states))
-
-
-def test_presets_are_complete():
-    for name, design in PRESETS.items():
-        config = tiny_config("mistral")
-        args = resolve_args(design["pooling"], design["pooling_args"], config)
-        assert {key: args[key] for key in design["pooling_args"]} == design["pooling_args"], name
-        assert is_attention(design["attention"])
-        assert design.get("template", "plain") in TEMPLATES
-    assert set(REFERENCES) == {name for name in PRESETS if not name.startswith("m")}
-    assert set(ALIASES.values()) == {"m1", "m2", "m3", "m4", "m5"}
-
-
-def test_resolve_args_fills_in_sizes_from_the_base():
-    config = tiny_config("llama", hidden_size=48, num_attention_heads=4, num_hidden_layers=5)
-    args = resolve_args("layer_cross_attention", {"tokens": "mean"}, config)
-    assert (args["heads"], args["head_dim"], args["layer_weights"], args["tokens"]) == (4, 12, 5, "mean")
-    config = tiny_config("gemma", hidden_size=32, num_attention_heads=6)  # 6 does not divide 32, 4 does
-    assert (resolve_args("mean_ffn", {}, config)["heads"], resolve_args("mean_ffn", {}, config)["head_dim"]) == (4, 8)
-    for given_args, sizes in (
-        ({"heads": 2}, (2, 16)),
-        ({"head_dim": 4}, (8, 4)),
-        ({"heads": 3, "head_dim": 5}, (3, 5)),
-    ):
-        args = resolve_args("cross_attention", {**given_args, "latents": 6}, config)
-        assert (args["heads"], args["head_dim"], args["latents"]) == (*sizes, 6)
-
-
-@pytest.mark.parametrize(
-    ("pooling", "args", "message"),
-    [
-        ("crossattention", {}, "did you mean 'cross_attention'"),
-        (
-            "cross_attention",
-            {"latent": 4, "head": 2},
-            "(?s)latent: .*did you mean 'latents'.*head: .*did you mean 'heads'",
-        ),
-        ("mean", {"latents": 4}, "mean takes no arguments"),
-        (
-            "cross_attention",
-            {"heads": 5},
-            r"heads = 5: does not divide the hidden size 32; give head_dim too, or heads = 4",
-        ),
-        ("cross_attention", {"head_dim": 5}, r"head_dim = 5: does not divide .* give heads too, or head_dim = 4"),
-        ("layer_cross_attention", {"layer_weights": 1}, "the base model has 2 layers"),
-        ("single_layer", {"layer": 3}, "layer = 3: the base model has 2 layers"),
-        ("last_layers", {"layers": 3}, "layers = 3: the base model has 2 layers"),
-        ("attention", {"heads": 5}, "heads = 5: does not divide the hidden size 32; give heads = 4"),
-    ],
-)
-def test_resolve_args_teaches(pooling, args, message):
-    with pytest.raises(StudyError, match=message):
-        resolve_args(pooling, args, tiny_config("llama"))
-
-
-def test_layer_weights_can_be_left_out_and_must_suffice():
-    states = random_states(2, LAYERS, WIDTH)
-    without, zero = make("layer_cross_attention", layer_weights=0), make("layer_cross_attention")
-    assert without.layer_weights is None
-    torch.testing.assert_close(without(states), zero(states))  # W starts at zero
-    with torch.no_grad():
-        zero.layer_weights.add_(random_states(LAYERS, WIDTH, seed=5))
-    assert (without(states) - zero(states)).abs().max() > 0.1
-
-
-def test_heads_can_be_built_on_the_meta_device_and_filled_later():
-    with torch.device("meta"):
-        pooling = POOLINGS["layer_cross_attention"](WIDTH, LAYERS, latents=4, heads=2, head_dim=8)
-    pooling.to_empty(device="cpu").reset_parameters(torch.Generator().manual_seed(0))
-    wanted = make("layer_cross_attention").state_dict()
-    assert all(torch.equal(value, wanted[key]) for key, value in pooling.state_dict().items())

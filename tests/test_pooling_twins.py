@@ -11,8 +11,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling as TheirPooling
 from torch import Tensor
 
-from poolwise.pooling.poolings import POOLINGS
-from poolwise.study.catalogue import CONCATENATIONS, CONTROLS, POOLING_ARGS
+from poolwise.study.catalogue import CONCATENATIONS, POOLINGS
 from test_pooling import LAYERS, SIZES, WIDTH, make, random_states, sharpen
 
 MASKS = torch.tensor(
@@ -227,12 +226,13 @@ def test_controls_have_as_many_parameters():
 
 
 def test_every_trainable_pooling_has_a_control():
-    controls = {control for names in CONTROLS.values() for control in names}
+    controls = {control for spec in POOLINGS.values() for control in spec.all_controls}
     trained = {name for name in POOLINGS if parameters(name)} - controls
-    assert {name for name, _ in CONTROLS} == trained
-    for name, tokens in CONTROLS:
-        allowed = POOLING_ARGS[name]["tokens"].allowed if "tokens" in POOLING_ARGS[name] else (None,)
-        assert tokens in allowed
+    assert {name for name, spec in POOLINGS.items() if spec.controls} == trained
+    for spec in POOLINGS.values():
+        if isinstance(spec.controls, dict):
+            assert tuple(spec.controls) == spec.args["tokens"].allowed
+    assert controls <= set(POOLINGS)
 
 
 def test_all_poolings_are_compared_here_or_in_test_pooling():
@@ -242,4 +242,4 @@ def test_all_poolings_are_compared_here_or_in_test_pooling():
         "last_token_ffn",
         "mean_ffn",
     }  # equal to a head over one token: test_pooling
-    assert set(SIZES) <= {argument for arguments in POOLING_ARGS.values() for argument in arguments}
+    assert set(SIZES) <= {argument for spec in POOLINGS.values() for argument in spec.args}

@@ -232,7 +232,7 @@ def test_grid_is_another_way_to_write_designs() -> None:
     ]  # fmt: skip
     assert found.designs[-1].name == "layer_cross_attention-bidirectional-latents-16-tokens-mean"
     assert len(found.grid_notes) == 3
-    assert "last_token × causal: stands among the designs, as m1" in found.grid_notes
+    assert "last_token × causal: already listed as m1" in found.grid_notes
     assert any("tokens all and 3 more: pooling_args.tokens = 'all': allowed: last, mean" in n for n in found.grid_notes)
     # the same study spelt out
     spelt = study(designs=[{"preset": "m1"}, *(d.model_dump() for d in found.designs[1:])])

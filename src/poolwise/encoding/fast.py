@@ -40,6 +40,7 @@ from poolwise.model.backbone import DIFFERENT, Backbone
 from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import base_model, decoder_layers, lock_of
 from poolwise.model.packing import refusal, sent
+from poolwise.study.catalogue import spec_of
 
 _fused_steps = 0
 
@@ -161,9 +162,8 @@ class FastEncoder:
             if encoder.device.type == "cuda" and refusal(backbone.model, backbone.attention, self._limit()) is None:
                 self.layout = "packed"
             known = backbone.frozen is not None  # then nothing is left to save
-            self.prunes = (
-                not known and self.head.pooling == "last_token" and self.layout == "padded" and can_prune(backbone)
-            )
+            last_token_alone = spec_of(self.head.pooling).reads_last_token_alone(self.head.arguments)
+            self.prunes = not known and last_token_alone and self.layout == "padded" and can_prune(backbone)
             self.reuses = not known and can_reuse(backbone)
             self._checked: Counter[tuple[str, str]] = Counter()
             self._prefixes: dict[str, Prefix | None] = {}

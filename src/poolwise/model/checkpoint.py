@@ -36,9 +36,10 @@ from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
 from poolwise.model.encoder import PoolingHead, build
-from poolwise.study.design import Design, is_own
-from poolwise.study.design import allowing_code as allowing
-from poolwise.study.design import find_own as find
+from poolwise.study.design import Design
+from poolwise.study.own_pooling import allowing_code as allowing
+from poolwise.study.own_pooling import find_own as find
+from poolwise.study.own_pooling import is_own
 from poolwise.study.recipe import Recipe
 
 RUN_FILE = "run.json"

@@ -22,8 +22,9 @@ from poolwise.model.attention import check_window, verify
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import base_identity, base_path, cannot_load, check_positions, ensure_eos, torch_dtype
 from poolwise.model.hooks import decoder_layers
-from poolwise.pooling.poolings import module_class, resolve_args
-from poolwise.study.catalogue import POOLINGS_READ
+from poolwise.pooling.cost import resolve_args
+from poolwise.pooling.poolings import module_class
+from poolwise.study.catalogue import spec_of
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
 
@@ -43,7 +44,7 @@ class PoolingHead(Module):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` (B, D) in fp32."""
-        if POOLINGS_READ[self.pooling] == "layers":
+        if spec_of(self.pooling).reads == "layers":
             features["sentence_embedding"] = self.head(features["layer_embeddings"], None)
         else:
             features["sentence_embedding"] = self.head(features["token_embeddings"], features["pooling_mask"])
@@ -84,7 +85,7 @@ def build(
     Raises ModelError for a base that cannot be loaded or used, AttentionError where it ignores the attention mode.
     """
     path = base_path(recipe.base_model, base_dir)
-    reads_layers = POOLINGS_READ[design.pooling] == "layers"
+    spec = design.spec
     factors = design.factors()
     full = recipe.lora == "full"
     try:
@@ -92,7 +93,7 @@ def build(
             backbone = Backbone(
                 path,
                 attention=design.attention,
-                collect=factors.get("tokens", "last") if reads_layers else None,
+                collect=spec.tokens_read(factors) if spec.reads == "layers" else None,
                 include_prompt=recipe.include_prompt,
                 pad_by_id=bool(factors.get("pad_by_id", False)),
                 special_tokens=design.special_tokens,
@@ -113,12 +114,13 @@ def build(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if recipe.append_eos:
         ensure_eos(tokenizer)
-    if design.pooling == "first_token":  # a BOS is the same in every text
+    if spec.tokens_read(factors) == "first":  # a BOS is the same in every text
         backbone.skip_start = len([i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id])
     _adapt(backbone, recipe, seed)
     arguments = resolve_args(design.pooling, design.pooling_args, config)
-    if design.pooling == "single_layer":  # nothing above it is read, so nothing above it can learn
-        decoder_layers(backbone.model)[arguments["layer"] :].requires_grad_(False)
+    highest = spec.layers_read(arguments, config.num_hidden_layers)
+    if highest < config.num_hidden_layers:  # nothing above it is read, so nothing above it can learn
+        decoder_layers(backbone.model)[highest:].requires_grad_(False)
     head = PoolingHead(design.pooling, arguments, config.hidden_size, config.num_hidden_layers)
     cast(Any, head.head).reset_parameters(torch.Generator().manual_seed(derived_seed(recipe, "init", seed)))
     encoder = SentenceTransformer(modules=[backbone, head, Normalize()], device=device, similarity_fn_name="cosine")

@@ -9,17 +9,17 @@ per layer), layer weights W in R^{N×D} (layers only), latents Z in R^{R×D}, he
     Y     = X + (A * gelu(G)) W_2 + b_2               A, G = norm(X) W_1 + b_1
     out   = mean over the R latents of Y
 
-Two steps are reordered, exactly: the queries are computed once and not for each text, and W_2 comes after the mean. In
-evaluation mode without gradients, much more is computed once: see `folding`.
+Two steps are reordered, which changes no result: the queries are computed once for all texts, and W_2 comes after the
+mean. In evaluation mode without gradients, everything that does not depend on the text is computed once: see `folding`.
 
-Norms, softmax, residuals and sums are taken in fp32; projections run in the dtype of their weights (or of autocast).
+Norms, softmax, residuals and sums are computed in fp32, projections in the dtype of their weights (or of autocast).
 
-`init` says where training starts:
+`init` sets the initial weights:
 
 - `identity`: W_v is a random matrix with orthonormal columns (rows, if the heads together are narrower than the model),
-  W_o its transpose, W_2 and W are zero, the queries small. An untrained head is then nearly the mean of the normalised
-  states: training starts from a pooling that works instead of from noise, which matters at the rates usual for LoRA.
-  Zeros and the shared rotation block nothing: every weight has a gradient by the second step and goes its own way.
+  W_o its transpose, W_2 and W are zero, the queries small. An untrained head then returns nearly the mean of the
+  normalised states, so that training starts from a pooling that works, which matters at the learning rates of LoRA.
+  The zeros and the shared rotation constrain nothing: every weight has a gradient of its own by the second step.
 - `paper`: as in the published code. Latents and W from N(0, 1), W_q, W_k, W_v, W_o, W_1, W_2 and biases uniform in
   ±1/√(inputs).
 """
@@ -41,15 +41,23 @@ QUERY_SCALE = 0.1  # of `identity`: attention logits start with a standard devia
 
 
 class Pooling(nn.Module):
-    """What all poolings share: `reads`, a forward from states to one vector, and reproducible first weights."""
+    """The base of all poolings: built as `Cls(hidden_size, n_layers, **arguments)`.
 
+    `reads`: "tokens" for states (B, T, D), "layers" for vectors (B, L, D). `forward(states, mask)` returns (B, D) fp32;
+    another width is set as `self.dimension`. A pooling with parameters defines `initial`.
+    """
+
+    __module__ = "poolwise"  # its public name, which users' classes are checked against
     reads: ClassVar[str] = "tokens"
 
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all first weights from `generator` (the global one if None).
+    def __init__(self, hidden_size: int = 0, n_layers: int = 0):
+        super().__init__()
 
-        One number is drawn, and each tensor then has a generator of its own, seeded by that number and the tensor's
-        name: tensors of equal name and shape start equal in every pooling, whatever else the pooling holds.
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Set all initial weights from one number drawn from `generator` (the global one if None).
+
+        Each tensor has its own generator, seeded by that number and the tensor's name, so that tensors of equal name
+        and shape start equal in every pooling, whatever other tensors there are.
         """
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device))
@@ -60,36 +68,38 @@ class Pooling(nn.Module):
                     parameter.copy_(self.initial(name, parameter.shape, own))
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The first value of one parameter."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how {name} starts")
+        """The initial value of one parameter; random numbers come from `generator` alone."""
+        raise NotImplementedError(f"{type(self).__name__}.initial does not set {name}")
+
+
+def last_index(mask: Tensor) -> Tensor:
+    """Index (B,) of the last 1 in each row of `mask` (B, N), whatever the padding side; 0 for a row without one."""
+    return (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
 
 
 def last_token(states: Tensor, mask: Tensor | None) -> Tensor:
-    """States at the last index where the mask is 1, on either padding side: (B, N, D), (B, N) -> (B, D) fp32.
-
-    A row whose mask is all zero gives a zero vector.
-    """
+    """States at the last index where the mask is 1: (B, N, D), (B, N) -> (B, D) fp32; zeros for a row without one."""
     if mask is None:
         return states[:, -1].float()
-    attended = mask.bool()
-    index = (attended * torch.arange(states.shape[1], device=states.device)).amax(dim=1)
-    last = states[torch.arange(states.shape[0], device=states.device), index].float()
-    return torch.where(attended.any(dim=1, keepdim=True), last, 0.0)
+    last = states[torch.arange(states.shape[0], device=states.device), last_index(mask)].float()
+    return torch.where(mask.bool().any(dim=1, keepdim=True), last, 0.0)
 
 
 def weighted_mean(states: Tensor, weights: Tensor) -> Tensor:
-    """Mean of the states by weights >= 0, in fp32: (B, N, D), (B, N) -> (B, D).
+    """Mean of the states by weights >= 0, summed in fp32: (B, N, D), (B, N) -> (B, D). A bool mask is a plain mean.
 
-    A state of weight 0 is never read, so it may be anything, NaN too; a row without weight gives a zero vector.
+    A state of weight 0 is never read, so it may be NaN; a row without weight gives a zero vector.
     """
-    weights = weights.float()
-    kept = torch.where(weights[..., None] > 0, states.float(), 0.0)
-    return (kept * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)
+    kept = states.masked_fill((weights <= 0)[..., None], 0.0)  # not multiplied by 0: that would leave NaN
+    if weights.dtype != torch.bool:  # a plain mean needs no copy of the states in fp32
+        kept = kept.float() * weights.float()[..., None]
+    total = weights.sum(dim=1, keepdim=True, dtype=torch.float32)
+    return kept.sum(dim=1, dtype=torch.float32) / total.clamp(min=1e-9)
 
 
 def attended(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask, or ones where there is none: (B, N) fp32."""
-    return states.new_ones(states.shape[:2], dtype=torch.float32) if mask is None else mask.float()
+    """The mask as booleans (B, N); without one every state counts."""
+    return states.new_ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
 
 
 class Norm(nn.Module):
@@ -110,17 +120,17 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Linear):
-    """A linear layer computed in the dtype of its weights (or of autocast), given back in fp32."""
+    """A linear layer computed in the dtype of its weights (or of autocast); its output is fp32."""
 
     def reset_parameters(self) -> None:
-        """Nothing: the head that owns the layer draws its first weights."""
+        """Nothing: the head that owns the layer sets its initial weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).float()
 
 
 class Head(Pooling):
-    """What the trainable poolings and their controls share: latents, value path, norms and feed-forward.
+    """Latents, value path, norms and feed-forward: common to the trainable poolings and their controls.
 
     `hidden_size` D, `latents` R, `value_width` the inner width of W_v and W_o, `ffn` the feed-forward's width as a
     multiple of D, `norm` "layer_norm" or "rms_norm", `init` "identity" or "paper". `single`: it attends to one vector.
@@ -166,9 +176,9 @@ class Head(Pooling):
         return torch.zeros(shape)  # layer weights, W_2, biases; W_o becomes the transpose of W_v
 
     def folded(self) -> Folded | None:
-        """The weights folded for inference, made when first needed and when they have changed; None in training."""
+        """The weights folded for inference, computed at first use and after changes; None while training."""
         if not foldable(self):
-            self._folded = None  # weights may soon change, and a fused optimiser leaves no trace
+            self._folded = None  # weights may change next, and a fused optimiser's step cannot be detected
             return None
         if self._folded is None or not self._folded.fits(self):
             self._folded = Folded(self)
@@ -184,7 +194,7 @@ class Head(Pooling):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:
-        """Copies and pickles fold for themselves."""
+        """A copy or pickle has no folded weights: it computes its own."""
         return {**self.__dict__, "_folded": None}
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -194,14 +204,14 @@ class Head(Pooling):
 
 
 def _orthonormal(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A random matrix with orthonormal columns, or rows where there are fewer of them."""
+    """A random matrix with orthonormal columns, or orthonormal rows if it has fewer rows than columns."""
     tall = torch.randn(max(shape), min(shape), generator=generator)
     basis = torch.linalg.qr(tall).Q
     return basis if shape[0] >= shape[1] else basis.T
 
 
 class CrossAttentionHead(Head):
-    """Latents attend to states by multi-head cross-attention; the formula stands at the top of this file.
+    """Latents attend to states by multi-head cross-attention, see the formula at the top of this file.
 
     `heads` × `head_dim` is the inner width; `layer_weights` the number of rows of W, 0 for none.
     """
@@ -253,17 +263,26 @@ class CrossAttentionHead(Head):
         """Attention's output for each latent, heads side by side: (B, N, D) -> (B, R, heads · head_dim) fp32."""
         states, mask = self.prepare(states, mask)
         states = self.norm_states(states)
-        query = self._split(self.to_q(self.norm_latents(self.latents)))  # (H, R, E), once for all texts
-        key, value = self._split(self.to_k(states)), self._split(self.to_v(states))  # (B, H, N, E)
+        weights, value = self._weights(states, mask), self._split(self.to_v(states))  # (B, H, R, N), (B, H, N, E)
         with torch.autocast(states.device.type, enabled=False):
-            logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, H, R, N)
-            if mask is not None:
-                keep = mask[:, None, None, :]
-                weights = logits.masked_fill(~keep, torch.finfo(torch.float32).min).softmax(dim=-1) * keep
-            else:
-                weights = logits.softmax(dim=-1)
             out = weights @ value
         return out.transpose(1, 2).flatten(2)
+
+    def attention_weights(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much each latent attends to each state: (B, N, D) -> (B, heads, R, N) fp32; 0 where the mask is."""
+        states, mask = self.prepare(states, mask)
+        return self._weights(self.norm_states(states), mask)
+
+    def _weights(self, normed: Tensor, mask: Tensor | None) -> Tensor:
+        query = self._split(self.to_q(self.norm_latents(self.latents)))  # (H, R, E), once for all texts
+        key = self._split(self.to_k(normed))  # (B, H, N, E)
+        with torch.autocast(normed.device.type, enabled=False):
+            logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+            if mask is None:
+                return logits.softmax(dim=-1)
+            keep = mask[:, None, None, :]
+            # the lowest finite number and the product, so that a row that attends to nothing has zeros and no NaN
+            return logits.masked_fill(~keep, torch.finfo(torch.float32).min).softmax(dim=-1) * keep
 
     def _split(self, x: Tensor) -> Tensor:
         """(…, N, heads · head_dim) -> (…, heads, N, head_dim)."""
@@ -292,8 +311,8 @@ class CrossAttention(CrossAttentionHead):
 class LayerCrossAttention(CrossAttentionHead):
     """Multi-layers trainable pooling: the latents attend to one vector per layer, with learned layer weights added.
 
-    `layer_weights`: rows of W; the first L are used. `tokens` ("last" or "mean") says what stands for a layer and
-    `pad_by_id` what counts as padding there; both are read by the backbone that collects the vectors, not here.
+    `layer_weights`: rows of W; the first L are used. `tokens` ("last" or "mean") says how a layer becomes a vector and
+    `pad_by_id` what counts as padding; both are read by the backbone, which collects the vectors.
     """
 
     reads = "layers"
@@ -317,15 +336,15 @@ class FeedForwardHead(Head):
 
         X = Z + norm(p) W_v W_o        Y = X + (A * gelu(G)) W_2 + b_2,  A, G = norm(X) W_1 + b_1        out = mean Y
 
-    Every latent gets the pooled vector p where the trainable pooling gives it what it attended to. What it shows: how
-    much of a gain of the trainable pooling comes from more weights and a non-linearity after a plain pooling.
+    Every latent receives the pooled vector p instead of what it would attend to. A trainable pooling that beats its
+    control gains from attention; otherwise the gain comes from the weights and the non-linearity alone.
 
     Matched with `cross_attention` of the same arguments: latents, norms of states and feed-forward, the feed-forward,
-    the first weights of equal name and shape, the scale of the first output (W_v W_o is the identity at the start), and
-    the number of parameters: W_v and W_o are twice as wide, which makes up for the missing W_q and W_k exactly, so that
-    only the norm of the queries is missing (2·D parameters; D with rms_norm). Nothing is left without a gradient.
-    Not matched: W_v W_o is a product without a non-linearity, so its double width adds parameters, not functions; the
-    value path costs fewer FLOPs, for it runs once for a text; layer weights W (L·D parameters) have no counterpart.
+    the initial weights of equal name and shape, the scale of the initial output (W_v W_o starts as the identity), and
+    the number of parameters: W_v and W_o are twice as wide, exactly as many weights as W_q and W_k would have, so that
+    only the norm of the queries is missing (2·D parameters; D with rms_norm). Every weight gets a gradient.
+    Not matched: W_v W_o is a product without a non-linearity, so its double width adds parameters but no functions;
+    the value path costs fewer FLOPs, because it runs once per text; layer weights W (L·D) have no counterpart.
     """
 
     single = True
@@ -347,7 +366,7 @@ class FeedForwardHead(Head):
         self.reset_parameters()
 
     def pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """The vector without weights that the head is put around: (B, N, D), (B, N) -> (B, D) fp32."""
+        """The pooled vector p, without weights: (B, N, D), (B, N) -> (B, D) fp32."""
         raise NotImplementedError
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,18 +1,24 @@
-"""The laws that every pooling keeps, for a pooling of one's own: `check_pooling(MyPooling)` before it is trained.
+"""The laws that every pooling keeps: `check_pooling(MyPooling)` before you train it.
 
-1   padding: its side, amount and content, and the other texts of a batch, move nothing
+    from poolwise.pooling.laws import check_pooling
+
+1   padding: its side, amount and content, and the other texts of a batch, change no vector
 3   a copy, a pickle and a reloaded state dict give the same vectors
-4   first weights come from the generator alone, so that designs of one seed start equal
+4   initial weights come from the generator alone, so that designs of one seed start equal
 5   every weight has a gradient within two steps
 9   states of any type are pooled in fp32
 10  the mask decides which states are read, and a text without any gives finite numbers
+
+Besides, the class agrees with its declaration: what it reads and what it costs.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +26,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poolwise.errors import ModelError, StudyError
+from poolwise.pooling.cost import head_cost
 from poolwise.pooling.heads import Pooling
-from poolwise.pooling.poolings import POOLINGS
-from poolwise.study.design import register_own as register
+from poolwise.pooling.poolings import module_class
+from poolwise.study.catalogue import POOLINGS, spec_of
+from poolwise.study.own_pooling import register_own
+from poolwise.study.pooling_spec import AUTO
 
 WIDTH, LAYERS, TOKENS, TEXTS = 16, 3, 7, 6
+SIZES = {"latents": 4, "heads": 2, "head_dim": 8}
+"""Of automatic arguments that depend on a base model."""
 RTOL, ATOL = 1e-4, 1e-5
 Law = Callable[[type[Pooling], dict[str, Any]], Iterator[str]]
 
@@ -33,10 +44,15 @@ def check_pooling(pooling: type[Pooling], **arguments: Any) -> list[str]:
     """Run the laws on a pooling class with these arguments, at hidden size 16 and three layers.
 
     Returns the names of the laws, all kept. Raises `ModelError` with a line for each breach; `StudyError` for a class
-    that no study could take.
+    or an argument that no study could have.
     """
-    if pooling not in POOLINGS.values():
-        register(pooling)
+    spec = spec_of(_name(pooling))
+    if problems := spec.problems(arguments):
+        raise StudyError(problems)
+    arguments = spec.complete(arguments)
+    for name, arg in spec.args.items():
+        if arguments[name] == AUTO and not spec.code:
+            arguments[name] = arg.auto(WIDTH, LAYERS) if arg.auto else SIZES[name]
     breaches = []
     for name, law in LAWS.items():
         try:
@@ -52,8 +68,37 @@ def check_pooling(pooling: type[Pooling], **arguments: Any) -> list[str]:
     return list(LAWS)
 
 
+def _name(pooling: type[Pooling]) -> str:
+    """The name under which the class is declared; a user's class is declared here if need be."""
+    ours = (name for name in POOLINGS if module_class(name) is pooling)
+    return next(ours, None) or register_own(pooling)
+
+
+def _declaration(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
+    name = _name(pooling)
+    spec, head = spec_of(name), _made(pooling, arguments)
+    if spec.reads != pooling.reads:
+        yield f"it reads {pooling.reads}, and {spec.reads} are declared"
+    for key, parameter in list(inspect.signature(pooling).parameters.items())[2:]:
+        if parameter.kind == parameter.VAR_KEYWORD:
+            continue
+        if key not in spec.args:
+            yield f"the argument {key} is not declared"
+        elif spec.args[key].default != AUTO and parameter.default not in (spec.args[key].default, parameter.empty):
+            yield f"{key} = {parameter.default!r} by default, and {spec.args[key].default!r} is declared"
+    config: Any = SimpleNamespace(hidden_size=WIDTH, num_hidden_layers=LAYERS)
+    config.get_text_config = lambda: config
+    try:
+        declared = head_cost(name, arguments, config, TOKENS).parameters
+    except Exception as error:  # whatever the user's code raises
+        yield f"`poolwise check` cannot count its cost on torch's meta device: {type(error).__name__}: {error}"
+        return
+    if declared != (found := sum(parameter.numel() for parameter in head.parameters())):
+        yield f"it has {found} parameters, and {declared} are declared"
+
+
 def _made(pooling: type[Pooling], arguments: dict[str, Any], seed: int = 0, rough: bool = True) -> Pooling:
-    """A pooling with first weights of this seed, `rough`: moved by noise, for zeros would hide what they multiply."""
+    """A pooling with the initial weights of this seed; `rough`: plus noise, because zeros hide what they multiply."""
     head: Any = pooling(WIDTH, LAYERS, **arguments)
     head.reset_parameters(torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(1)
@@ -120,14 +165,14 @@ def _copies(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
         yield f"it cannot be pickled: {error}"
 
 
-def _first_weights(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
+def _initial_weights(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
     torch.manual_seed(0)
     first = _made(pooling, arguments, rough=False).state_dict()
     torch.manual_seed(1)
     again = _made(pooling, arguments, rough=False)
     moved = [name for name, value in again.state_dict().items() if not torch.equal(value, first[name])]
     if moved:
-        yield f"the first values of {', '.join(moved)} do not come from the generator that initial() is given"
+        yield f"the initial values of {', '.join(moved)} do not come from the generator passed to initial()"
     torch.manual_seed(0)
     before = torch.get_rng_state()
     again.reset_parameters(torch.Generator().manual_seed(0))
@@ -181,11 +226,12 @@ def _masks(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
 
 LAWS: dict[str, Law] = {
     "shape": _shape,
+    "declaration": _declaration,
     "law 1, padding": _padding,
     "law 3, copies": _copies,
-    "law 4, first weights": _first_weights,
+    "law 4, initial weights": _initial_weights,
     "law 5, gradients": _gradients,
     "law 9, precision": _precision,
     "law 10, masks": _masks,
 }
-"""Name of a law -> what it finds against a pooling class with these arguments, a line each."""
+"""Name of a law -> a line for each breach by a pooling class with these arguments."""

@@ -1,4 +1,4 @@
-"""The paper's trainable pooling as its code computes it, and the heads that its authors released."""
+"""Heads in the layout in which the paper's authors release them (`attn_pool.pt`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poolwise.errors import CheckpointError
-from poolwise.pooling.heads import (
-    CrossAttentionHead,
-)
+from poolwise.pooling.heads import CrossAttentionHead
 
 
 class PaperHead(nn.Module):
-    """A head as the paper released them: vectors (B, N, D), mask (B, N) or None -> (B, D) of length 1."""
+    """A released head: vectors (B, N, D), mask (B, N) or None -> (B, D) of length 1."""
 
     def __init__(self, pooling: CrossAttentionHead):
         super().__init__()
@@ -49,9 +47,9 @@ _RELEASED = {  # released name -> our name; to_kv holds keys first, then values
 def load_paper_head(state_dict: Mapping[str, Tensor] | str | Path, heads: int = 32) -> PaperHead:
     """A trained head from the paper's released layout: a state dict, or the path of an `attn_pool.pt`.
 
-    Sizes are read from the shapes; only the number of `heads` is not written in them. Weights become fp32. With
-    `pos_emb.weight` it is a multi-layers head (its first N rows are added to N vectors), without it a last-layer head.
-    A prefix `module.` is dropped.
+    All sizes but the number of `heads` follow from the shapes. Weights become fp32. With `pos_emb.weight` it is a
+    multi-layers head (its first N rows are added to N vectors), without it a last-layer head. A prefix `module.` is
+    dropped.
 
     Raises `CheckpointError` naming missing and unexpected keys, shapes that do not fit together, a file that is not a
     state dict, or heads that do not divide the inner width.

@@ -15,11 +15,18 @@ from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
 from poolwise.errors import PoolwiseError
 from poolwise.files import write_atomic
-from poolwise.pooling.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
-from poolwise.pooling.poolings import resolve_args
+from poolwise.pooling.cost import (
+    base_flops,
+    base_parameters,
+    head_flops,
+    head_parameters,
+    lora_parameters,
+    resolve_args,
+)
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
-from poolwise.study.catalogue import AUTO, read_tokens
+from poolwise.study.catalogue import read_tokens
+from poolwise.study.pooling_spec import AUTO
 from poolwise.study.recipe import Lora, Recipe, settings
 from poolwise.study.study import Study
 
@@ -50,7 +57,7 @@ def base_costs(study: Study, config: Any) -> list[dict[str, Any]]:
     layers = config.get_text_config().num_hidden_layers
     for design in study.designs:
         arguments = resolve_args(design.pooling, design.pooling_args, config)
-        read = arguments["layer"] if design.pooling == "single_layer" else layers  # what is above is not trained
+        read = design.spec.layers_read(arguments, layers)  # what is above is not trained
         row: dict[str, Any] = {
             "design": design.name,
             "base": study.recipe.base_model,

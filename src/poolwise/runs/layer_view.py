@@ -16,6 +16,7 @@ from poolwise.errors import CheckpointError
 from poolwise.model import checkpoint
 from poolwise.runs import run as runner
 from poolwise.scoring.layers import attends_to_layers, layer_attention, layer_weights, probe_layers
+from poolwise.study.catalogue import spec_of
 from poolwise.study.study import Study
 
 LOOKED_AT = 64
@@ -82,7 +83,8 @@ def _look(
     encoder: SentenceTransformer, row: dict[str, Any], study: Study, tasks: Sequence[Task], batch_size: int
 ) -> dict[str, Any]:
     arguments: dict[str, Any] = encoder.poolwise["design"]  # type: ignore[assignment,index]
-    reduce = _reading(str(arguments["pooling"]), arguments["pooling_args"])
+    tokens = spec_of(arguments["pooling"]).tokens_read(arguments["pooling_args"])
+    reduce = "last" if tokens == "last" else "mean"  # a layer's vector, as close to the design's as can be
     recipe = study.recipe
     prompts = {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
     attention = weights = None
@@ -104,11 +106,6 @@ def _look(
         "scores": [{name: score[name] for name in kept} for score in scores],
         "own": _own(study, row),
     }
-
-
-def _reading(pooling: str, arguments: dict[str, Any]) -> str:
-    """What stands for a layer's tokens: its last one where the design reads that, else their mean."""
-    return "last" if pooling.startswith("last_token") or arguments.get("tokens") == "last" else "mean"
 
 
 def _own(study: Study, row: dict[str, Any]) -> list[dict[str, Any]]:

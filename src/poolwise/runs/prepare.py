@@ -23,8 +23,7 @@ from poolwise.model.base import (
     load_config,
 )
 from poolwise.model.packing import choose
-from poolwise.pooling.cost import base_parameters
-from poolwise.pooling.poolings import resolve_args
+from poolwise.pooling.cost import base_parameters, resolve_args
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study, content_hash

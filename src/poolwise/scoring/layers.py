@@ -22,6 +22,7 @@ from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import LayerCollector
 from poolwise.pooling.heads import LayerCrossAttention
 from poolwise.scoring.evaluate import evaluate
+from poolwise.study.catalogue import POOLINGS, spec_of
 
 
 def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 8) -> NDArray[np.float64]:
@@ -42,7 +43,9 @@ def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_si
     total: list[Tensor] = []
 
     def look(module: Any, inputs: tuple[Any, ...]) -> None:
-        total.append(_attention(head, inputs[0]).mean(dim=(1, 2)).double().sum(dim=0).cpu())  # (L,) over the batch
+        total.append(
+            head.attention_weights(inputs[0]).mean(dim=(1, 2)).double().sum(dim=0).cpu()
+        )  # (L,) over the batch
 
     handle = head.register_forward_pre_hook(look)
     try:
@@ -55,7 +58,7 @@ def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_si
 
 def attends_to_layers(encoder: SentenceTransformer) -> bool:
     """Whether `layer_attention` has an answer for this encoder."""
-    return any(isinstance(getattr(module, "head", None), LayerCrossAttention) for module in encoder)
+    return any(isinstance(module, PoolingHead) and spec_of(module.pooling).attends_to_layers for module in encoder)
 
 
 def layer_weights(encoder: SentenceTransformer) -> NDArray[np.float64] | None:
@@ -70,23 +73,15 @@ def layer_weights(encoder: SentenceTransformer) -> NDArray[np.float64] | None:
 
 def _head(encoder: SentenceTransformer) -> LayerCrossAttention:
     found = next((module for module in encoder if isinstance(module, PoolingHead)), None)
-    head = None if found is None else cast(Any, found.head)
-    if not isinstance(head, LayerCrossAttention):
+    if found is None or not spec_of(found.pooling).attends_to_layers:
         what = found.pooling if found else "no pooling of poolwise"
-        raise ModelError(f"{what}: only layer_cross_attention attends to layers; give an encoder of such a design")
-    return head
+        able = " and ".join(name for name, spec in POOLINGS.items() if spec.attends_to_layers)
+        raise ModelError(f"{what}: only {able} attends to layers; give an encoder of such a design")
+    return cast(LayerCrossAttention, found.head)
 
 
 def _document(encoder: SentenceTransformer) -> str | None:
     return "document" if encoder.prompts.get("document") else None
-
-
-def _attention(head: LayerCrossAttention, states: Tensor) -> Tensor:
-    """Layer vectors (B, L, D) -> attention weights (B, heads, latents, L) fp32."""
-    states, _ = head.prepare(states, None)
-    query = head._split(head.to_q(head.norm_latents(head.latents)))  # (H, R, E)
-    key = head._split(head.to_k(head.norm_states(states)))  # (B, H, L, E)
-    return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 Array = NDArray[np.float32]

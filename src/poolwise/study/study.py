@@ -17,10 +17,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from poolwise.errors import StudyError, explain, suggest
-from poolwise.study import design as grids
-from poolwise.study import design as own
 from poolwise.study.catalogue import TASK_TYPES
-from poolwise.study.design import Design
+from poolwise.study.design import Design, expand
+from poolwise.study.own_pooling import allowing_code, find_own, is_own
 from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
 
 
@@ -37,8 +36,8 @@ def _load_code(raw: dict[str, Any]) -> None:
     named = [d.get("pooling") for d in designs if isinstance(d, dict)] if isinstance(designs, list) else []
     listed = axes.get("pooling") if isinstance(axes, dict) else ()
     for pooling in [*named, *(listed if isinstance(listed, list | tuple) else [listed])]:
-        if isinstance(pooling, str) and own.is_own(pooling):
-            own.find_own(pooling)
+        if isinstance(pooling, str) and is_own(pooling):
+            find_own(pooling)
 
 
 def _missing_baseline(baseline: object, names: list[str]) -> list[str]:
@@ -107,13 +106,13 @@ class Study(Strict):
         if not isinstance(raw, dict) or not isinstance(raw.get("grid"), dict) or not raw["grid"]:
             return raw
         listed = raw.get("designs") or ()
-        made, _, mistakes = grids.expand(_axes(raw["grid"]), _valid_designs(listed), Design)
-        return raw if mistakes else {**raw, "designs": [*listed, *made]}
+        expansion = expand(_axes(raw["grid"]), _valid_designs(listed))
+        return raw if expansion.mistakes else {**raw, "designs": [*listed, *expansion.designs]}
 
     @field_validator("grid")
     @classmethod
     def _sensible_grid(cls, axes: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-        if axes and (mistakes := grids.expand(axes, (), Design)[2]):
+        if axes and (mistakes := expand(axes, ()).mistakes):
             raise ValueError("\n".join(mistakes))
         return axes
 
@@ -145,7 +144,7 @@ class Study(Strict):
             problems += self.tuning.problems(self.tasks, self.all_seeds)
         if self.base_models and self.recipe.base_model != Recipe.model_fields["base_model"].default:
             problems.append("give either base_models or recipe.base_model, not both")
-        code = [design.pooling for design in self.designs if own.is_own(design.pooling)]
+        code = [design.pooling for design in self.designs if is_own(design.pooling)]
         if code and not self.allow_code:
             problems.append(f"designs: {code[0]} is code of your own; say allow_code = true to have it imported")
         prompted = self.recipe.query_prompt or self.recipe.document_prompt or self.recipe.prompts
@@ -182,7 +181,7 @@ class Study(Strict):
         """Validate a study given as plain dictionaries, as TOML reads them."""
         allowed = raw.get("allow_code") is True
         try:
-            with own.allowing_code(allowed, base_dir):
+            with allowing_code(allowed, base_dir):
                 _load_code(raw if allowed else {})
                 study = cls.model_validate(raw)
         except StudyError as error:
@@ -199,10 +198,10 @@ class Study(Strict):
 
     def load_code(self) -> None:
         """Import the poolings of the user's own, in a process that got this study from another one."""
-        with own.allowing_code(self.allow_code, self.base_dir):
+        with allowing_code(self.allow_code, self.base_dir):
             for design in self.designs:
-                if own.is_own(design.pooling):
-                    own.find_own(design.pooling)
+                if is_own(design.pooling):
+                    find_own(design.pooling)
 
     @property
     def base_dir(self) -> Path:
@@ -227,7 +226,7 @@ class Study(Strict):
     @property
     def grid_notes(self) -> list[str]:
         """A line for each combination of the grid that is no design of its own."""
-        return grids.expand(self.grid, self.designs, Design)[1] if self.grid else []
+        return expand(self.grid, self.designs).left_out if self.grid else []
 
     @property
     def all_seeds(self) -> tuple[int, ...]:

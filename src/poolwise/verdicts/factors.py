@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from poolwise import stats
-from poolwise.study.catalogue import CONTROLS, POOLING_ARGS
+from poolwise.study.catalogue import spec_of
 from poolwise.verdicts.arms import FEW_SOURCES
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def varying_arguments(designs: Sequence[Design]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for pooling in dict.fromkeys(design.pooling for design in designs):
         rows = [design.factors() for design in designs if design.pooling == pooling]
-        names = [name for name in POOLING_ARGS[pooling] if len({repr(row[name]) for row in rows}) > 1]
+        names = [name for name in spec_of(pooling).args if len({repr(row[name]) for row in rows}) > 1]
         if names:
             found[pooling] = names
     return found
@@ -51,7 +51,7 @@ def pooling_level(design: Design, varying: Mapping[str, Sequence[str]]) -> str:
     shown = [
         f"{name} {str(values[name]).lower()}"
         for name in varying.get(design.pooling, ())
-        if values[name] != POOLING_ARGS[design.pooling][name].default
+        if values[name] != design.spec.args[name].default
     ]
     if design.template != "plain":
         shown.append(f"template {design.template}")
@@ -78,7 +78,7 @@ def argument_references(rows: Sequence[Mapping[str, str | None]], names: set[str
     found = {}
     for name in names:
         argument, pooling = name.split(" of ")
-        default = str(POOLING_ARGS[pooling][argument].default)
+        default = str(spec_of(pooling).args[argument].default)
         if default in {row[name] for row in rows}:
             found[name] = default
     return found
@@ -89,12 +89,11 @@ def control_pairs(designs: Sequence[Design], levels: Sequence[Levels]) -> Iterat
     seen = set()
     for design, row in zip(designs, levels, strict=True):
         for control, other in zip(designs, levels, strict=True):
-            key = (design.pooling, design.factors().get("tokens"))
             mine, theirs = design.factors(), control.factors()
-            shared = POOLING_ARGS[design.pooling].keys() & POOLING_ARGS[control.pooling].keys()
+            shared = design.spec.args.keys() & control.spec.args.keys()
             pair = (row["pooling"], other["pooling"])
             agree = all(mine[name] == theirs[name] for name in {*shared, "template", "special_tokens"})
-            if control.pooling in CONTROLS.get(key, ()) and agree and pair not in seen:
+            if control.pooling in design.spec.controls_for(mine) and agree and pair not in seen:
                 seen.add(pair)
                 yield pair
 
@@ -105,9 +104,9 @@ def uncontrolled(
     """Trainable pooling without any control, as a level -> the poolings that would be one."""
     have, found = {pooling for pooling, _ in pairs}, dict[str, tuple[str, ...]]()
     for design, row in zip(designs, levels, strict=True):
-        key = (design.pooling, design.factors().get("tokens"))
-        if key in CONTROLS and row["pooling"] not in have:
-            found[row["pooling"]] = CONTROLS[key]
+        controls = design.spec.controls_for(design.factors())
+        if controls and row["pooling"] not in have:
+            found[row["pooling"]] = controls
     return found
 
 
