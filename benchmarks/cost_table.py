@@ -43,13 +43,13 @@ LORA = {"rank": 16, "target": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_pro
 INTRO = """\
 # What a design costs
 
-Every preset on the base models of the paper, from shapes alone (`python benchmarks/cost_table.py` writes this page;
-`poolwise check STUDY.toml` shows the same for your own study before anything runs). LoRA has rank 16 on all seven
-projections. FLOPs: one forward pass of a text of so many tokens, a multiply-add counted as two; "head" is the share of
-the pooling in the whole. A head is counted as its formula is written, each text on its own: an upper bound. Templates
-that repeat a text or write words around it make it longer, which is not counted here. On short texts the paper's head
-(`-paper`) costs more than the base model itself; on Mistral-7B it has 1,278,275,584 parameters, on Qwen2-0.5B
-245,216,384, where the tokens of the last layer are pooled.
+Every preset on the base models of the paper, computed from shapes alone (`python benchmarks/cost_table.py` writes this
+page; `poolwise check STUDY.toml` prints the same for your own study before anything runs). LoRA has rank 16 on all seven
+projections. FLOPs are those of one forward pass over one text, a multiply-add counted as two; "head" gives the FLOPs of
+the pooling and their share of the total. A head is counted as its formula is written, each text separately, which is an
+upper bound. The tokens that a template adds are not counted here. On short texts the paper's head (`-paper`) costs more
+than the base model itself; if it pools the tokens of the last layer, it has 1,278,275,584 parameters on Mistral-7B and
+245,216,384 on Qwen2-0.5B.
 """
 
 

@@ -26,6 +26,7 @@ from poolwise.model.attention import get_attention, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import decoder_layers, last_index
+from poolwise.study.catalogue import POOLINGS
 
 BY_LENGTH = {"dynamic", "longrope"}
 """Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
@@ -204,7 +205,7 @@ def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
     return half
 
 
-STANDARD = {"last_token": "lasttoken", "mean": "mean", "weighted_mean": "weightedmean", "max": "max"}
+STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
 """Our pooling -> the mode of sentence-transformers' own."""
 AGREEMENT = {
     torch.float32: (1e-5, 1e-8),
