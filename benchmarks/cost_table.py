@@ -2,8 +2,8 @@
 
 python benchmarks/cost_table.py    # writes all of them; seconds, no weights and no network
 
-docs/cost.md is written whole, what every preset costs on the paper's two base models. In docs/design-space.md and
-docs/study-file.md a table stands between two marks, `<!-- NAME, by benchmarks/cost_table.py -->` and `<!-- end -->`.
+docs/cost.md is written whole: the cost of every preset on the paper's two base models. In docs/design-space.md and
+docs/study-file.md a table is between two marks, `<!-- NAME, by benchmarks/cost_table.py -->` and `<!-- end -->`.
 Costs are computed on the meta device.
 """
 
@@ -44,7 +44,7 @@ INTRO = """\
 # What a design costs
 
 Every preset on the base models of the paper, computed from shapes alone (`python benchmarks/cost_table.py` writes this
-page; `poolwise check STUDY.toml` prints the same for your own study before anything runs). LoRA has rank 16 on all seven
+page; `poolwise check STUDY.toml` prints the same for your study before anything runs). LoRA has rank 16 on all seven
 projections. FLOPs are those of one forward pass over one text, a multiply-add counted as two; "head" gives the FLOPs of
 the pooling and their share of the total. A head is counted as its formula is written, each text separately, which is an
 upper bound. The tokens that a template adds are not counted here. On short texts the paper's head (`-paper`) costs more
@@ -54,7 +54,7 @@ than the base model itself; if it pools the tokens of the last layer, it has 1,2
 
 
 def rows(config: Any) -> list[dict[str, Any]]:
-    """One row a preset."""
+    """One row per preset."""
     designs = [{"preset": name} for name in PRESETS]
     study = Study.parse({"name": "costs", "baseline": "m1", "designs": designs, "recipe": {"lora": LORA}})
     return base_costs(study, config)
@@ -153,7 +153,7 @@ TABLES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
 
 
 def inserted(name: str) -> str:
-    """The page with its tables written anew."""
+    """The page with its tables updated."""
     text = (DOCS / name).read_text(encoding="utf-8")
     for mark, lines in TABLES[name].items():
         start = f"<!-- {mark}, by benchmarks/cost_table.py -->\n"

@@ -256,7 +256,7 @@ def test_a_study_asks_before_it_imports(tmp_path, monkeypatch):
     loaded = study(tmp_path, text)
     assert "mine_once" in sys.modules
     power = loaded.design("power")
-    with pytest.raises(StudyError, match="say allow_code = true"):
+    with pytest.raises(StudyError, match="set allow_code = true"):
         Study.parse({"name": "s", "baseline": "power", "designs": [power.model_dump()]})
     assert {"code", "attention", "pooling", "pooling_args"} == set(power.treatment({}))
     with pytest.raises(

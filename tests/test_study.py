@@ -276,12 +276,12 @@ def test_mistaken_grid(grid: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["m1", "broken"], "the name 'broken' is that of a control arm or a reference"),
-        (["m1", "tfidf"], "the name 'tfidf' is that of"),
-        (["m1", "m1-aa"], "the name 'm1-aa' is that of"),
-        (["m1", "m1-untuned"], "the name 'm1-untuned' is that of"),
-        (["m1", "ladder-1"], "the name 'ladder-1' is that of"),
-        (["m1", "a/b", "a b"], "'a/b' and 'a b' differ only in characters that no folder keeps"),
+        (["m1", "broken"], "the name 'broken' is reserved for a control arm or a reference"),
+        (["m1", "tfidf"], "the name 'tfidf' is reserved for"),
+        (["m1", "m1-aa"], "the name 'm1-aa' is reserved for"),
+        (["m1", "m1-untuned"], "the name 'm1-untuned' is reserved for"),
+        (["m1", "ladder-1"], "the name 'ladder-1' is reserved for"),
+        (["m1", "a/b", "a b"], "'a/b' and 'a b' differ only in characters that are replaced in folder names"),
     ],
 )
 def test_names_that_would_be_taken_for_something_else(names, told):

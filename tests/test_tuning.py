@@ -139,7 +139,7 @@ def test_a_verdict_that_flips_depends_on_the_recipe() -> None:
     [
         ({"tasks": ["./pairs"]}, "./pairs would be reported too"),
         ({"seed": 1}, "one of seeds"),
-        ({"learning_rate": [1e-3], "head_learning_rate": []}, "one setting is no search"),
+        ({"learning_rate": [1e-3], "head_learning_rate": []}, "tuning: a single setting"),
         ({"learning_rate": [1e-3, 1e-3]}, "give each value once"),
         ({"tasks": []}, "tuning.tasks"),
         ({"learning_rates": [1e-3]}, "tuning.learning_rates is not a field"),

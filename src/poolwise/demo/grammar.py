@@ -1,8 +1,8 @@
 """The authored vocabulary of the mechanism tasks, in two halves that share no content word.
 
-`WORDS["train"]` feeds the training pairs and `WORDS["eval"]` the tasks. What both may use are `FUNCTION_WORDS` alone:
-articles, auxiliaries, prepositions, negators and ordinals, without which no training pair could teach anything about
-an evaluation text. All words and sentences of this package were written for it.
+`WORDS["train"]` is used by the training pairs and `WORDS["eval"]` by the tasks. Both use `FUNCTION_WORDS`: articles,
+auxiliaries, prepositions, negators and ordinals, without which training could teach nothing about an evaluation text.
+All words and sentences of this package were written for it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _EVAL: Lists = {
 
 WORDS: dict[str, Lists] = {"train": _TRAIN, "eval": _EVAL}
 
-# Twelve words a topic; a text takes three, and two texts of one topic that meet in a task never share a word.
+# Twelve words per topic; a text takes three, and two texts of one topic in the same task never share a word.
 TOPICS: dict[str, Lists] = {
     "train": {
         "cooking": _split("butter soup oven flour sugar dinner bread cheese sauce boil roast recipe"),
@@ -138,7 +138,7 @@ class Templates:
 
 
 def generator(*key: object) -> random.Random:
-    """A generator that depends on `key` alone: string seeds are hashed by SHA-512, not by Python's salted hash."""
+    """A generator that depends on `key` alone: Python seeds it by SHA-512 of the string, not by the salted hash."""
     return random.Random("/".join(str(part) for part in key))
 
 
@@ -146,7 +146,7 @@ class Picker:
     """Draws words of one split: `pick("things", 3)` gives three different ones.
 
     `pinned` categories always give the same words in the same order, so that a meaning keeps its name from group to
-    group and can be a class label. `most` is the largest number of meanings that anybody will look at.
+    group and can be a class label. `most` is the largest number of meanings of a group that will be used.
     """
 
     def __init__(self, split: Split, rng: random.Random, pinned: Sequence[str] = (), most: int = 24):
@@ -162,7 +162,7 @@ class Picker:
 
 
 def sentence(text: str) -> str:
-    """Spaces before punctuation out, first letters up, a full stop at the end."""
+    """Remove spaces before punctuation, capitalise sentences, add a full stop."""
     text = re.sub(r"\s+([,.;:?])", r"\1", " ".join(text.split()))
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     text = re.sub(r"(^|[.?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
@@ -177,7 +177,7 @@ def write(templates: Sequence[str], **fields: str) -> tuple[str, ...]:
 def build(
     codes: Sequence[tuple[str, ...]], templates: Templates, split: Split, fields: Callable[[int], Mapping[str, str]]
 ) -> Group:
-    """The group whose meaning `i` fills the templates of the split with `fields(i)`."""
+    """The group in which meaning `i` fills the templates of the split with `fields(i)`."""
     rows = range(len(codes))
     queries, documents = (templates.side(split, side) for side in SIDES)
     return Group(
@@ -205,11 +205,11 @@ FILLER = Templates(
 )
 
 
-SENTENCES = {"train": 1, "eval": 3}  # neutral sentences a padding: long where it counts, short where it costs
+SENTENCES = {"train": 1, "eval": 3}  # neutral sentences per padding: long in the tasks, short in training to save time
 
 
 def filler(picker: Picker) -> str:
-    """Sentences that say nothing of note, joined by full stops."""
+    """Neutral sentences, joined by full stops."""
     templates = FILLER.side(picker.split, "documents")
     lines = []
     for _ in range(SENTENCES[picker.split]):
@@ -222,7 +222,7 @@ def filler(picker: Picker) -> str:
 def unique(groups: Iterator[Group], count: int) -> list[Group]:
     """The first `count` groups with no document seen before.
 
-    Raises ValueError where the vocabulary gives fewer (after 50 draws in vain for one group).
+    Raises ValueError if the vocabulary has fewer, after 50 draws per group without success.
     """
     found: list[Group] = []
     seen: set[str] = set()
@@ -233,7 +233,7 @@ def unique(groups: Iterator[Group], count: int) -> list[Group]:
         if texts & seen:
             misses += 1
             if misses > 50 * count:
-                raise ValueError(f"the vocabulary gives {len(found)} different groups, {count} were asked for")
+                raise ValueError(f"the vocabulary gives {len(found)} different groups, {count} are needed")
             continue
         seen |= texts
         found.append(group)

@@ -1,4 +1,4 @@
-"""The ten mechanisms: what each plants, and the task records and training pairs made of its meanings."""
+"""The ten mechanisms: the property that each plants, and the task records and training pairs generated from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from poolwise.demo.templates import CONTEXT, FACT, NEGATION, NUMBER, ROLES, SWAP
 class Mechanism:
     """One planted property.
 
-    pinned: the word categories held fixed where a meaning is a class label.
+    pinned: the word categories that are fixed when a meaning is a class label.
     label: the slot of a meaning's code that is the class.
     """
 
@@ -40,7 +40,7 @@ class Mechanism:
     label: int = 0
 
     def groups(self, split: Split, *key: object, pinned: bool = False, most: int = 24) -> Iterator[Group]:
-        """An endless stream of groups, a function of the arguments alone; `most` bounds the meanings of a group."""
+        """An endless stream of groups that depends on the arguments alone; a group has at most `most` meanings."""
         rng = generator(self.name, split, pinned, *key)
         while True:
             yield self.make(Picker(split, rng, self.pinned if pinned else (), most))
@@ -62,7 +62,7 @@ def overlap(picker: Picker) -> Group:
 
 
 def _padded(picker: Picker, place: str) -> Group:
-    """Four unrelated facts; each document wording stands beside two different paddings of neutral sentences."""
+    """Four unrelated facts; each document wording is combined with two different paddings of neutral sentences."""
     codes, fields = _facts(picker, 4)
     group = build(codes, FACT, picker.split, lambda i: fields[i])
     paddings = [sentence(filler(picker)) for _ in range(2)]
@@ -114,8 +114,8 @@ def _marked(
 ) -> Group:
     """Four things, two of which are marked: all six choices.
 
-    marks: for each marker field of the templates, what it says of a thing that is meant and of one that is not. A
-    field name is a letter for the kind of mark and the slot, `m0` to `m3`.
+    marks: for each kind of marker, its word for a thing that is meant and for one that is not. The field of a template
+    is the letter of the kind and the slot, `m0` to `m3`.
     """
     chosen = [frozenset(pair) for pair in combinations(range(4), 2)]
     codes = [tuple("yes" if slot in pair else "no" for slot in range(4)) for pair in chosen]
@@ -135,14 +135,14 @@ def negation(picker: Picker) -> Group:
 
 
 def context(picker: Picker) -> Group:
-    """Four names; in the documents the word that says whether a name is meant comes after it."""
+    """Four names; in the documents, the word that decides whether a name is meant follows it."""
     names, (deed,), (place,) = picker.pick("names", 4), picker.pick("deeds", 1), picker.pick("places", 1)
     fixed = dict(zip("xyzw", names, strict=True), v=deed, p=place)
     return _marked(picker, CONTEXT, {"m": ("yes", "no")}, fixed)
 
 
 def tail(picker: Picker) -> Group:
-    """Three facts; the first is what the text is about, the others trail behind it in neutral sentences."""
+    """Three facts; the first is what the text is about, the others follow it among neutral sentences."""
     things, motions, (place,) = picker.pick("things", 3), picker.pick("motions", 3), picker.pick("places", 1)
     padding = filler(picker)
 
@@ -159,7 +159,7 @@ def tail(picker: Picker) -> Group:
 
 
 def topic(picker: Picker) -> Group:
-    """Every topic of the split, its twelve words dealt out over two queries and two documents."""
+    """Every topic of the split, its twelve words distributed over two queries and two documents."""
     topics = TOPICS[picker.split]
 
     def texts(templates: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
@@ -196,7 +196,7 @@ MECHANISMS: dict[str, Mechanism] = {
 
 SEED = 2025  # of every evaluation task: the tasks are fixed, only training varies
 
-# Items of each form. `sts`: pairs. `retrieval`: groups in the corpus, meanings of each that are asked for, in two
+# Sizes of each form. `sts`: pairs. `retrieval`: groups in the corpus, meanings of each that are searched for, in two
 # wordings. `classification`: training and test texts. `clustering`: sets.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "overlap": {"sts": (80,), "retrieval": (12, 3), "classification": (32, 40), "clustering": (3,)},
@@ -213,7 +213,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 def item_count(name: str, kind: str) -> int:
-    """Items of one task: pairs, meanings asked for, test examples or sets (`poolwise.verdicts.mechanism_items`)."""
+    """Items of one task: pairs, meanings searched for, test examples or sets (see `poolwise.verdicts.mechanisms`)."""
     sizes = SIZES[name][kind]
     return sizes[0] * sizes[1] if kind == "retrieval" else sizes[-1]
 
@@ -243,9 +243,9 @@ def _sts(mechanism: Mechanism, pairs: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, list[dict[str, Any]]]:
-    """Every meaning of every group is a document; `per_group` meanings of each group are asked for.
+    """Every meaning of every group is a document; `per_group` meanings of each group have queries.
 
-    A topic has many texts, all of them relevant to each of its queries; elsewhere one document has the meaning.
+    A topic has many texts, all of them relevant to each of its queries; otherwise one document has the meaning.
     """
     rng = generator("retrieval", mechanism.name, SEED)
     shared = mechanism.name == "topic"
@@ -273,9 +273,9 @@ def _retrieval(mechanism: Mechanism, groups: int, per_group: int) -> dict[str, l
 
 
 def _classification(mechanism: Mechanism, train: int, test: int) -> dict[str, list[dict[str, Any]]]:
-    """Texts with their classes, as even as can be: the pinned words make a meaning a class.
+    """Texts with their classes, as balanced as possible: a pinned word makes a meaning a class.
 
-    No test text is a training text. Topics are trained on the query side's words and tested on the document side's.
+    No test text is a training text. Topics are trained on words of the query side and tested on the document side's.
     """
     sizes = {"train": train, "test": test}
     rows: dict[str, list[dict[str, Any]]] = {side: [] for side in sizes}
@@ -317,7 +317,7 @@ def _clustering(mechanism: Mechanism, sets: int) -> dict[str, list[dict[str, Any
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:
     """`count` training rows for each mechanism, mechanisms in turn, from the training halves alone.
 
-    The negative is another meaning of the same group: the same words where the mechanism is about their binding.
+    The negative is another meaning of the same group: the same words, if the mechanism is about how they are bound.
     """
     rng = generator("pairs", seed)
     streams = {name: mechanism.groups("train", "pairs", seed, most=2) for name, mechanism in MECHANISMS.items()}

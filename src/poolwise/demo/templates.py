@@ -1,7 +1,7 @@
 """The authored templates of each mechanism, by split and side.
 
-No slot of an evaluation template whose filling is planted stands next to punctuation: characters within words would
-otherwise tell where it stood. Field letters are explained by the function that fills them in `mechanisms`.
+In evaluation templates no planted slot is next to punctuation, which would show its position to TF-IDF of characters
+within words. The function in `mechanisms` that fills a template explains its field letters.
 """
 
 from __future__ import annotations

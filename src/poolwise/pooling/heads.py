@@ -311,8 +311,8 @@ class CrossAttention(CrossAttentionHead):
 class LayerCrossAttention(CrossAttentionHead):
     """Multi-layers trainable pooling: the latents attend to one vector per layer, with learned layer weights added.
 
-    `layer_weights`: rows of W; the first L are used. `tokens` ("last" or "mean") says how a layer becomes a vector and
-    `pad_by_id` what counts as padding; both are read by the backbone, which collects the vectors.
+    `layer_weights`: rows of W; the first L are used. `tokens` ("last" or "mean") reduces a layer to a vector and
+    `pad_by_id` decides what is padding; both are read by the backbone, which collects the vectors.
     """
 
     reads = "layers"

@@ -288,7 +288,7 @@ class LayerAttention(LayerPooling):
     Three differences from the published code. A layer is one vector (there the [CLS] token is the query and the mean
     over tokens gives key and value; a causal model has no [CLS]). Norm is a LayerNorm without weights, because the
     layers of a decoder differ in size and tanh would saturate. The ReLU is not random in training. It starts near the
-    mean of x_L and p: W_v is nearly the identity, each half of W half of it.
+    mean of x_L and p: W_v is nearly the identity, each half of W half the identity.
     """
 
     matrices: ClassVar[tuple[str, ...]] = ("query", "key", "value")

@@ -1,1 +1,1 @@
-"""What is compared: the study file and the catalogue of designs. No torch."""
+"""What a study compares: the study file, and the catalogue of attention modes, poolings and presets. No torch."""

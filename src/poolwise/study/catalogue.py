@@ -5,7 +5,7 @@ A pooling is declared once, in `POOLINGS`; what it computes is the class of the 
 
 A design is an attention mode, a pooling with its arguments, and a template. The presets `m1` to `m5` are the five
 designs of "Pooling and Attention: What are Effective Designs for LLM-Based Embedding Models?" (arXiv 2409.02727), each
-trainable one twice: `m2` … `m5` as the paper describes them (padding masked, all tokens where the name says so, a head
+trainable one twice: `m2` … `m5` as the paper describes them (padding masked, all tokens of the last layer, a head
 about as wide as the model) and `m2-paper` … `m5-paper` as its released code computes them:
 
 - `m2-paper` pools one token, so its attention is constant and its queries and keys never get a gradient;
@@ -27,7 +27,7 @@ from poolwise.errors import StudyError, suggest
 from poolwise.study.pooling_spec import AUTO, Arg, Cost, PoolingSpec
 
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_last_N", "prefix", "causal_prefix")
-"""Attention modes; `poolwise.model.attention` says what each computes. N: a number of layers, from 1."""
+"""Attention modes; `poolwise.model.attention` implements them. N: a number of layers, from 1."""
 TEMPLATES: dict[str, tuple[int, int]] = {"plain": (1, 0), "prompteol": (1, 11), "echo": (2, 10)}
 """Template that a text is written into -> how often the model reads the text, and about how many tokens are added."""
 

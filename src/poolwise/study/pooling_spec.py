@@ -65,8 +65,8 @@ class PoolingSpec:
 
     `name`: as in a study file. `formula`: its vector in one line. `source`: paper (arXiv number) or model.
     `reads`: the tokens of the last layer (B, T, D), or one vector per layer (B, L, D).
-    `tokens`: the tokens that the vector depends on, overridden by an argument of this name. Over layers it says how a
-    layer becomes a vector: its `last` token, or the `mean` of its tokens.
+    `tokens`: the tokens that the vector depends on, overridden by an argument of this name. Over layers it is the
+    reduction of a layer to a vector: its `last` token, or the `mean` of its tokens.
     `attends_to_layers`: its attention weights over layers can be looked at, see `CrossAttentionHead.attention_weights`.
     `highest_layer`: the argument that names the highest layer read; without one it is the last layer.
     `cost`: None for a user's pooling, which torch counts while the module runs on the meta device.

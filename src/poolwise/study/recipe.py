@@ -1,34 +1,30 @@
-"""The recipe: all that is held equal between the designs of a study; and the grid of `[tuning]`."""
+"""The recipe, which is the same for all designs of a study, and the search grid of `[tuning]`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-
-if TYPE_CHECKING:
-    pass
-
 
 SeedPart = Literal["init", "order", "dropout", "data"]
 
 
 def to_tuple(value: object) -> object:
-    """A list as TOML reads it becomes a tuple, which cannot be changed."""
+    """A list, as TOML has it, becomes a tuple, which is immutable."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class Strict(BaseModel):
-    """A table of the study file: no unknown field, no silent conversion, nothing changed afterwards."""
+    """A table of the study file: unknown fields are errors, values are not converted, objects are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(Strict):
-    """One set of training pairs: a Hub name, a file or a folder."""
+    """One set of training pairs: a file, a folder or a dataset on the Hub."""
 
     path: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
@@ -45,7 +41,7 @@ class Lora(Strict):
 
 
 class Recipe(Strict):
-    """All that is held equal between the designs of a study. A design cannot override any of it."""
+    """Everything that is the same for all designs of a study. A design cannot override any of it."""
 
     base_model: str = Field(default="nano", min_length=1)
     dataset: str | None = None
@@ -86,8 +82,8 @@ class Recipe(Strict):
             raise ValueError("give either dataset or sources, not both")
         if self.batch_size % self.accumulation or self.part_size < 2:
             raise ValueError(
-                f"accumulation = {self.accumulation}: batch_size {self.batch_size} must split into equal parts of "
-                "two queries or more each"
+                f"accumulation = {self.accumulation}: batch_size {self.batch_size} must divide into equal parts of at "
+                "least two queries"
             )
         if self.mini_batch_size > self.part_size:
             of = "batch_size" if self.accumulation == 1 else "batch_size / accumulation ="
@@ -95,16 +91,18 @@ class Recipe(Strict):
         if len(set(self.matryoshka)) != len(self.matryoshka):
             raise ValueError(f"matryoshka = {list(self.matryoshka)}: give each width once")
         if self.guide is not None and self.negatives > 1:
-            raise ValueError(f"negatives = {self.negatives}: with a guide at most one hard negative is possible")
+            raise ValueError(f"negatives = {self.negatives}: a guide allows at most one hard negative; give 0 or 1")
         if self.guide is not None and self.loss != "infonce":
-            raise ValueError(f"loss = {self.loss!r}: a guide filters infonce only")
+            raise ValueError(f"loss = {self.loss!r}: a guide filters infonce only; give 'infonce' or drop the guide")
         if self.guide is None and self.guide_margin:
-            raise ValueError("guide_margin says how far a guide's similarity may go: name a guide")
+            raise ValueError(
+                f"guide_margin = {self.guide_margin}: it has no effect without a guide; name a guide or drop it"
+            )
         return self
 
     @property
     def part_size(self) -> int:
-        """Queries whose documents are told from each other: a step's, or one part's where gradients are accumulated."""
+        """Queries whose documents are each other's negatives: a step's, or one part's if gradients are accumulated."""
         return self.batch_size // self.accumulation
 
     @property
@@ -117,7 +115,7 @@ Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(to_
 
 
 class Tuning(Strict):
-    """A grid of settings and the development tasks on which each design's best one is chosen."""
+    """A grid of settings, and the development tasks on which the best one is selected for each design."""
 
     tasks: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
     learning_rate: Rates = ()
@@ -126,16 +124,18 @@ class Tuning(Strict):
     seed: int = Field(default=2000, ge=0)
 
     def problems(self, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:
-        """What is wrong with it in a study of these tasks and seeds."""
+        """Its mistakes in a study of these tasks and seeds, one line each."""
         found = []
         if both := [name for name in self.tasks if name in tasks]:
             found.append(
                 f"tuning.tasks: {', '.join(both)} would be reported too; tune on tasks that are not among tasks"
             )
         if self.seed in seeds:
-            found.append(f"tuning.seed = {self.seed} is one of seeds: a run that was chosen must not be reported")
+            found.append(
+                f"tuning.seed = {self.seed} is one of seeds; give another, a selected run must not be reported"
+            )
         if max(len(self.learning_rate), len(self.head_learning_rate), len(self.steps)) < 2:
-            found.append("tuning: one setting is no search; list values of learning_rate, head_learning_rate or steps")
+            found.append("tuning: a single setting; list two values of learning_rate, head_learning_rate or steps")
         for name in ("tasks", "learning_rate", "head_learning_rate", "steps"):
             if len(set(getattr(self, name))) != len(getattr(self, name)):
                 found.append(f"tuning.{name} = {list(getattr(self, name))}: give each value once")
@@ -152,7 +152,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """For a folder."""
+        """A name for a folder."""
         return f"lr-{self.learning_rate:g}-head-{self.head_learning_rate:g}-steps-{self.steps}"
 
     def of(self, recipe: Recipe) -> Recipe:
@@ -161,13 +161,13 @@ class Setting:
 
 
 def own_setting(recipe: Recipe) -> Setting:
-    """The setting that a recipe has."""
+    """The setting in a recipe."""
     return Setting(recipe.learning_rate, recipe.head_learning_rate, recipe.steps)
 
 
 def settings(tuning: Tuning, recipe: Recipe, has_head: bool = True) -> list[Setting]:
-    """All points of the grid, what is not listed as in the recipe; without a head its rate makes no difference, so its
-    first value stands for all."""
+    """All points of the grid, with the recipe's value for what is not listed. A design without a trainable pooling gets
+    only the first `head_learning_rate`, which has no effect on it."""
     heads = tuning.head_learning_rate or (recipe.head_learning_rate,)
     axes = (tuning.learning_rate or (recipe.learning_rate,), heads if has_head else heads[:1])
     return [Setting(*point) for point in product(*axes, tuning.steps or (recipe.steps,))]

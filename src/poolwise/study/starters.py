@@ -1,9 +1,11 @@
-"""Study files to start from: the paper's, the demo's, and a full factorial. Written as text a person edits."""
+"""Templates of study files, as text for a person to edit: the paper's designs, the demo, a full factorial."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
+from poolwise import demo
 from poolwise.errors import PoolwiseError, suggest
 from poolwise.study.study import Study
 
@@ -37,14 +39,14 @@ save_steps = 1000
 """
 
 QUICK = ("overlap", "late", "topic")
-"""Mechanisms of `poolwise demo --quick`: every form, and m1 and m5 were predicted to differ on them."""
+"""Mechanisms of `poolwise demo --quick`: they have every form, and m1 and m5 were predicted to differ on them."""
 QUICK_STEPS = 10
 
 TEMPLATES = {
     "paper": f"""\
 # The five designs of "Pooling and Attention: What are Effective Designs for LLM-Based Embedding Models?"
-# (arXiv 2409.02727) with its recipe and tasks: several GPU-days for a 7B base. The heads are width-matched and masked;
-# use the presets m2-paper ... m5-paper for the computation of the paper's code.
+# (arXiv 2409.02727) with its recipe and tasks: several GPU-days for a 7B base. The heads are about as wide as the model
+# and masked; use the presets m2-paper ... m5-paper for what the paper's code computes.
 name = "paper"
 baseline = "m1"
 seeds = [0, 1, 2]
@@ -76,7 +78,7 @@ target = "all-linear"
 
 {_FIVE}""",
     "demo": f"""\
-# The built-in model and tasks: runs offline in minutes. What it can show is how designs differ on planted mechanisms.
+# The built-in model and tasks: runs offline in minutes and shows how designs differ on planted mechanisms.
 name = "demo"
 baseline = "m1"
 seeds = [0, 1, 2]
@@ -87,8 +89,8 @@ evaluate_at = [1.0]
 {DEMO_RECIPE}
 {_FIVE}""",
     "factorial": f"""\
-# Every pooling under both attentions. m1 to m5 alone confound the two factors; here each main effect and their
-# interaction can be told apart, and the *-ffn designs are capacity controls: the trainable head without its attention.
+# Every pooling under both attention modes. m1 to m5 alone confound the two factors; here the main effects and their
+# interaction are separable, and the *-ffn designs are capacity controls: the trainable head without its attention.
 name = "factorial"
 baseline = "last-ca"
 seeds = [0, 1, 2]
@@ -117,11 +119,7 @@ def write(template: str, to: Path | None = None) -> Path:
 
 
 def demo_study(folder: Path, *, quick: bool = False) -> Study:
-    """The study of `poolwise demo`; its runs go to `folder/runs`. quick: m1 and m5, two seeds, `QUICK` mechanisms."""
-    import tomllib
-
-    from poolwise import demo
-
+    """The study of `poolwise demo`, run in `folder/runs`. quick: m1 and m5, two seeds, the `QUICK` mechanisms."""
     raw = tomllib.loads(TEMPLATES["demo"])
     raw["output"] = str((folder / "runs").resolve())
     if quick:

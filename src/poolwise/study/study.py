@@ -1,7 +1,7 @@
-"""The study file: what is compared (designs), what is held equal (recipe), on what (tasks), how often (seeds).
+"""The study file: the designs to compare, the recipe that they share, the tasks and the seeds.
 
-TOML in, frozen pydantic objects out. All mistakes are reported at once, each with its path, its value, what is
-allowed and the nearest guess. Nothing here imports torch.
+TOML in, frozen pydantic objects out. All mistakes are reported at once, each with its path, its value, what is allowed
+and the nearest valid name. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _seeds(value: object) -> object:
 
 
 def _load_code(raw: dict[str, Any]) -> None:
-    """Import the poolings of the user's own that a study names: among its designs, or in its grid."""
+    """Import the users' poolings that a study names in its designs or its grid."""
     designs, axes = raw.get("designs"), raw.get("grid")
     named = [d.get("pooling") for d in designs if isinstance(d, dict)] if isinstance(designs, list) else []
     listed = axes.get("pooling") if isinstance(axes, dict) else ()
@@ -54,7 +54,7 @@ def _axes(value: Any) -> Any:
 
 
 def _valid_designs(raw_designs: object) -> list[Design]:
-    """Those of the designs as written in which nothing is wrong."""
+    """The designs of the file that have no mistake."""
     found = []
     for raw in raw_designs if isinstance(raw_designs, list | tuple) else ():
         with contextlib.suppress(ValidationError):
@@ -63,7 +63,7 @@ def _valid_designs(raw_designs: object) -> list[Design]:
 
 
 def _names(raw_designs: object) -> list[str]:
-    """The names of designs as written, valid or not."""
+    """The names of all designs in the file, valid or not."""
     found = []
     for raw in raw_designs if isinstance(raw_designs, list) else []:
         if isinstance(raw, dict):
@@ -102,7 +102,7 @@ class Study(Strict):
     @model_validator(mode="before")
     @classmethod
     def _with_grid(cls, raw: Any) -> Any:
-        """The designs that the grid spells out, after those that are listed."""
+        """Append the designs of the grid to those that are listed."""
         if not isinstance(raw, dict) or not isinstance(raw.get("grid"), dict) or not raw["grid"]:
             return raw
         listed = raw.get("designs") or ()
@@ -133,7 +133,9 @@ class Study(Strict):
         for kind in self.type_weights or ():
             if kind not in TASK_TYPES:
                 allowed = ", ".join(TASK_TYPES)
-                problems.append(f"type_weights.{kind} is no task type; allowed: {allowed}{suggest(kind, TASK_TYPES)}")
+                problems.append(
+                    f"type_weights.{kind} is not a task type; allowed: {allowed}{suggest(kind, TASK_TYPES)}"
+                )
         if 1.0 not in self.evaluate_at:
             problems.append(f"evaluate_at = {list(self.evaluate_at)} must contain 1.0, the end of the training")
         if len(set(self.tasks)) != len(self.tasks):
@@ -146,13 +148,13 @@ class Study(Strict):
             problems.append("give either base_models or recipe.base_model, not both")
         code = [design.pooling for design in self.designs if is_own(design.pooling)]
         if code and not self.allow_code:
-            problems.append(f"designs: {code[0]} is code of your own; say allow_code = true to have it imported")
+            problems.append(f"designs: {code[0]} is your own code; set allow_code = true to permit its import")
         prompted = self.recipe.query_prompt or self.recipe.document_prompt or self.recipe.prompts
         for design in self.designs:
             if "prefix" in design.attention and design.template == "plain" and not prompted:
                 problems.append(
-                    f"designs: {design.name} has attention = {design.attention!r}, and the recipe has no prompt that "
-                    "could be the prefix; give recipe.query_prompt or document_prompt, or another attention"
+                    f"designs: {design.name} has attention = {design.attention!r}, but the recipe has no prompt to be "
+                    "the prefix; give recipe.query_prompt or document_prompt, or another attention"
                 )
         if problems:
             raise ValueError("\n".join(problems))
@@ -160,7 +162,7 @@ class Study(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> Study:
-        """Read a study file. Relative paths in it are relative to its folder.
+        """Read a study file; relative paths in it are relative to its folder.
 
         Raises StudyError with every mistake in the file.
         """
@@ -188,16 +190,16 @@ class Study(Strict):
             raise StudyError(error.problems, where) from None
         except ValidationError as error:
             problems = explain(error, _MODELS)
-            if any(line.startswith("grid") for line in problems):  # what it would have made is missing from the designs
+            if any(line.startswith("grid") for line in problems):  # the designs seem too few only without the grid's
                 problems = [line for line in problems if not line.startswith(("designs = ", "designs is missing"))]
-            if not any(line.startswith("baseline") for line in problems):  # other mistakes hide this one from pydantic
+            if not any(line.startswith("baseline") for line in problems):  # pydantic stops before it compares fields
                 problems += _missing_baseline(raw.get("baseline", "m1"), _names(raw.get("designs")))
             raise StudyError(problems, where) from None
         study._base_dir = base_dir or Path.cwd()
         return study
 
     def load_code(self) -> None:
-        """Import the poolings of the user's own, in a process that got this study from another one."""
+        """Import the users' poolings, in a process that received this study from another one."""
         with allowing_code(self.allow_code, self.base_dir):
             for design in self.designs:
                 if is_own(design.pooling):
@@ -205,17 +207,17 @@ class Study(Strict):
 
     @property
     def base_dir(self) -> Path:
-        """The folder that relative paths in the study start from."""
+        """The folder that paths in the study are relative to."""
         return self._base_dir
 
     @property
     def folder(self) -> Path:
-        """Where the runs go: `output`, or `runs/NAME` in the working directory."""
+        """The run folder: `output`, or `runs/NAME` in the working directory."""
         return (self._base_dir / self.output) if self.output else Path("runs") / self.name
 
     @property
     def bases(self) -> tuple[str, ...]:
-        """The base models: `base_models`, or the recipe's one."""
+        """The base models: `base_models`, or the one of the recipe."""
         return self.base_models or (self.recipe.base_model,)
 
     def on_base(self, name: str) -> Study:
@@ -225,17 +227,17 @@ class Study(Strict):
 
     @property
     def grid_notes(self) -> list[str]:
-        """A line for each combination of the grid that is no design of its own."""
+        """A line for each combination of the grid that is invalid or already listed as a design."""
         return expand(self.grid, self.designs).left_out if self.grid else []
 
     @property
     def all_seeds(self) -> tuple[int, ...]:
-        """The planned seeds, and the next numbers up to `extend_to` seeds where an extension is declared."""
+        """The planned seeds, then the next numbers up to `extend_to` seeds if an extension is declared."""
         more = range((self.extend_to or 0) - len(self.seeds))
         return self.seeds + tuple(max(self.seeds) + 1 + i for i in more)
 
     def extended(self) -> Study:
-        """The same study with the seeds of its declared extension. Raises StudyError where none is declared."""
+        """The same study with the seeds of its declared extension. Raises StudyError if none is declared."""
         if self.extend_to is None:
             raise StudyError(
                 ["no extension is declared, and seeds added after a look make a verdict exploratory: write "
@@ -245,7 +247,7 @@ class Study(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that bears on results: all but the name, the output folder and the trackers."""
+        """Hash of everything that affects results: all but the name, the output folder and the trackers."""
         content = self.model_dump(
             mode="json", exclude={"name": True, "output": True, "grid": True, "recipe": {"report_to": True}}
         )
@@ -261,10 +263,10 @@ class Study(Strict):
 
 
 def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:
-    """Mistakes: names that a study gives to its control arms and references, and those that would share a folder."""
+    """A line for each name that belongs to a control arm or a reference, and for each two that would share a folder."""
     taken = {"broken", *references, *(f"{name}{end}" for name in names for end in ("-aa", "-untuned"))}
     problems = [
-        f"designs: the name {name!r} is that of a control arm or a reference; give the design another"
+        f"designs: the name {name!r} is reserved for a control arm or a reference; give the design another"
         for name in dict.fromkeys(names)
         if name in taken or name.startswith("ladder-")
     ]
@@ -272,7 +274,9 @@ def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:
     for name in dict.fromkeys(names):
         other = folders.setdefault("".join(c if c.isalnum() or c in "-_." else "-" for c in name), name)
         if other != name:
-            problems.append(f"designs: the names {other!r} and {name!r} differ only in characters that no folder keeps")
+            problems.append(
+                f"designs: the names {other!r} and {name!r} differ only in characters that are replaced in folder names"
+            )
     return problems
 
 
