@@ -131,9 +131,7 @@ class Tuning(Strict):
                 f"tuning.tasks: {', '.join(both)} would be reported too; tune on tasks that are not among tasks"
             )
         if self.seed in seeds:
-            found.append(
-                f"tuning.seed = {self.seed} is one of seeds; give another, a selected run must not be reported"
-            )
+            found.append(f"tuning.seed = {self.seed} is one of seeds; give another: selected runs are not reported")
         if max(len(self.learning_rate), len(self.head_learning_rate), len(self.steps)) < 2:
             found.append("tuning: a single setting; list two values of learning_rate, head_learning_rate or steps")
         for name in ("tasks", "learning_rate", "head_learning_rate", "steps"):
