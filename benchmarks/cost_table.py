@@ -20,7 +20,7 @@ from transformers import MistralConfig, Qwen2Config
 from poolwise.pooling.cost import head_cost, resolve_args
 from poolwise.reports.tables import magnitude
 from poolwise.runs.check import LENGTHS, base_costs
-from poolwise.study.catalogue import POOLINGS, PRESETS
+from poolwise.study.catalogue import POOLINGS, PRESETS, REFERENCES
 from poolwise.study.pooling_spec import Arg, PoolingSpec
 from poolwise.study.study import Study
 
@@ -141,11 +141,23 @@ def arguments() -> Iterable[str]:
         yield f"| `{name}` | `{json.dumps(arg.default)}` | {', '.join(names)} | {arg.help}{allowed} |"
 
 
+def known_models() -> Iterable[str]:
+    """A row for each preset of a known model."""
+    yield "| preset | attention | pooling | template | paper | the model's recipe |"
+    yield "|---|---|---|---|---|---|"
+    for name, (paper, recipe) in REFERENCES.items():
+        preset = PRESETS[name]
+        args = "".join(f", `{key} = {json.dumps(value)}`" for key, value in preset["pooling_args"].items())
+        template = preset.get("template", "plain")
+        yield f"| `{name}` | {preset['attention']} | `{preset['pooling']}`{args} | {template} | {paper} | {recipe} |"
+
+
 TABLES: dict[str, dict[str, Callable[[], Iterable[str]]]] = {
     "design-space.md": {
         "poolings over tokens": lambda: poolings("tokens"),
         "poolings over layers": lambda: poolings("layers"),
         "controls": controls,
+        "known models": known_models,
     },
     "study-file.md": {"arguments": arguments},
 }

@@ -378,4 +378,7 @@ def sentence_vectors(model: Any, texts: Sequence[str], side: str | None, prompt:
 
 def _reads_padding(encoder: SentenceTransformer) -> bool:
     """Whether the head attends to padding (`masked = false`, as in the paper's code)."""
-    return isinstance(encoder[0], Backbone) and cast(PoolingHead, encoder[1]).arguments.get("masked") is False
+    if not isinstance(encoder[0], Backbone):
+        return False
+    head = cast(PoolingHead, encoder[1])
+    return spec_of(head.pooling).reads_padding(head.arguments)

@@ -372,7 +372,7 @@ def choose(model: nn.Module, designs: Sequence[Design], max_length: int) -> tupl
 
 def reads_padding(design: Design) -> bool:
     """Whether the states of padding tokens go into a text's embedding, which then depends on the texts beside it."""
-    return design.factors().get("masked") is False
+    return design.spec.reads_padding(design.factors())
 
 
 def has_dropout(model: nn.Module) -> bool:

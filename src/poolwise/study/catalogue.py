@@ -299,18 +299,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Preset -> attention, pooling and the arguments that differ from the pooling's defaults; template, if not plain."""
 
-REFERENCES: dict[str, str] = {
-    "e5-mistral": "2401.00368; its recipe: append_eos, an instruction before queries only",
-    "nv-embed": "2405.17428; its recipe: an instruction before queries, include_prompt = false",
-    "llm2vec": "2404.05961; its recipe: an instruction, include_prompt = false, no end token",
-    "gritlm": "2402.09906; its recipe: an instruction, include_prompt = false; the design is LLM2Vec's",
-    "echo": "2402.15449; its recipe: an instruction before the first copy",
-    "qwen3-embedding": "2506.05176; its recipe: append_eos, an instruction before queries only; E5-Mistral's design",
-    "sgpt": "2202.08904; its recipe: brackets around queries and documents, as prompts they have a left half only",
-    "bellm": "2311.05296; its prompt asks for a representative word, this one for one word",
-    "prompteol": "2307.16645; its recipe: no prompt, no end token",
+REFERENCES: dict[str, tuple[str, str]] = {
+    "e5-mistral": ("2401.00368", "`append_eos`, an instruction before queries only"),
+    "nv-embed": ("2405.17428", "an instruction before queries, `include_prompt = false`"),
+    "llm2vec": ("2404.05961", "an instruction, `include_prompt = false`, no end token"),
+    "gritlm": ("2402.09906", "an instruction, `include_prompt = false`; the design is LLM2Vec's"),
+    "echo": ("2402.15449", "an instruction before the first copy"),
+    "qwen3-embedding": ("2506.05176", "`append_eos`, an instruction before queries only; the design is E5-Mistral's"),
+    "sgpt": ("2202.08904", "brackets around queries and documents; a prompt can only add the left one"),
+    "bellm": ("2311.05296", "a prompt that asks for a representative word; the template asks for one word"),
+    "prompteol": ("2307.16645", "no prompt, no end token"),
 }
-"""Preset of a known model -> its paper (arXiv) and what its recipe would have to say."""
+"""Preset of a known model -> its paper (arXiv), and the model's recipe as far as it concerns prompts and end tokens."""
 
 ALIASES: dict[str, str] = {
     "eos-causal": "m1",

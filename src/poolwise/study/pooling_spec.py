@@ -116,6 +116,10 @@ class PoolingSpec:
         """Whether the vector is a function of one state, the last token's in the last layer."""
         return self.reads == "tokens" and self.tokens_read(args) == "last"
 
+    def reads_padding(self, args: Mapping[str, Any]) -> bool:
+        """Whether a text's vector depends on its padding, and so on the texts beside it, as in the paper's code."""
+        return self.code is None and args.get("masked") is False
+
     def layers_read(self, args: Mapping[str, Any], layers: int) -> int:
         """The highest of `layers` layers that is read; those above it cannot learn. `args` complete."""
         return int(args[self.highest_layer]) if self.highest_layer else layers
