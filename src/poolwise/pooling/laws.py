@@ -9,13 +9,12 @@
 9   states of any type are pooled in fp32
 10  the mask decides which states are read, and a text without any gives finite numbers
 
-Besides, the class agrees with its declaration: what it reads and what it costs.
+Besides, its vectors have the declared width and differ from text to text, and its cost can be counted.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -74,27 +73,17 @@ def _name(pooling: type[Pooling]) -> str:
     return next(ours, None) or register_own(pooling)
 
 
-def _declaration(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
-    name = _name(pooling)
-    spec, head = spec_of(name), _made(pooling, arguments)
-    if spec.reads != pooling.reads:
-        yield f"it reads {pooling.reads}, and {spec.reads} are declared"
-    for key, parameter in list(inspect.signature(pooling).parameters.items())[2:]:
-        if parameter.kind == parameter.VAR_KEYWORD:
-            continue
-        if key not in spec.args:
-            yield f"the argument {key} is not declared"
-        elif spec.args[key].default != AUTO and parameter.default not in (spec.args[key].default, parameter.empty):
-            yield f"{key} = {parameter.default!r} by default, and {spec.args[key].default!r} is declared"
+def _cost(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
     config: Any = SimpleNamespace(hidden_size=WIDTH, num_hidden_layers=LAYERS)
     config.get_text_config = lambda: config
     try:
-        declared = head_cost(name, arguments, config, TOKENS).parameters
+        declared = head_cost(_name(pooling), arguments, config, TOKENS).parameters
     except Exception as error:  # whatever the user's code raises
-        yield f"`poolwise check` cannot count its cost on torch's meta device: {type(error).__name__}: {error}"
+        yield f"`poolwise check` cannot count it on torch's meta device: {type(error).__name__}: {error}"
         return
-    if declared != (found := sum(parameter.numel() for parameter in head.parameters())):
-        yield f"it has {found} parameters, and {declared} are declared"
+    found = sum(parameter.numel() for parameter in _made(pooling, arguments).parameters())
+    if declared != found:
+        yield f"the class has {found} parameters, {declared} are declared"
 
 
 def _made(pooling: type[Pooling], arguments: dict[str, Any], seed: int = 0, rough: bool = True) -> Pooling:
@@ -226,7 +215,7 @@ def _masks(pooling: type[Pooling], arguments: dict[str, Any]) -> Iterator[str]:
 
 LAWS: dict[str, Law] = {
     "shape": _shape,
-    "declaration": _declaration,
+    "cost": _cost,
     "law 1, padding": _padding,
     "law 3, copies": _copies,
     "law 4, initial weights": _initial_weights,
