@@ -204,6 +204,26 @@ def test_fast_encoding_is_the_same(pooling: str, more: dict[str, Any], attention
     assert np.abs(FastEncoder(encoder).encode(TEXTS, PROMPT) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("pooling", "args", "prunes"),
+    [
+        ("last_token", {}, True),
+        ("last_token_ffn", {"latents": 4}, True),
+        ("cross_attention", {"latents": 4, "tokens": "last"}, True),
+        ("cross_attention", {"latents": 4}, False),
+        ("last_tokens", {}, False),
+    ],
+)
+def test_the_last_layer_is_pruned_if_only_the_last_token_is_read(
+    pooling: str, args: dict[str, Any], prunes: bool, bases: dict[str, str]
+) -> None:
+    case = Design(name="d", attention="causal", pooling=pooling, pooling_args=args)
+    encoder = build(some("llama", bases), case, 0).eval()
+    fast = FastEncoder(encoder)
+    assert fast.prunes == prunes
+    assert np.abs(fast.encode(TEXTS, PROMPT) - encoder.encode(TEXTS, prompt=PROMPT)).max() < 1e-5
+
+
 def test_template_and_special_tokens_are_levels_of_the_pooling() -> None:
     designs = [
         design("mean"), design("mean", template="echo"), design("mean", special_tokens=False), design("attention"),

@@ -55,6 +55,13 @@ def test_declaration_and_class_agree(name):
         assert torch.equal(twin(states), pooling(states))
 
 
+def test_only_an_unmasked_head_reads_padding():
+    reads = {
+        name for name, preset in PRESETS.items() if spec_of(preset["pooling"]).reads_padding(preset["pooling_args"])
+    }
+    assert reads == {"m4-paper"}
+
+
 def test_the_law_catches_a_wrong_cost(monkeypatch):
     monkeypatch.setitem(POOLINGS, "attention", replace(POOLINGS["attention"], cost=no_weights))
     with pytest.raises(ModelError, match="cost: the class has 16 parameters, 0 are declared"):
