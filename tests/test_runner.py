@@ -354,7 +354,7 @@ def test_a_changed_recipe_is_refused(
 
 def test_other_changes_are_refused_and_trackers_are_free(copy: Path, place: Path) -> None:
     other = LAYERS.replace("latents = 4", "latents = 8")
-    with pytest.raises(StudyError, match="design 'layers' is no longer what it was; give the new one another name"):
+    with pytest.raises(StudyError, match="design 'layers' has changed; give the new one another name"):
         runner.guard(Study.load(write(place, copy.name, designs=M1 + other)))
     with pytest.raises(StudyError, match=r"evaluate_at was \[0.5, 1.0\] and is now \[1.0\]"):
         runner.guard(Study.load(write(place, copy.name, ("[0.5, 1.0]", "[1.0]"))))
@@ -392,7 +392,7 @@ def test_damaged_files_are_never_results(copy: Path, place: Path) -> None:
     content = bytearray(files[2].read_bytes())
     content[200] ^= 0xFF
     files[2].write_bytes(content)
-    assert [layout.read(file) is None for file in files] == [True, True, True, False]
+    assert [layout.read_scores(file) is None for file in files] == [True, True, True, False]
     runner.gather(copy)  # an interrupted run gathers what is there
     assert (
         scores(copy).filter(pl.col("design") == "m1").height

@@ -266,11 +266,11 @@ def layers(
 ) -> None:
     """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
     _quiet()
-    from poolwise.runs.layer_view import layer_view
+    from poolwise.api import layers as look
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
-        found = layer_view(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
+        found = look(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
     print(json.dumps(found, indent=1)) if as_json else show_layers(found, to)
 
 

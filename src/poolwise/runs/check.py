@@ -17,6 +17,7 @@ from poolwise.errors import PoolwiseError
 from poolwise.files import write_atomic
 from poolwise.pooling.cost import base_flops, base_parameters, head_flops, head_parameters, lora_parameters
 from poolwise.pooling.poolings import resolve_args
+from poolwise.runs import layout
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
 from poolwise.study.catalogue import AUTO, read_tokens
@@ -246,7 +247,7 @@ def mean_costs(study: Study) -> list[dict[str, Any]]:
 
 def costs_of(study: Study) -> list[dict[str, Any]]:
     """The cost table, kept in the study's folder: reading it needs no model library."""
-    path = study.folder / "costs.json"
+    path = study.folder / layout.COSTS
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))
         have = {(row["design"], row.get("base", study.bases[0])) for row in rows}

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from poolwise.errors import PoolwiseError
+from poolwise.runs import layout
 from poolwise.study.study import Study
 
 Event = tuple[str, Any]
@@ -102,7 +103,6 @@ def _engine(
         torch.set_num_threads(1)
         from poolwise.files import write_json
         from poolwise.runs.prepare import prepare
-        from poolwise.runs.trial import score_file
 
         prepared = prepare(study)
         gc.collect()
@@ -112,7 +112,7 @@ def _engine(
         return
     waiting = prepared.trials[shard[0] - 1 :: shard[1]]
     events.send(("notes", prepared.notes))
-    scores = sorted(score_file(Path(), "", task).name for task in prepared.tasks)
+    scores = sorted(layout.score_file(Path(), "", task).name for task in prepared.tasks)
     events.send(("trials", [{**_summary(trial), "scores": scores} for trial in prepared.trials]))
     workers = workers or default_workers(gpus)
     running: dict[Connection, tuple[Any, Any, int]] = {}
@@ -124,7 +124,7 @@ def _engine(
                 reader, writer = multiprocessing.Pipe(duplex=False)
                 gpu = gpu_of(slot, gpus) if gpus else None
                 child = multiprocessing.get_context("fork").Process(
-                    target=_child, args=(trial, prepared, folder / "trials" / trial.name, writer, gpu)
+                    target=_child, args=(trial, prepared, layout.trial(folder, trial.name), writer, gpu)
                 )
                 child.start()
                 writer.close()
@@ -137,7 +137,7 @@ def _engine(
                     child.join()
                     kind, content = "failed", f"its process died (exit code {child.exitcode}); out of memory?"
                     with contextlib.suppress(OSError):
-                        write_json(folder / "trials" / trial.name / "failed.json", {"reason": content})
+                        write_json(layout.trial(folder, trial.name) / layout.FAILED, {"reason": content})
                 if kind == "progress":
                     events.send(("progress", (trial.name, *content)))
                     continue
@@ -197,7 +197,7 @@ def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: str
     torch.set_num_threads(1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(folder / layout.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)  # what libraries print goes to the trial's log, not between the user's tables
         os.dup2(log, 2)
         run_trial(trial, prepared, folder, lambda stage, share: events.send(("progress", (stage, share))))

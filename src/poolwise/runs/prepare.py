@@ -12,6 +12,7 @@ from poolwise.data.batches import Plan, plan
 from poolwise.data.pairs import COUNTS, Pairs, decontaminate, load_pairs, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError
+from poolwise.files import safe_name
 from poolwise.model.attention import check_window, set_attention, verify
 from poolwise.model.base import (
     base_identity,
@@ -143,8 +144,7 @@ class Trial:
     @property
     def name(self) -> str:
         """Folder name: readable, and unique by the hash."""
-        label = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
-        return f"{label}-s{self.seed}-{self.id[:8]}"
+        return f"{safe_name(self.label)}-s{self.seed}-{self.id[:8]}"
 
 
 @dataclass

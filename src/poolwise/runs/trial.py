@@ -1,25 +1,13 @@
 """A trial: one design × one seed, a pure function of its spec, named by the hash of that spec.
 
-    FOLDER/spec.json                what the trial is
-    FOLDER/dtype.json               its base model, and the dtype in which that computes here
-    FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
-    FOLDER/train.json               losses, seconds; there only when the training is done
-    FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
-    FOLDER/scores/ladder-X/TASK.parquet, ladder.json  of the baseline: its rungs, and what was calibrated for them
-    FOLDER/layers.json              attention over the layers at the last step, of heads that attend to layers
-    FOLDER/work.json                texts asked for, encoded and reused by the last call that did anything
-    FOLDER/done                     there only while nothing is missing
-    FOLDER/failed.json              why it stopped, if it did
-
-Everything is written atomically: whatever is there is whole, and a trial that is run again does only what is missing.
-What was damaged since is found by its checksum: scores are made anew, weights are refused.
+Its folder is described in `runs.layout`. A trial that is run again does only what is missing. Files that were damaged
+since are found by their checksums: damaged scores are computed again, damaged weights are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import shutil
 import time
@@ -42,26 +30,21 @@ from poolwise.model.base import base_path, torch_dtype
 from poolwise.model.encoder import build
 from poolwise.model.packing import has_dropout, reads_padding
 from poolwise.runs import layout
-from poolwise.runs.prepare import Prepared, Trial, prepare
+from poolwise.runs.prepare import Prepared, Trial
 from poolwise.runs.train import train
 from poolwise.scoring import references
 from poolwise.scoring.evaluate import evaluate
-from poolwise.scoring.layers import attends_to_layers, layer_attention
+from poolwise.scoring.layers import attends_to_layers, layer_attention, sample_texts
 from poolwise.scoring.references import reference
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import content_hash
 from poolwise.verdicts.controls import RUNGS
 
-__all__ = ["Prepared", "Trial", "prepare", "run_trial", "score_file"]
-
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
-DTYPE = "dtype.json"
 STALE = 6 * 3600
 """Seconds after which a file that nobody has finished writing is left over from a killed run."""
-LOOKED_AT = 64
-"""Evaluation texts on which that is measured, about."""
 
 
 def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
@@ -75,10 +58,10 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for marker in ("done", "failed.json"):
+        for marker in (layout.DONE, layout.FAILED):
             (folder / marker).unlink(missing_ok=True)
         _sweep(folder)
-        write_json(folder / "spec.json", {"label": trial.label, "role": trial.role, **trial.spec})
+        write_json(folder / layout.SPEC, {"label": trial.label, "role": trial.role, **trial.spec})
         if trial.role == "reference":
             _score(reference(trial.label), trial, 0, prepared, folder, report)
         else:
@@ -91,14 +74,14 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
             for step in trial.steps:
                 if _missing(trial, step, prepared, folder):
                     if step:
-                        weights = _milestone(folder, step)
+                        weights = layout.milestone(folder, step)
                         checkpoint.verify_files(weights, checkpoint.read_run(weights))
                         checkpoint.load_weights(encoder, weights)
                     if trial.role == "design" and step == trial.steps[-1]:
                         _look_at_layers(encoder, prepared, folder)
                     work += _score(encoder, trial, step, prepared, folder, report)
             write_json(folder / layout.WORK, {**asdict(work), **_leave_states(encoder)})
-        (folder / "done").touch()
+        (folder / layout.DONE).touch()
     except Exception as error:
         reason = _leave_reason(error, folder)
         if not isinstance(error, PoolwiseError) and _disk_is_full(error, folder):
@@ -107,13 +90,11 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
 
 
 def _look_at_layers(encoder: SentenceTransformer, prepared: Prepared, folder: Path) -> None:
-    """Keep which layers the head attends to, on the first texts of each task; nothing for heads that attend to none."""
+    """Record which layers the head attends to, on the first texts of each task; nothing for other heads."""
     if not attends_to_layers(encoder) or not prepared.tasks:
         return
-    each = -(-LOOKED_AT // len(prepared.tasks))
-    texts = [text for task in prepared.tasks for text in itertools.islice(task.texts(), each)]
-    weights = layer_attention(encoder, texts).tolist()
-    write_json(folder / layout.LAYERS, {"texts": len(texts), "attention": weights})
+    texts = sample_texts(prepared.tasks)
+    write_json(folder / layout.LAYERS, {"texts": len(texts), "attention": layer_attention(encoder, texts).tolist()})
 
 
 def _is_trained(trial: Trial) -> bool:
@@ -122,25 +103,21 @@ def _is_trained(trial: Trial) -> bool:
 
 def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
     return (
-        (folder / "done").exists()
+        (folder / layout.DONE).exists()
         and (not _is_trained(trial) or _training_is_done(trial, folder))
         and not any(_missing(trial, step, prepared, folder) for step in trial.steps)
     )
 
 
 def _training_is_done(trial: Trial, folder: Path) -> bool:
-    return (folder / "train.json").exists() and all(_milestone(folder, step).is_dir() for step in trial.steps)
-
-
-def _milestone(folder: Path, step: int) -> Path:
-    return folder / "training" / f"step-{step}"
+    return (folder / layout.TRAINED).exists() and all(layout.milestone(folder, step).is_dir() for step in trial.steps)
 
 
 def _sweep(folder: Path) -> None:
     """Remove what a killed run left half-written; of what other trials may be writing now, only what is hours old."""
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in (folder.parents[1] / "frozen").glob("*/.*.tmp"):
+    for path in layout.unfinished_frozen(layout.study_of(folder)):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink()
@@ -163,19 +140,19 @@ def _keep_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> Non
     if recipe["lora"] == "full":  # float32 weights, for whatever it computes in
         dtype = torch_dtype(recipe["dtype"])
     mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch.")}
-    for path in sorted(folder.parent.glob(f"*/{DTYPE}")) if recipe["dtype"] == "auto" else ():
+    for path in layout.in_trials(layout.study_of(folder), layout.DTYPE) if recipe["dtype"] == "auto" else ():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             other = theirs["dtype"] if theirs["base"] == mine["base"] else mine["dtype"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if other != mine["dtype"] and any(path.parent.glob("*/*-*")):  # a checkpoint, a milestone, scores
+        if other != mine["dtype"] and layout.has_results(path.parent):
             raise TrainingError(
                 f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was made "
                 f"in {other}, and the two cannot be compared; run this on the same kind of machine, or delete that "
                 f"trial, or start anew under another name or output with recipe.dtype = '{other}' or '{mine['dtype']}'"
             )
-    write_json(folder / DTYPE, mine)
+    write_json(folder / layout.DTYPE, mine)
 
 
 def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
@@ -187,7 +164,7 @@ def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
         return
     dtype = str(backbone.model.dtype)
     kind = [trial.spec["base"], trial.spec["recipe"], dtype, backbone.attention, backbone.collect]
-    backbone.frozen = FrozenStates(folder.parents[1] / "frozen" / content_hash(kind))
+    backbone.frozen = FrozenStates(layout.frozen(layout.study_of(folder), content_hash(kind)))
 
 
 def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
@@ -202,7 +179,8 @@ def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
 def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
     if not _training_is_done(trial, folder):
         _train_on(encoder, trial, prepared, folder, report)
-    for path in (folder / "training").glob("checkpoint-*"):  # only now: half of one must never be resumed from
+    # Only once training is recorded as finished: half of a checkpoint must never be resumed from.
+    for path in layout.checkpoints(layout.training(folder)).values():
         shutil.rmtree(path)
 
 
@@ -216,31 +194,23 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         encoder,
         recipe,
         training_dataset(cast(Pairs, prepared.pairs), order),
-        folder / "training",
+        layout.training(folder),
         seed=trial.seed,
         milestones=trial.steps,
         progress=lambda step, loss: report("train", step / recipe.steps),
         stop_at_chance=trial.role == "design",
         designs=prepared.study.designs,
     )
-    write_json(folder / "train.json", {**result, "order": order.fingerprint})
-
-
-def score_file(folder: Path, scored: str, task: Task) -> Path:
-    """Where the scores of a task lie (`scored`: `step-N` or a rung); the name changes with the task's content and name,
-    of which not every character may stay, and with its splits and subsets."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task.name)
-    content = [task.name, task.identity, task.splits, task.subsets]
-    return folder / "scores" / scored / f"{safe}-{content_hash(content, 8)}.parquet"
+    write_json(folder / layout.TRAINED, {**result, "order": order.fingerprint})
 
 
 def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:
-    scored = [f"step-{step}", *(RUNGS if _has_ladder(trial, step, prepared) else ())]
+    scored = [layout.scored_at(step), *(RUNGS if _has_ladder(trial, step, prepared) else ())]
     return [task for task in prepared.tasks if any(_unread(folder, name, task) for name in scored)]
 
 
 def _unread(folder: Path, scored: str, task: Task) -> bool:
-    return layout.read(score_file(folder, scored, task)) is None
+    return layout.read_scores(layout.score_file(folder, scored, task)) is None
 
 
 def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
@@ -259,13 +229,13 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
     mine["base"] = trial.base
 
     def write(name: str, task: Task, rows: list[dict[str, Any]], **other: Any) -> None:
-        layout.write(score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
+        layout.write_scores(layout.score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
 
     for done, task in enumerate(missing):
         report("score", done / len(missing))
         scored = references.Kept(model) if shares else model
-        if _unread(folder, f"step-{step}", task):
-            write(f"step-{step}", task, evaluate(scored, [task], identity=identity, prompts=prompts))
+        if _unread(folder, layout.scored_at(step), task):
+            write(layout.scored_at(step), task, evaluate(scored, [task], identity=identity, prompts=prompts))
         for rung, share in shares.items():
             if not _unread(folder, rung, task):
                 continue
@@ -279,7 +249,7 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
 
 def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
     """How much noise each rung of the ladder takes; found once."""
-    path, pairs, recipe = folder / "ladder.json", cast(Pairs, prepared.pairs), prepared.study.recipe
+    path, pairs, recipe = folder / layout.LADDER, cast(Pairs, prepared.pairs), prepared.study.recipe
     if not path.exists():
         found = references.calibrate(model, recipe, pairs, prepared.plans[trial.seed], trial.seed)
         write_json(path, found)
@@ -303,7 +273,7 @@ def _leave_reason(error: Exception, folder: Path) -> str:
     else:
         reason = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):
-        write_json(folder / "failed.json", {"reason": reason})
+        write_json(folder / layout.FAILED, {"reason": reason})
     return reason
 
 
