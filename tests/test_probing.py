@@ -90,7 +90,7 @@ def test_the_last_layer_of_a_plain_pooling_is_the_design(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(place: Path, quick_engine: None) -> Study:
+def study(place: Path) -> Study:
     content = {
         "name": "inside", "baseline": "mean-causal", "seeds": [0, 1], "tasks": ["./pairs"], "references": [],
         "controls": False, "evaluate_at": [1.0], "output": "runs",

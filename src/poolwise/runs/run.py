@@ -41,21 +41,23 @@ def run(
     study: Study,
     *,
     workers: int = 0,
+    per_gpu: int = 0,
     shard: tuple[int, int] = (1, 1),
     extend: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, str]:
     """Train and score what is missing of a study, its search included. Returns why trials failed, by name.
 
-    workers: trials at a time; 0: one per GPU, else one per core. shard: (i, n) runs every n-th trial from the i-th.
-    extend: after the first look, train up to the declared `extend_to` seeds; later runs then do so without asking.
+    workers: trials at a time; 0: by GPUs, else one per core. per_gpu: trials at a time on each GPU; 0: as many as fit,
+    by the memory that the first trainings need. shard: (i, n) runs every n-th trial from the i-th. extend: after the
+    first look, train up to the declared `extend_to` seeds; later runs then do so without asking.
 
     Raises StudyError where the study changed under a half-done run, CheckpointError for an extension before the first
     look, PoolwiseError where another process runs the study.
     """
     if extend:
         looks.check_extension(study, unfinished(study))
-    run_one = _Run(workers, shard, on_event)
+    run_one = _Run(workers, per_gpu, shard, on_event)
     failed = run_one(looks.running(study, extend), lambda: looks.begin(study, extend))
     if study.tuning and not failed:
         failed = _run_search(looks.running(study, extend), run_one)
@@ -65,8 +67,8 @@ def run(
 class _Run:
     """Runs one study after another with the same workers, each without its search."""
 
-    def __init__(self, workers: int, shard: tuple[int, int], on_event: Callable[[Event], None]) -> None:
-        self.workers, self.shard, self.on_event = workers, shard, on_event
+    def __init__(self, workers: int, per_gpu: int, shard: tuple[int, int], on_event: Callable[[Event], None]) -> None:
+        self.workers, self.per_gpu, self.shard, self.on_event = workers, per_gpu, shard, on_event
 
     def __call__(self, study: Study, begin: Callable[[], None] = lambda: None) -> dict[str, str]:
         """Run what is missing. `begin` is called once the study is known to be sound. Returns the failures."""
@@ -91,7 +93,7 @@ class _Run:
         with _only_one(folder, self.shard):
             guard(study)
             try:
-                run_local(study, workers=self.workers, shard=self.shard, on_event=follow)
+                run_local(study, workers=self.workers, per_gpu=self.per_gpu, shard=self.shard, on_event=follow)
             finally:
                 if (folder / layout.TRIALS).exists():
                     gather(folder)
@@ -132,7 +134,12 @@ def guard(study: Study) -> None:
 
 
 def trials(study: Study) -> list[dict[str, Any]]:
-    """The trials of a study that has been started: name, label, role, seed, base, id, state, and why a trial failed."""
+    """The trials of a study that has been started, as its folder shows them.
+
+    Rows: name, label, role, seed, base, id, state (`waiting`, `started`, `done`, `failed`), `reason` of a failure,
+    `scores` (files), `device` (a GPU's product name or "cpu"; None before it began) and `peak_memory` (bytes of tensors
+    on a GPU; None elsewhere).
+    """
     if not started(study):
         raise CheckpointError(f"nothing has run in {study.folder} yet; start with `poolwise run`")
     rows = json.loads((study.folder / layout.TRIALS).read_text(encoding="utf-8"))
@@ -163,23 +170,27 @@ def unfinished(study: Study) -> list[str]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
+    """State, reason, number of score files, device and peak memory of a trial, as far as its folder tells."""
+    device, memory = _read(folder / layout.DTYPE).get("device"), _read(folder / layout.WORK).get("peak_memory")
+    found = {"scores": len(layout.score_files(folder, layout.scored_at("*"))), "device": device, "peak_memory": memory}
     if (folder / layout.FAILED).exists():
-        reason = json.loads((folder / layout.FAILED).read_text(encoding="utf-8"))["reason"]
-        return {"state": "failed", "reason": reason, "scores": 0}
-    scores = len(layout.score_files(folder, layout.scored_at("*")))
+        return {"state": "failed", "reason": _read(folder / layout.FAILED).get("reason"), **found, "scores": 0}
     if (folder / layout.DONE).exists():
-        return {"state": "done", "scores": scores}
-    return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", "scores": scores}
+        return {"state": "done", **found}
+    return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", **found}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a trial; empty where it is missing or damaged: what it would add is worth no failure."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def shared_work(study: Study) -> str | None:
     """How much work trials shared, in a sentence; None where nothing was counted."""
-    found = []
-    for path in layout.in_trials(study.folder, layout.WORK):
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue
+    found = [_read(path) for path in layout.in_trials(study.folder, layout.WORK)]
     total = {name: sum(row.get(name, 0) for row in found) for row in found for name in row}
     if not total.get("asked"):
         return None

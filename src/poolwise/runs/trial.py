@@ -11,11 +11,12 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from sentence_transformers import SentenceTransformer
 
 from poolwise.data.batches import training_dataset
@@ -43,14 +44,16 @@ from poolwise.verdicts.controls import RUNGS
 
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
-STALE = 6 * 3600
-"""Seconds after which a file that nobody has finished writing is left over from a killed run."""
+STALE_SECONDS = 6 * 3600
+"""Age from which an unfinished file of frozen states is taken for a killed run's, and not for another trial's."""
+SMALLEST_FREE = 1 << 20
+"""Free bytes on a disk below which it counts as full."""
 
 
 def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
     """Train and score one trial, as far as that is not done yet.
 
-    Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also left in
+    Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also written to
     `failed.json`.
     """
     report = progress or (lambda stage, share: None)
@@ -65,28 +68,39 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         if trial.role == "reference":
             _score(reference(trial.label), trial, 0, prepared, folder, report)
         else:
-            work = Counts()
-            encoder = _encoder(trial, prepared)
-            _keep_dtype(encoder, trial, folder)
-            _freeze(encoder, trial, folder)
-            if _is_trained(trial):
-                _train(encoder, trial, prepared, folder, report)
-            for step in trial.steps:
-                if _missing(trial, step, prepared, folder):
-                    if step:
-                        weights = layout.milestone(folder, step)
-                        checkpoint.verify_files(weights, checkpoint.read_run(weights))
-                        checkpoint.load_weights(encoder, weights)
-                    if trial.role == "design" and step == trial.steps[-1]:
-                        _look_at_layers(encoder, prepared, folder)
-                    work += _score(encoder, trial, step, prepared, folder, report)
-            write_json(folder / layout.WORK, {**asdict(work), **_leave_states(encoder)})
+            _run_design(trial, prepared, folder, report)
         (folder / layout.DONE).touch()
     except Exception as error:
-        reason = _leave_reason(error, folder)
+        reason = reason_of(error, folder)
+        with contextlib.suppress(OSError):  # a full disk may not take this file either
+            write_json(folder / layout.FAILED, {"reason": reason})
         if not isinstance(error, PoolwiseError) and _disk_is_full(error, folder):
             raise TrainingError(reason) from error
         raise
+
+
+def _run_design(trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
+    """Build, train and score an encoder at each of the trial's steps; record what that took."""
+    work = Counts()
+    encoder = _encoder(trial, prepared)
+    _record_dtype(encoder, trial, folder)
+    _freeze(encoder, trial, folder)
+    if is_trained(trial):
+        _train(encoder, trial, prepared, folder, report)
+    for step in trial.steps:
+        if not _missing(trial, step, prepared, folder):
+            continue
+        if step:
+            weights = layout.milestone(folder, step)
+            checkpoint.verify_files(weights, checkpoint.read_run(weights))
+            checkpoint.load_weights(encoder, weights)
+        if trial.role == "design" and step == trial.steps[-1]:
+            _look_at_layers(encoder, prepared, folder)
+        work += _score(encoder, trial, step, prepared, folder, report)
+    facts = {**asdict(work), **_share_states(encoder)}
+    if encoder.device.type == "cuda":
+        facts["peak_memory"] = torch.cuda.max_memory_allocated(encoder.device)
+    write_json(folder / layout.WORK, facts)
 
 
 def _look_at_layers(encoder: SentenceTransformer, prepared: Prepared, folder: Path) -> None:
@@ -97,29 +111,31 @@ def _look_at_layers(encoder: SentenceTransformer, prepared: Prepared, folder: Pa
     write_json(folder / layout.LAYERS, {"texts": len(texts), "attention": layer_attention(encoder, texts).tolist()})
 
 
-def _is_trained(trial: Trial) -> bool:
+def is_trained(trial: Trial) -> bool:
+    """Whether a trial trains anything: all but untuned designs and references."""
     return trial.role not in {"untuned", "reference"}
 
 
 def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
     return (
         (folder / layout.DONE).exists()
-        and (not _is_trained(trial) or _training_is_done(trial, folder))
+        and (not is_trained(trial) or _training_is_done(trial, folder))
         and not any(_missing(trial, step, prepared, folder) for step in trial.steps)
     )
 
 
 def _training_is_done(trial: Trial, folder: Path) -> bool:
-    return (folder / layout.TRAINED).exists() and all(layout.milestone(folder, step).is_dir() for step in trial.steps)
+    milestones = (layout.milestone(folder, step) for step in trial.steps)
+    return (folder / layout.TRAINED).exists() and all(path.is_dir() for path in milestones)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written; of what other trials may be writing now, only what is hours old."""
+    """Remove what a killed run left half-written in the trial's folder, and old leftovers of shared frozen states."""
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in layout.unfinished_frozen(layout.study_of(folder)):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > STALE:
+        with contextlib.suppress(FileNotFoundError):  # another trial sweeps, too
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
@@ -129,17 +145,18 @@ def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
     return encoder.eval()
 
 
-def _keep_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
-    """Record the dtype in which the base computes. With `dtype = "auto"` that is the machine's, so raise TrainingError
-    where a trial on this base, of which anything is kept, has another: the comparison would be one of dtypes.
+def _record_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
+    """Record the dtype and the device in which the base computes.
 
-    Of two machines that begin at the same moment neither sees the other; the next trial of either does.
+    With `dtype = "auto"` the dtype is the machine's, so raise TrainingError if results of a trial on the same base were
+    computed in another one: the study would compare dtypes, not designs. Two machines that begin at the same moment do
+    not see each other; the next trial of either does.
     """
     recipe = trial.spec["recipe"]
     dtype = cast(Backbone, encoder[0]).model.dtype
-    if recipe["lora"] == "full":  # float32 weights, for whatever it computes in
+    if recipe["lora"] == "full":  # its weights are float32, whatever it computes in
         dtype = torch_dtype(recipe["dtype"])
-    mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch.")}
+    mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch."), "device": device_name(encoder)}
     for path in layout.in_trials(layout.study_of(folder), layout.DTYPE) if recipe["dtype"] == "auto" else ():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -148,27 +165,36 @@ def _keep_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> Non
             continue
         if other != mine["dtype"] and layout.has_results(path.parent):
             raise TrainingError(
-                f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was made "
-                f"in {other}, and the two cannot be compared; run this on the same kind of machine, or delete that "
-                f"trial, or start anew under another name or output with recipe.dtype = '{other}' or '{mine['dtype']}'"
+                f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was "
+                f"computed in {other}, and the two cannot be compared; run this on the same kind of machine, or delete "
+                "that trial, or start over under another name or output with recipe.dtype = "
+                f"'{other}' or '{mine['dtype']}'"
             )
     write_json(folder / layout.DTYPE, mine)
 
 
+def device_name(encoder: SentenceTransformer) -> str:
+    """The GPU's product name, or torch's word for any other device."""
+    device = encoder.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
-    """Where nothing of the base is tuned, keep its states, in a folder that all trials of the study share; those of
-    real tokens alone, so not for a head that reads padding."""
+    """If nothing of the base is tuned, keep its hidden states in a folder that the study's trials share.
+
+    Only states of real tokens are kept, so a head that reads padding does without; so does a base with dropout, whose
+    states differ from call to call. The key holds everything that a state depends on apart from the text itself.
+    """
     backbone = cast(Backbone, encoder[0])
     tuned = trial.spec["recipe"]["lora"] is not False
     if tuned or has_dropout(backbone.model) or reads_padding(cast(Design, trial.design)):
         return
-    dtype = str(backbone.model.dtype)
-    kind = [trial.spec["base"], trial.spec["recipe"], dtype, backbone.attention, backbone.collect]
-    backbone.frozen = FrozenStates(layout.frozen(layout.study_of(folder), content_hash(kind)))
+    key = [trial.spec["base"], trial.spec["recipe"], str(backbone.model.dtype), backbone.attention, backbone.collect]
+    backbone.frozen = FrozenStates(layout.frozen(layout.study_of(folder), content_hash(key)))
 
 
-def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
-    """Write the states of a frozen base for the trials to come; how many texts were asked for and how many computed."""
+def _share_states(encoder: SentenceTransformer) -> dict[str, int]:
+    """Write the states of a frozen base for later trials. Returns how many were asked for and how many computed."""
     frozen = cast(Backbone, encoder[0]).frozen
     if frozen is None:
         return {}
@@ -198,7 +224,7 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         seed=trial.seed,
         milestones=trial.steps,
         progress=lambda step, loss: report("train", step / recipe.steps),
-        stop_at_chance=trial.role == "design",
+        stop_at_chance=trial.role == "design",  # a control arm is allowed to learn nothing
         designs=prepared.study.designs,
     )
     write_json(folder / layout.TRAINED, {**result, "order": order.fingerprint})
@@ -214,15 +240,17 @@ def _unread(folder: Path, scored: str, task: Task) -> bool:
 
 
 def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
-    """The baseline's last step carries the dilution ladder."""
+    """Whether this is the baseline's last step, which carries the dilution ladder."""
     study = prepared.study
     return study.controls and trial.role == "design" and trial.label == study.baseline and step == trial.steps[-1]
 
 
 def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> Counts:
+    """Score a model on the tasks whose files are missing, and on the rungs of the ladder if this step carries it."""
     missing = _missing(trial, step, prepared, folder)
     if isinstance(model, SentenceTransformer):
-        model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)  # in a forked process: no compiler of its own
+        # Never compiled: that depends on the time left, and scores must not.
+        model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)
     shares = _shares(model, trial, prepared, folder) if missing and _has_ladder(trial, step, prepared) else {}
     identity, prompts = f"{trial.id}-{step}", _prompts(trial, prepared)
     mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
@@ -239,7 +267,7 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
         for rung, share in shares.items():
             if not _unread(folder, rung, task):
                 continue
-            rows = []  # where no noise loses as much, or the embeddings were too many to keep
+            rows = []  # stays empty if no noise loses as much, or if there were too many embeddings to keep
             if share is not None and scored.whole:
                 diluted = references.Diluted(scored, share, trial.seed)
                 rows = evaluate(diluted, [task], identity=f"{identity}-{rung}", prompts=prompts)
@@ -248,7 +276,7 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
 
 
 def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
-    """How much noise each rung of the ladder takes; found once."""
+    """How much noise each rung of the ladder takes; calibrated once per trial."""
     path, pairs, recipe = folder / layout.LADDER, cast(Pairs, prepared.pairs), prepared.study.recipe
     if not path.exists():
         found = references.calibrate(model, recipe, pairs, prepared.plans[trial.seed], trial.seed)
@@ -264,22 +292,38 @@ def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
     return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
 
 
-def _leave_reason(error: Exception, folder: Path) -> str:
-    """Why a trial stopped; also in `failed.json`, as far as the disk allows."""
+def reason_of(error: Exception, folder: Path) -> str:
+    """Why a trial stopped, in words, with what to do about it where that is known."""
+    if ended_by_memory(error):
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        return (
+            f"the GPU's memory is too small ({said}); set recipe.mini_batch_size, a smaller recipe.batch_size or "
+            "recipe.gradient_checkpointing = true, or run one trial at a time on each GPU (--per-gpu 1)"
+        )
     if isinstance(error, PoolwiseError):
-        reason = str(error)
-    elif _disk_is_full(error, folder):
-        reason = f"the disk is full ({folder}); free some space and run the study again"
-    else:
-        reason = f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):
-        write_json(folder / layout.FAILED, {"reason": reason})
-    return reason
+        return str(error)
+    if _disk_is_full(error, folder):
+        return f"the disk is full ({folder}); free some space and run the study again"
+    return f"{type(error).__name__}: {error}"
+
+
+def ended_by_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory; also if a library wrapped the error in one of its own."""
+    return any(
+        isinstance(cause, torch.OutOfMemoryError) or "CUDA out of memory" in str(cause) or "ALLOC_FAILED" in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
-    """Also where a library hides it: torch says only that a write failed."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    """Whether a write failed for lack of space; torch says only that it failed, so the disk is asked, too."""
+    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in _causes(error)):
         return True
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free < 1 << 20
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free < SMALLEST_FREE
