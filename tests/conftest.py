@@ -1,10 +1,9 @@
-"""What every test shares: the folder of real data beside the repository, and one thread."""
+"""What tests share: the folder of real data beside the repository, one thread, and a small study that has run."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,24 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="module")
-def quick_engine() -> Iterator[None]:
-    """Engine processes come from a server that has imported the libraries once, which saves 8 s a run."""
-    get_context = multiprocessing.get_context
-    server = get_context("forkserver")
-    server.set_forkserver_preload(["poolwise.runs.trial"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            multiprocessing, "get_context", lambda kind=None: server if kind == "spawn" else get_context(kind)
-        )
-        yield
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that a small study needs; see small_study.py."""
+    from small_study import furnish
+
+    return furnish(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def finished(place: Path) -> Path:
+    """The folder of an uninterrupted run of the small study, one trial at a time."""
+    from small_study import run, write
+
+    assert run(write(place, "whole"), workers=1) == {}
+    return place / "whole"
+
+
+@pytest.fixture
+def copy(finished: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of the finished run, times of the files included."""
+    return Path(shutil.copytree(finished, finished.with_name(request.node.name)))

@@ -347,9 +347,7 @@ def test_trials_of_two_dtypes_are_not_mixed(tmp_path: Path, monkeypatch: pytest.
             gpu.setattr(module, "torch_dtype", of_a_gpu)
         again = prepare(prepared.study)
         assert [trial.name for trial in again.trials] == [trial.name for trial in prepared.trials]
-        words = (
-            f"'auto' is bfloat16 on this machine, but the trial {first.name} was made in float32.* or delete .* anew"
-        )
+        words = f"'auto' is bfloat16 on this machine, but the trial {first.name} was computed in float32.* or delete .*"
         with pytest.raises(TrainingError, match=words):
             go(again, 1)
         go(again, 0)  # it is done: nothing is made
@@ -377,12 +375,12 @@ def test_only_what_is_kept_on_this_base_counts(tmp_path: Path, monkeypatch: pyte
             (place / name / "dtype.json").write_text(json.dumps(content))
     model = trials._encoder(trial, prepared)
     (place / trial.name).mkdir()
-    trials._keep_dtype(model, trial, place / trial.name)
+    trials._record_dtype(model, trial, place / trial.name)
     (place / "nothing" / "training" / "step-2").mkdir(parents=True)
-    with pytest.raises(TrainingError, match="the trial nothing was made in bfloat16"):
-        trials._keep_dtype(model, trial, place / trial.name)
+    with pytest.raises(TrainingError, match="the trial nothing was computed in bfloat16"):
+        trials._record_dtype(model, trial, place / trial.name)
     explicit = replace(trial, spec={**trial.spec, "recipe": {**trial.spec["recipe"], "dtype": "float32"}})
-    trials._keep_dtype(model, explicit, place / trial.name)
+    trials._record_dtype(model, explicit, place / trial.name)
 
 
 def test_trials_share_the_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

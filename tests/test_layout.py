@@ -166,15 +166,27 @@ def owners(*names: str) -> set[str]:
 def test_one_owner_for_each_concern() -> None:
     assert owners("mkstemp", "fsync", "NamedTemporaryFile") == {"poolwise.files"}, "only files.py writes atomically"
     assert owners("csv", "gzip") == {"poolwise.data.reading"}, "only data/reading.py reads CSV and gzip"
-    spelled = {
-        name
-        for name, path in MODULES.items()
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and re.fullmatch(r"trials/?|.*training/step-.*|step-|training", node.value)
-    }
-    assert spelled <= {"poolwise.runs.layout"}, "only runs/layout.py spells a run folder's paths"
+
+
+def spelled(path: Path) -> set[str]:
+    """What a file spells of a run folder: a file's name, a folder's name joined to a path, or a piece of either."""
+    body = tree(path)
+    files = r"(study|trials|looks|costs|spec|dtype|train|ladder|layers|work|failed)\.json|results\.parquet|log\.txt"
+    pieces = r"(checkpoint|step|prepared)-.*|.*\b(trials|training|scores|frozen)/.*"
+    joined = {"trials", "training", "scores", "frozen", "search", "tuned", "done"}
+    texts = {node.value for node in ast.walk(body) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    found = {text for text in texts if re.fullmatch(f"{files}|{pieces}", text)}
+    for node in ast.walk(body):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and isinstance(node.right, ast.Constant):
+            found |= {node.right.value} & joined
+    return found
+
+
+def test_only_the_layout_spells_the_paths_of_a_run_folder() -> None:
+    found = {name: sorted(spelled(path)) for name, path in MODULES.items() if spelled(path)}
+    layout = found.pop("poolwise.runs.layout")
+    assert found == {}
+    assert {"study.json", "trials", "step-", "checkpoint-*", "scores/", "failed.json"} <= set(layout)
 
 
 def test_reports_compute_nothing() -> None:

@@ -15,7 +15,7 @@ from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
 from poolwise.reports import pages, secondary, tables
 from poolwise.reports.words import headline, sentences
-from poolwise.runs import looks
+from poolwise.runs import layout, looks
 from poolwise.stats.many import TWO_LOOK_ALPHA
 from poolwise.study.study import Study
 from poolwise.verdicts import readers
@@ -90,11 +90,11 @@ def test_the_first_look_is_at_three_percent_and_recorded_once(tmp_path, compared
     assert (verdict.equivalence_low, verdict.equivalence_high) == (same.ci_low, same.ci_high)
     assert "97 % interval" in sentences(found)[0]
     assert "Look 1 of 2 (seeds 0 to 2), each tested at .03." in found.plan
-    first = json.loads((study.folder / looks.FILE).read_text())
+    first = json.loads((study.folder / layout.LOOKS).read_text())
     assert [look["look"] for look in first["looks"]] == [1]
     assert len(first["looks"][0]["verdicts"]) == 4
     compared(study)
-    assert json.loads((study.folder / looks.FILE).read_text()) == first
+    assert json.loads((study.folder / layout.LOOKS).read_text()) == first
 
 
 def test_three_percent_decides():

@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from poolwise.api import layers
 from poolwise.cli import app
 from poolwise.data.tasks import resolve_tasks
 from poolwise.errors import CheckpointError
 from poolwise.model.encoder import build
 from poolwise.reports.layers import mean, page, tables
-from poolwise.runs.layer_view import layer_view
 from poolwise.runs.run import run, trials
 from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.layers import EveryLayer, OneLayer, probe_layers
@@ -90,7 +90,7 @@ def test_the_last_layer_of_a_plain_pooling_is_the_design(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(place: Path, quick_engine: None) -> Study:
+def study(place: Path) -> Study:
     content = {
         "name": "inside", "baseline": "mean-causal", "seeds": [0, 1], "tasks": ["./pairs"], "references": [],
         "controls": False, "evaluate_at": [1.0], "output": "runs",
@@ -108,7 +108,7 @@ def study(place: Path, quick_engine: None) -> Study:
 
 @pytest.mark.slow
 def test_a_look_at_a_study(study: Study, tmp_path: Path) -> None:
-    found = layer_view(study)
+    found = layers(study)
     assert [(row["design"], row["seed"], row["reduce"]) for row in found["runs"]] == [
         ("mean-causal", 0, "mean"), ("layers", 0, "last"), ("mean-causal", 1, "mean"), ("layers", 1, "last"),
     ]  # fmt: skip
@@ -138,9 +138,9 @@ def test_a_look_at_a_study(study: Study, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_not_trained_cannot_be_looked_at(study: Study, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no trained design of label m9"):
-        layer_view(study, design="m9")
+        layers(study, design="m9")
     with pytest.raises(CheckpointError, match="neither a study file nor"):
-        layer_view(tmp_path)
+        layers(tmp_path)
 
 
 def test_means_by_task_then_type() -> None:

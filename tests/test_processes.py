@@ -23,9 +23,7 @@ from safetensors.torch import load_file, save_file
 from poolwise.errors import TrainingError
 from poolwise.model.base import torch_dtype
 from poolwise.model.encoder import build
-from poolwise.runs import engine
 from poolwise.runs import train as training
-from poolwise.runs.engine import gpu_of
 from poolwise.runs.train import COMPLETE
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
@@ -152,18 +150,6 @@ def test_law_8_without_gathering_the_losses_differ(sides: tuple[Path, Path]) -> 
     assert max((ours[key] - theirs[key]).abs().max().item() for key in ours) > 1e-4
 
 
-def test_gpus_are_counted_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that forks the trials must never ask CUDA."""
-    here, asked = os.getpid(), []
-    monkeypatch.setattr(
-        torch.cuda, "device_count", lambda: asked.append(os.getpid()) or (3 if os.getpid() != here else 99)
-    )
-    assert engine._count_gpus() == 3
-    assert not asked
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: os._exit(1))
-    assert engine._count_gpus() == 0
-
-
 def test_auto_is_bf16_only_where_a_gpu_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Older GPUs emulate it, slowly, and torch says that they support it unless asked more closely."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -171,13 +157,6 @@ def test_auto_is_bf16_only_where_a_gpu_computes_in_it(monkeypatch: pytest.Monkey
     assert torch_dtype("auto") == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert torch_dtype("auto") == torch.bfloat16
-
-
-def test_each_slot_has_a_gpu_of_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [gpu_of(slot, 2) for slot in range(4)] == ["0", "1", "0", "1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
-    assert [gpu_of(slot, 2) for slot in range(3)] == ["3", "GPU-5", "3"]
 
 
 def test_a_batch_that_cannot_be_split(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,7 +147,7 @@ def test_check_counts_every_base(study: Study) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_on_two_bases(study: Study, quick_engine: None) -> None:
+def test_a_study_on_two_bases(study: Study) -> None:
     assert run(study, workers=2) == {}
     assert {row["base"] for row in trials(study) if row["role"] != "reference"} == {"./llama", "./qwen2"}
     frame = pl.read_parquet(study.folder / "results.parquet")

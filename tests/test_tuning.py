@@ -73,7 +73,7 @@ def test_every_design_gets_the_same_grid(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_search_then_second_arm(place: Path, quick_engine: None) -> None:
+def test_search_then_second_arm(place: Path) -> None:
     made = study(place, tuning={"tasks": ["./dev"], "head_learning_rate": [1e-3, 1e-1]})
     assert runner.run(made, workers=2) == {}
     assert runner.all_done(made)

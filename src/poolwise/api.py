@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ def _done(study: Study, last: pl.DataFrame) -> set[tuple[str, int]]:
     cells = last.filter((last["role"] == "design") & last["item_id"].is_null()).group_by("design", "seed").len()
     most = cells["len"].max()
     done = {(design, seed) for design, seed, size in cells.iter_rows() if size == most}
-    if not (study.folder / "trials.json").exists():
+    if not (study.folder / layout.TRIALS).exists():
         return done
     open_ = {(row["label"], row["seed"]) for row in trials(study) if row["role"] == "design" and row["state"] != "done"}
     return done - open_
@@ -207,8 +207,8 @@ def layer_attention(study: Study) -> dict[str, Any]:
     """
     found: dict[str, dict[int, list[float]]] = {}
     texts = 0
-    for row in trials(study) if (study.folder / "trials.json").exists() else ():
-        path = study.folder / "trials" / row["name"] / layout.LAYERS
+    for row in trials(study) if (study.folder / layout.TRIALS).exists() else ():
+        path = layout.trial(study.folder, row["name"]) / layout.LAYERS
         if row["role"] == "design" and path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
@@ -276,7 +276,7 @@ def export_design(study: Study, design: str, to: str | Path, seed: int | None = 
     for trial in trials(study):
         key = (trial["label"], trial["role"], trial["seed"], trial.get("base", model))
         if key == (design, "design", wanted, model):
-            folder = study.folder / "trials" / trial["name"] / "training" / f"step-{study.recipe.steps}"
+            folder = layout.milestone(layout.trial(study.folder, trial["name"]), study.recipe.steps)
             if not folder.exists():
                 raise CheckpointError(f"{design} with seed {wanted} is not trained yet; run the study first")
             return export(load(folder), to)
@@ -332,3 +332,71 @@ def controls_of(frame: pl.DataFrame) -> list[str]:
     if "role" not in frame.columns:
         return []
     return frame.filter(frame["role"] != "design")["design"].unique().to_list()
+
+
+def layers(
+    source: Study | str | Path,
+    *,
+    design: str | None = None,
+    seed: int | None = None,
+    base: str | None = None,
+    batch_size: int = 32,
+    progress: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """What the layers of a study's trained designs hold, JSON-able.
+
+    source: a study or its file, the folder of its runs, or the folder of one trial (relative paths of tasks then start
+    at the working directory). design, seed, base: only those.
+
+    Returns `study` and `runs`, one for each trial: `design`, `seed`, `base`, what `scoring.layers.inspect` finds, and
+    `own`, the design's own scores on the same tasks.
+
+    Raises CheckpointError where nothing of what is asked for is trained.
+    """
+    from poolwise.data.tasks import resolve_tasks
+    from poolwise.model import checkpoint
+    from poolwise.scoring.layers import inspect
+
+    study, only = _study_in(source)
+    wanted = {"label": design, "seed": seed, "base": base, "name": only}
+    rows = [row for row in trials(study) if row["role"] == "design"]
+    rows = [row for row in rows if all(value is None or row.get(key) == value for key, value in wanted.items())]
+    last = {row["name"]: layout.milestone(layout.trial(study.folder, row["name"]), study.recipe.steps) for row in rows}
+    rows = [row for row in rows if last[row["name"]].is_dir()]
+    if not rows:
+        asked = ", ".join(f"{key} {value}" for key, value in wanted.items() if value is not None)
+        raise CheckpointError(f"{study.name}: no trained design{' of ' + asked if asked else ''}; run the study first")
+    tasks = resolve_tasks(study.tasks, study.base_dir)
+    runs = []
+    for row in rows:
+        progress(row["name"])
+        found = inspect(checkpoint.load(last[row["name"]]), tasks, row["id"], study.recipe, batch_size)
+        named = {"design": row["label"], "seed": row["seed"], "base": row.get("base")}
+        runs.append({**named, **found, "own": _own_scores(study, row["id"])})
+    return {"study": study.name, "runs": runs}
+
+
+def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
+    """The study that `source` names, and the name of a trial where it names one."""
+    if isinstance(source, Study):
+        return source, None
+    path = Path(source)
+    if path.suffix == ".toml":
+        return Study.load(path), None
+    for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
+        if (folder / layout.STUDY).is_file():
+            written = json.loads((folder / layout.STUDY).read_text(encoding="utf-8"))
+            return Study.parse({**written, "output": str(folder.resolve())}, base_dir=Path.cwd()), only
+    raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
+
+
+def _own_scores(study: Study, trial_id: str) -> list[dict[str, Any]]:
+    """The main scores of a trial at its last step; empty where there are none yet."""
+    import polars as pl
+
+    path = study.folder / layout.RESULTS
+    if not path.exists():
+        return []
+    mine = (pl.col("trial") == trial_id) & pl.col("item_id").is_null() & (pl.col("role") == "design")
+    rows = pl.read_parquet(path).filter(mine, pl.col("step") == study.recipe.steps)
+    return rows.select("task", "task_type", "metric", "score").to_dicts()

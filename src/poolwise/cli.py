@@ -92,7 +92,8 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 @app.command()
 def run(
     study: StudyFile,
-    workers: Annotated[int, typer.Option(help="Trials at a time; 0: one per GPU, else one per core.", min=0)] = 0,
+    workers: Annotated[int, typer.Option(help="Trials at a time; 0: by GPUs, else one per core.", min=0)] = 0,
+    per_gpu: Annotated[int, typer.Option(help="Trials at a time on each GPU; 0: by the memory they need.", min=0)] = 0,
     shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th, for job arrays.")] = "1/1",
     extend: Annotated[bool, typer.Option("--extend", help="After the first look: go on to `extend_to` seeds.")] = False,
 ) -> None:
@@ -102,7 +103,7 @@ def run(
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
-    failed = run_with_grid(loaded, workers, _shard(shard), extend)
+    failed = run_with_grid(loaded, workers, _shard(shard), extend, per_gpu)
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
             compare([str(study)])
@@ -116,7 +117,7 @@ def run(
 
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
-    """Print the grid of trials: waiting, started, done, failed and why."""
+    """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
     from poolwise.runs.run import trials
     from poolwise.screen import show_status
     from poolwise.study.study import Study
@@ -266,11 +267,11 @@ def layers(
 ) -> None:
     """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
     _quiet()
-    from poolwise.runs.layer_view import layer_view
+    from poolwise.api import layers as look
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
-        found = layer_view(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
+        found = look(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
     print(json.dumps(found, indent=1)) if as_json else show_layers(found, to)
 
 

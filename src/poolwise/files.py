@@ -23,6 +23,24 @@ if TYPE_CHECKING:
     pass
 
 
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; renamed to `path` at the end, deleted if anything fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def safe_name(name: str) -> str:
+    """A name as part of a path: letters, digits, `-`, `_` and `.` stay, anything else becomes `-`."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
     """Write a file whole or not at all, as `open_atomic` does."""
     with open_atomic(path) as file:

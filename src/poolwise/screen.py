@@ -53,6 +53,7 @@ class Grid:
         self.share: dict[str, float] = {}
         self.states: dict[str, str] = {}
         self.notes: list[str] = []
+        self.places: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self.skipped = 0.0
 
@@ -64,6 +65,8 @@ class Grid:
             self.started = time.monotonic()
         elif kind == "notes":
             self.notes = content
+        elif kind == "places":
+            self.places = content
         elif kind == "progress":
             name, stage, share = content
             low, high = SHARES[stage]
@@ -82,7 +85,9 @@ class Grid:
         worked = done - self.skipped
         left = f", about {clock(elapsed / worked * (len(self.trials) - done))} left" if worked > 0.3 else ""
         finished = sum(state in {"done", "failed"} for state in self.states.values())
-        return f"{finished} of {len(self.trials)} trials, {clock(elapsed)} so far{left}"
+        devices = [f"{place['trials']} at a time on {place['device']}" for place in self.places]
+        at = f"; {', '.join(devices)}" if devices else ""
+        return f"{finished} of {len(self.trials)} trials, {clock(elapsed)} so far{left}{at}"
 
     def __rich__(self) -> Any:
         if not self.trials:
@@ -120,22 +125,25 @@ def grid_table(trials: Sequence[dict[str, Any]], share: dict[str, float] | None 
     return table
 
 
-def run_with_grid(study: Study, workers: int, shard: tuple[int, int], extend: bool = False) -> dict[str, str]:
+def run_with_grid(
+    study: Study, workers: int, shard: tuple[int, int], extend: bool = False, per_gpu: int = 0
+) -> dict[str, str]:
     """Run a study under a live grid (a line a trial where stderr is no terminal). Returns the failures."""
     console = terminal(stderr=True)
     grid = Grid()
+    options: dict[str, Any] = {"workers": workers, "per_gpu": per_gpu, "shard": shard, "extend": extend}
     if len(study.seeds) == 1:
         console.print("One seed: differences between designs cannot be told from luck of the run.", style="yellow")
     try:
         if console.is_terminal:
             with Live(grid, console=console, refresh_per_second=2):
-                failed = run(study, workers=workers, shard=shard, extend=extend, on_event=grid.follow)
+                failed = run(study, on_event=grid.follow, **options)
         else:
 
             def lines(event: Event) -> None:
                 _print_line(console, grid, event)
 
-            failed = run(study, workers=workers, shard=shard, extend=extend, on_event=lines)
+            failed = run(study, on_event=lines, **options)
     except KeyboardInterrupt:
         console.print("stopped; what is done is kept, run the same command to go on", soft_wrap=True)
         raise SystemExit(130) from None
@@ -166,9 +174,22 @@ def show_status(trials: Sequence[dict[str, Any]]) -> None:
     """The grid as it stands on disk, and why trials failed."""
     console = terminal()
     console.print(grid_table(trials))
+    for line in device_lines(trials):
+        console.print(line, style="dim", markup=False, soft_wrap=True)
     for trial in trials:
         if trial["state"] == "failed":
             console.print(f"failed: {trial['name']}: {trial['reason']}", markup=False, soft_wrap=True)
+
+
+def device_lines(trials: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each device: how many trials ran there, and how much of a GPU's memory their tensors filled."""
+    lines = []
+    for device in dict.fromkeys(trial["device"] for trial in trials if trial.get("device")):
+        mine = [trial for trial in trials if trial.get("device") == device]
+        peaks = [trial["peak_memory"] / 2**30 for trial in mine if trial.get("peak_memory")]
+        memory = f", {min(peaks):.1f} to {max(peaks):.1f} GiB of tensors each" if peaks else ""
+        lines.append(f"{device}: {count(len(mine), 'trial')}{memory}")
+    return lines
 
 
 def amount(number: float) -> str:

@@ -326,11 +326,16 @@ def _states(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; each submodule's own mode and the random state restored after."""
     training = [module for module in model.modules() if module.training]
+    # Not torch.random.fork_rng: it asks for the current accelerator even if no device is given, and a probe on the CPU
+    # must not touch a GPU.
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    on_cpu, on_gpu = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
         model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        torch.set_rng_state(on_cpu)
+        for device, state in on_gpu.items():
+            torch.cuda.set_rng_state(state, device)

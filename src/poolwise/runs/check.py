@@ -23,6 +23,7 @@ from poolwise.pooling.cost import (
     lora_parameters,
     resolve_args,
 )
+from poolwise.runs import layout
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
 from poolwise.study.catalogue import read_tokens
@@ -253,7 +254,7 @@ def mean_costs(study: Study) -> list[dict[str, Any]]:
 
 def costs_of(study: Study) -> list[dict[str, Any]]:
     """The cost table, kept in the study's folder: reading it needs no model library."""
-    path = study.folder / "costs.json"
+    path = study.folder / layout.COSTS
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))
         have = {(row["design"], row.get("base", study.bases[0])) for row in rows}

@@ -1,79 +1,245 @@
-"""Where trials run: one process that prepares a study once and forks a child for each trial.
+"""Where trials run: this process hands them to child processes and collects events; it prepares and trains nothing.
 
-The child inherits the imported libraries, the data and the tasks; a crash or a kill takes one trial with it and
-nothing else. On a CPU each trial has one thread and as many trials run at a time as there are cores (on two cores that
-was faster than one trial with two threads); with GPUs there is one trial per GPU.
+One child prepares the study and ends. Each slot has a long-lived worker that imports the libraries once and runs trial
+after trial (`runs.worker`); one that dies takes one trial with it and is replaced. All children start from a server
+that has imported the libraries and done nothing else: what the caller's process or the preparation did, such as
+initialising CUDA, cannot matter to a trial. Which trial runs next, and where, is decided in `runs.schedule`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import PoolwiseError
+from poolwise.files import write_json
+from poolwise.runs import layout
+from poolwise.runs.schedule import Ending, Gpu, Place, Schedule, Setting, places_for, visible_gpus
 from poolwise.study.study import Study
 
+if TYPE_CHECKING:
+    from poolwise.runs.prepare import Trial
+
 Event = tuple[str, Any]
-"""`("trials", list)`, `("notes", list)`, `("progress", (name, stage, share))`, `("done", name)`,
-`("failed", (name, reason))`, `("error", message)`, `("end", None)`."""
+"""`("notes", list)`, `("trials", list)`, `("places", list)`, `("progress", (name, stage, share))`, `("done", name)`,
+`("failed", (name, reason))`, `("end", None)`."""
 
-
-def default_workers(gpus: int) -> int:
-    """One trial per GPU, else per core that this process may use (affinity and container limits counted)."""
-    import joblib
-
-    return gpus or int(joblib.cpu_count())
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+"""How children start. Forked ones share the memory of the libraries and start at once; on macOS, forking a process that
+has loaded them is not safe."""
+PATIENCE = 10.0
+"""Seconds that a child is given to end after it was asked to."""
 
 
 def run_local(
-    study: Study, *, workers: int = 0, shard: tuple[int, int] = (1, 1), on_event: Callable[[Event], None]
+    study: Study,
+    *,
+    workers: int = 0,
+    per_gpu: int = 0,
+    shard: tuple[int, int] = (1, 1),
+    on_event: Callable[[Event], None],
 ) -> None:
     """Run what is missing of a study in child processes and report each event.
 
-    workers: trials at a time; 0 chooses. shard: (i, n) runs every n-th trial, starting with the i-th, 1 <= i <= n.
-    Raises PoolwiseError where the study cannot be prepared; KeyboardInterrupt ends all children first.
+    workers: trials at a time; 0: `per_gpu` on each GPU, else one per core. per_gpu: trials at a time on each GPU; 0:
+    one, and more once trainings have shown how much memory they need. shard: (i, n) runs every n-th trial, starting
+    with the i-th, 1 <= i <= n.
+
+    Raises PoolwiseError if the study cannot be prepared or a GPU cannot be used. KeyboardInterrupt ends all children.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    engine = context.Process(target=_engine, args=(study, study.base_dir, study.folder, workers, shard, theirs))
-    with _own_main():
-        engine.start()
-    theirs.close()
+    folder = study.folder.resolve()
+    prepared = layout.prepared(folder, shard[0])
+    setting = Setting(study, folder, prepared, dict(os.environ))
     try:
+        trials, gpus, method = _prepare(setting, on_event)
+        mine = trials[shard[0] - 1 :: shard[1]]
+        schedule = Schedule(mine, places_for(gpus, workers, per_gpu), measured=not workers and not per_gpu)
+        _run_all(schedule, setting, method, on_event)
+    finally:
+        # A whole run is alone in the folder, so it also removes what shards that were killed left behind.
+        for path in [prepared, *(layout.all_prepared(folder) if shard[1] == 1 else ())]:
+            shutil.rmtree(path, ignore_errors=True)
+    on_event(("end", None))
+
+
+def _prepare(setting: Setting, on_event: Callable[[Event], None]) -> tuple[list[Trial], list[Gpu], str]:
+    """Prepare in one child and look for GPUs in another: the trials, the GPUs, and the method to start workers."""
+    with _Child(METHOD, "prepare_study", setting) as child:
+        gpus, method = _find_gpus(setting)
         while True:
             try:
-                event = ours.recv()
+                event = child.connection.recv()
             except EOFError:
-                raise PoolwiseError("the engine process died; see the messages above and run again") from None
+                raise PoolwiseError("the preparing process died; see the messages above and run again") from None
             if event[0] == "error":
-                engine.join(30)  # it ends by itself: stopping it now would make it complain
                 raise PoolwiseError(event[1])
+            if event[0] == "prepared":
+                return event[1], gpus, method
             on_event(event)
-            if event[0] == "end":
-                break
-        engine.join()
-    finally:
-        if engine.is_alive():
-            engine.terminate()
-            engine.join(10)
-            if engine.is_alive():
-                engine.kill()
-        ours.close()
+
+
+def _find_gpus(setting: Setting) -> tuple[list[Gpu], str]:
+    """The GPUs that workers can use, and the method to start them with.
+
+    Libraries may ask CUDA for its devices while the server imports them (where the driver's library cannot tell, as
+    under MIG). What such a server forks cannot use CUDA, so workers are spawned then.
+    """
+    answer: Any = None
+    for method in dict.fromkeys((METHOD, "spawn")):
+        with _Child(method, "survey", setting) as child:
+            try:
+                answer = child.connection.recv()
+            except EOFError:
+                answer = "the process that looked for it died"
+        if isinstance(answer, list):
+            return visible_gpus(answer, setting.environment.get("CUDA_VISIBLE_DEVICES")), method
+    raise PoolwiseError(f"a GPU was found but cannot be used ({answer}); set CUDA_VISIBLE_DEVICES= to run on the CPU")
+
+
+def _run_all(schedule: Schedule, setting: Setting, method: str, on_event: Callable[[Event], None]) -> None:
+    """Keep the places busy until no trial is left."""
+    running: dict[Connection, tuple[_Worker, Trial]] = {}
+    shown: list[dict[str, Any]] = []
+    with contextlib.closing(_Workers(setting, method)) as workers:
+        while True:
+            if shown != (shown := schedule.described()):
+                on_event(("places", shown))
+            while (job := schedule.take()) is not None:
+                trial, place = job
+                worker = workers.take(place)
+                with contextlib.suppress(BrokenPipeError):  # it died while idle, which its connection shows below
+                    worker.connection.send(trial)
+                running[worker.connection] = worker, trial
+            if not running:
+                return
+            for connection in [ready for ready in wait(list(running)) if isinstance(ready, Connection)]:
+                worker, trial = running[connection]
+                try:
+                    kind, content = connection.recv()
+                except (EOFError, OSError):  # it is gone without a last word
+                    kind, content = "ended", Ending("failed", worker.epitaph())
+                if kind == "progress":
+                    on_event(("progress", (trial.name, *content)))
+                    continue
+                del running[connection]
+                again = schedule.ended(trial, worker.place, content)
+                workers.give_back(worker, usable=content.kind != "memory")
+                if content.kind == "done":
+                    on_event(("done", trial.name))
+                elif not again:
+                    _record_failure(setting, trial, content.reason)
+                    on_event(("failed", (trial.name, content.reason)))
+
+
+def _record_failure(setting: Setting, trial: Trial, reason: str) -> None:
+    """Leave the reason in the trial's folder: a process that died could not, nor one whose disk was full."""
+    folder = layout.trial(setting.folder, trial.name)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / layout.FAILED, {"reason": reason})
+
+
+class _Child:
+    """A child process that calls a function of `runs.worker`, and the connection to it; killed at the end of `with`."""
+
+    def __init__(self, method: str, function: str, setting: Setting, *arguments: Any) -> None:
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["poolwise.runs.worker"])
+        self.connection, theirs = context.Pipe()
+        name = f"poolwise-{function}"
+        target = (function, setting, theirs, *arguments)
+        self.process = context.Process(target=_call, args=target, name=name)
+        with _plain_main(), _interrupts_held(), _driver_asked():
+            self.process.start()
+        theirs.close()
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill it: it writes every file whole or not at all, so there is nothing to wait for."""
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(PATIENCE)
+        self.connection.close()
+
+
+class _Worker(_Child):
+    """A child that runs trials of one place."""
+
+    def __init__(self, method: str, setting: Setting, place: Place) -> None:
+        self.place = place
+        super().__init__(method, "work", setting, None if place.gpu is None else place.gpu.name)
+
+    def epitaph(self) -> str:
+        """Why it is gone, as far as that is known."""
+        self.process.join(PATIENCE)
+        return f"its process died (exit code {self.process.exitcode}); out of memory?"
+
+
+class _Workers:
+    """The workers of a run: those that are idle wait for the next trial of their place."""
+
+    def __init__(self, setting: Setting, method: str) -> None:
+        self.setting, self.method = setting, method
+        self.all: list[_Worker] = []
+        self.idle: list[_Worker] = []
+
+    def take(self, place: Place) -> _Worker:
+        """An idle worker of a place, or a new one. A trial that runs alone gets a new one, and no idle neighbours."""
+        for worker in [worker for worker in self.idle if worker.place is place]:
+            if not place.alone and worker.process.is_alive():
+                self.idle.remove(worker)
+                return worker
+            self._end(worker)
+        worker = _Worker(self.method, self.setting, place)
+        self.all.append(worker)
+        return worker
+
+    def give_back(self, worker: _Worker, usable: bool) -> None:
+        """Keep a worker for the next trial, unless it is dead, not `usable` or one too many for its place."""
+        neighbours = [other for other in self.all if other.place is worker.place]
+        if usable and worker.process.is_alive() and len(neighbours) <= worker.place.limit:
+            self.idle.append(worker)
+        else:
+            self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        self.all.remove(worker)
+        if worker in self.idle:
+            self.idle.remove(worker)
+            worker.connection.close()  # it then ends by itself
+            worker.process.join(PATIENCE)
+        worker.end()
+
+    def close(self) -> None:
+        """End all of them, busy or not."""
+        for worker in list(self.all):
+            self._end(worker)
+
+
+def _call(function: str, *arguments: Any) -> None:
+    """What every child does: the libraries are imported here, if the server has not done so."""
+    from poolwise.runs import worker
+
+    getattr(worker, function)(*arguments)
 
 
 @contextlib.contextmanager
-def _own_main() -> Iterator[None]:
-    """Spawned processes run the caller's script again, which would start the study a second time: give them none."""
+def _plain_main() -> Iterator[None]:
+    """Children import the caller's main script, which would start the study a second time: show them an empty one."""
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -82,138 +248,24 @@ def _own_main() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _engine(
-    study: Study, base_dir: Path, folder: Path, workers: int, shard: tuple[int, int], events: Connection
-) -> None:
-    """Prepare once, then keep `workers` children busy. Runs in a process of its own."""
-    _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Asking the CUDA runtime whether there is a GPU, as libraries do, would leave the children without one.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    study._base_dir = base_dir
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back inside. Children inherit that for good: the terminal sends it to them too, but this process
+    decides what to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # it would run through the grid
-        gpus = _count_gpus()
-        torch.set_num_threads(1)
-        from poolwise.files import write_json
-        from poolwise.runs.prepare import prepare
-        from poolwise.runs.trial import score_file
-
-        prepared = prepare(study)
-        gc.collect()
-        gc.freeze()  # what the children inherit is never garbage: not theirs to search, nor to copy by searching
-    except PoolwiseError as error:
-        events.send(("error", str(error)))
-        return
-    waiting = prepared.trials[shard[0] - 1 :: shard[1]]
-    events.send(("notes", prepared.notes))
-    scores = sorted(score_file(Path(), "", task).name for task in prepared.tasks)
-    events.send(("trials", [{**_summary(trial), "scores": scores} for trial in prepared.trials]))
-    workers = workers or default_workers(gpus)
-    running: dict[Connection, tuple[Any, Any, int]] = {}
-    free = list(range(workers))
-    try:
-        while waiting or running:
-            while waiting and free:
-                trial, slot = waiting.pop(0), free.pop(0)
-                reader, writer = multiprocessing.Pipe(duplex=False)
-                gpu = gpu_of(slot, gpus) if gpus else None
-                child = multiprocessing.get_context("fork").Process(
-                    target=_child, args=(trial, prepared, folder / "trials" / trial.name, writer, gpu)
-                )
-                child.start()
-                writer.close()
-                running[reader] = (child, trial, slot)
-            for reader in [connection for connection in wait(list(running)) if isinstance(connection, Connection)]:
-                child, trial, slot = running[reader]
-                try:
-                    kind, content = reader.recv()
-                except (EOFError, OSError):  # the child is gone without a last word
-                    child.join()
-                    kind, content = "failed", f"its process died (exit code {child.exitcode}); out of memory?"
-                    with contextlib.suppress(OSError):
-                        write_json(folder / "trials" / trial.name / "failed.json", {"reason": content})
-                if kind == "progress":
-                    events.send(("progress", (trial.name, *content)))
-                    continue
-                events.send((kind, trial.name if kind == "done" else (trial.name, content)))
-                child.join()
-                reader.close()
-                del running[reader]
-                free.append(slot)
-        events.send(("end", None))
-    except (BrokenPipeError, EOFError):
-        pass  # the parent is gone: so are we
+        yield
     finally:
-        for child, _, _ in running.values():
-            child.kill()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _summary(trial: Any) -> dict[str, Any]:
-    return {name: getattr(trial, name) for name in ("name", "label", "role", "seed", "base", "id")}
-
-
-def _count_gpus() -> int:
-    """How many there are, asked in a child: where the driver's library cannot tell (MIG), CUDA itself is asked, and a
-    process that has asked CUDA can fork no child that uses it."""
-    import torch
-
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=lambda: writer.send(torch.cuda.device_count()))
-    child.start()
-    writer.close()
+@contextlib.contextmanager
+def _driver_asked() -> Iterator[None]:
+    """Have torch ask the driver's library whether there are GPUs, not CUDA, which a server must not touch."""
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
-        return int(reader.recv())
-    except EOFError:  # it died of what it asked
-        return 0
+        yield
     finally:
-        child.join()
-
-
-def gpu_of(slot: int, gpus: int) -> str:
-    """The name of the GPU for a slot, of those that CUDA_VISIBLE_DEVICES lets this process see."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(gpus)]
-    return names[slot % gpus]
-
-
-def _child(trial: Any, prepared: Any, folder: Path, events: Connection, gpu: str | None) -> None:
-    """One trial in a process of its own."""
-    _die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    import torch
-
-    from poolwise.runs.trial import run_trial
-
-    # After a fork torch renews its thread pool at the first call that asks for it; two threads asking at once (as when
-    # weights are loaded) may find none: "Invalid thread pool!". Asked for here, by the only thread, it is there.
-    torch.set_num_threads(1)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)  # what libraries print goes to the trial's log, not between the user's tables
-        os.dup2(log, 2)
-        run_trial(trial, prepared, folder, lambda stage, share: events.send(("progress", (stage, share))))
-        events.send(("done", None))
-    except Exception as error:
-        if not isinstance(error, PoolwiseError):
-            import traceback
-
-            traceback.print_exc()
-        events.send(("failed", str(error) if isinstance(error, PoolwiseError) else f"{type(error).__name__}: {error}"))
-
-
-def _die_with_parent() -> None:
-    """On Linux: be killed when the parent process ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # it ended before this was asked for
-        os._exit(1)
+        os.environ.pop(name) if before is None else os.environ.update({name: before})

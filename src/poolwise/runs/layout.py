@@ -1,39 +1,171 @@
-"""The folder of a study's runs: which file lies where, and the score files in it."""
+"""The folder of a study's runs: which file lies where. No other file of the package spells these paths.
+
+    FOLDER/                         `output` of the study file, or runs/NAME
+        study.json                  the study as it was started
+        trials.json                 its trials: name, label, role, seed, base, hash of the spec, their score files
+        results.parquet             the long table of all scores, rewritten after each run
+        looks.json, costs.json      the seeds that were declared and the looks taken; parameters and FLOPs per design
+        frozen/KEY/                 hidden states of an untuned base, shared by its trials
+        prepared-SHARD/             what preparation hands to the workers; removed when the run ends
+        search/SETTING/             the runs of a study's `[tuning]`, one study folder per setting
+        tuned/SETTING/              each design with its best setting, likewise
+        trials/NAME/                one folder per trial:
+            spec.json               what the trial is; NAME ends in its hash
+            dtype.json              its base model, and the dtype and device in which it was computed
+            training/checkpoint-N/  the trainer's own checkpoints while it trains
+            training/step-N/        the encoder at each milestone, kept
+            train.json              losses, seconds; exists only when training is finished
+            scores/step-N/TASK.parquet    rows of the long table, one file per task
+            scores/ladder-X/TASK.parquet  the rungs of the baseline's dilution ladder; ladder.json: their noise
+            layers.json             attention over the layers at the last step, for heads that attend to layers
+            work.json               texts asked for, encoded and reused; peak memory of the device
+            log.txt                 what libraries printed
+            done                    exists only while nothing is missing
+            failed.json             why the trial stopped, if it did
+
+Every file is written whole or not at all, so that a run which was killed continues with what is missing.
+"""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from poolwise.files import atomic_path, safe_name
+from poolwise.study.study import content_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from poolwise.data.tasks import Task
 
+
+# Files of a study's folder.
+STUDY = "study.json"
+TRIALS = "trials.json"
+RESULTS = "results.parquet"
+LOOKS = "looks.json"
+COSTS = "costs.json"
+# Files of a trial's folder.
+SPEC = "spec.json"
+DTYPE = "dtype.json"
+TRAINED = "train.json"
+LADDER = "ladder.json"
 LAYERS = "layers.json"
-"""Beside the scores: where the head looks, if it attends to layers."""
 WORK = "work.json"
-"""Beside the scores: how many texts were asked for and how many encoded."""
+LOG = "log.txt"
+DONE = "done"
+FAILED = "failed.json"
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows of the long table; the file appears whole or not at all."""
+def trial(study: Path, name: str) -> Path:
+    """The folder of a trial in the folder of its study."""
+    return study / "trials" / name
+
+
+def study_of(trial: Path) -> Path:
+    """The folder of the study that a trial's folder belongs to."""
+    return trial.parents[1]
+
+
+def in_trials(study: Path, name: str) -> list[Path]:
+    """The files called `name` in the folders of a study's trials, sorted by trial."""
+    return sorted((study / "trials").glob(f"*/{name}"))
+
+
+def arm(study: Path, name: str, setting: str) -> Path:
+    """The folder of one part of a study that tunes: of its `search`, or `tuned` with the best setting."""
+    return study.resolve() / name / setting
+
+
+def prepared(study: Path, shard: int = 1) -> Path:
+    """Where the preparation of a run leaves memory-mapped data for its workers. Each shard has a folder of its own."""
+    return study / f"prepared-{shard}"
+
+
+def all_prepared(study: Path) -> list[Path]:
+    """What `prepared` names, for every shard: left behind by runs that were killed, or in use by shards beside this."""
+    return sorted(study.glob("prepared-*"))
+
+
+def frozen(study: Path, key: str) -> Path:
+    """Hidden states of an untuned base, for all trials in which `key` agrees."""
+    return study / "frozen" / key
+
+
+def unfinished_frozen(study: Path) -> list[Path]:
+    """Files of frozen states that are being written, or were when their process was killed."""
+    return list((study / "frozen").glob("*/.*.tmp"))
+
+
+def lock(study: Path, shard: int | None = None) -> Path:
+    """The file that a whole run locks, or one shard of a run."""
+    return study / (".lock" if shard is None else f".lock-{shard}")
+
+
+def training(trial: Path) -> Path:
+    """Where a trial trains: checkpoints while it does, milestones for good."""
+    return trial / "training"
+
+
+def milestone(trial: Path, step: int) -> Path:
+    """The encoder of a trial after `step` steps."""
+    return at_step(training(trial), step)
+
+
+def at_step(training: Path, step: int) -> Path:
+    """The encoder after `step` steps, in the folder in which it is trained."""
+    return training / f"step-{step}"
+
+
+def checkpoint(training: Path, step: int) -> Path:
+    """The trainer's checkpoint of a step; the name is that of transformers' trainer."""
+    return training / f"checkpoint-{step}"
+
+
+def checkpoints(training: Path) -> dict[int, Path]:
+    """All checkpoints by step, whole or not."""
+    return {int(path.name.rpartition("-")[2]): path for path in training.glob("checkpoint-*")}
+
+
+def has_results(trial: Path) -> bool:
+    """Whether a trial left a checkpoint, a milestone or scores: anything that its device and dtype went into."""
+    return any(any((trial / name).glob("*-*")) for name in ("training", "scores"))
+
+
+def scored_at(step: int | str) -> str:
+    """The name of the scores of a milestone ("*": of all), beside those of the ladder's rungs."""
+    return f"step-{step}"
+
+
+def score_file(trial: Path, scored: str, task: Task) -> Path:
+    """Where the scores of a task lie. `scored`: `scored_at(step)` or a rung of the ladder.
+
+    The name changes with the task's content, splits and subsets, so that scores on an edited task are not reused; it
+    holds the task's own name too, since two names may be equal once made safe.
+    """
+    content = [task.name, task.identity, task.splits, task.subsets]
+    return trial / "scores" / scored / f"{safe_name(task.name)}-{content_hash(content, 8)}.parquet"
+
+
+def score_files(trial: Path, scored: str = "*") -> list[Path]:
+    """The score files of a trial, those of the ladder included."""
+    return sorted(trial.glob(f"scores/{scored}/*.parquet"))
+
+
+def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the long table as Parquet with checksums; the file appears whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def read(path: Path) -> pa.Table | None:
-    """The rows of a score file; None where it is missing or damaged: what cannot be read is no result."""
+def read_scores(path: Path) -> pa.Table | None:
+    """The rows of a score file; None where it is missing or damaged, so that its task is scored again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, DataError
 from poolwise.files import write_atomic
+from poolwise.runs import layout
 from poolwise.stats.many import TWO_LOOK_ALPHA
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from poolwise.verdicts.comparison import Comparison
 
 
-FILE = "looks.json"
 ALPHA = 0.05
 
 
@@ -59,7 +59,7 @@ def plan(study: Study) -> Plan:
 
     Raises DataError for a damaged file.
     """
-    path = study.folder / FILE
+    path = study.folder / layout.LOOKS
     if not path.exists():
         return Plan(tuple(study.seeds), study.extend_to)
     try:
@@ -80,7 +80,7 @@ def running(study: Study, extend: bool = False) -> Study:
 def begin(study: Study, extend: bool = False) -> None:
     """Keep the plan the first time that the study runs, and that it was extended."""
     found = plan(study)
-    if (extend and not found.extended) or not (study.folder / FILE).exists():
+    if (extend and not found.extended) or not (study.folder / layout.LOOKS).exists():
         _write(study, replace(found, extended=extend or found.extended))
 
 
@@ -130,7 +130,7 @@ def state(study: Study, done: Collection[tuple[str, int]]) -> State:
 def record(study: Study, at: State, comparison: Comparison) -> tuple[dict[str, Any], ...]:
     """Keep what a declared look showed, the first time that it is taken; returns all looks. Only with `extend_to`."""
     found = plan(study)
-    if not study.extend_to or not at.look or not (study.folder / FILE).exists():
+    if not study.extend_to or not at.look or not (study.folder / layout.LOOKS).exists():
         return found.looks
     if all(look["look"] != at.look for look in found.looks):
         verdicts = [
@@ -180,4 +180,4 @@ def _short(alpha: float) -> str:
 
 
 def _write(study: Study, content: Plan) -> None:
-    write_atomic(study.folder / FILE, json.dumps(asdict(content), indent=1) + "\n")
+    write_atomic(study.folder / layout.LOOKS, json.dumps(asdict(content), indent=1) + "\n")

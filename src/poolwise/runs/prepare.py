@@ -1,17 +1,26 @@
-"""A study made ready: what its trials share, their list, and what is found out before the first one."""
+"""Preparation of a study: checks before the first trial, the data and tasks that trials share, the list of trials.
+
+It happens once, in a process of its own that touches no accelerator (`runs.worker`). What the trials need of it goes to
+the workers as plain data: `save` writes texts and plans as memory-mapped files, `load` opens them in a worker.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from poolwise.data.batches import Plan, plan
-from poolwise.data.pairs import COUNTS, Pairs, decontaminate, load_pairs, random_stream
+from poolwise.data.pairs import COUNTS, Pairs, Rows, decontaminate, load_pairs, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
-from poolwise.errors import AttentionError, ModelError, StudyError
+from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
+from poolwise.files import safe_name, write_json
 from poolwise.model.attention import check_window, set_attention, verify
 from poolwise.model.base import (
     base_identity,
@@ -28,21 +37,26 @@ from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study, content_hash
 
-if TYPE_CHECKING:
-    from poolwise.data.tasks import Task
-    from poolwise.study.design import Design
-
-
+ROLES = ("design", "aa", "broken", "ladder", "untuned", "reference")
+AA_SEEDS = 1000
+"""The A/A arm is the baseline trained with each seed plus this."""
+BROKEN = Design(name="broken", attention="causal", pooling="first_token")
+"""The arm that must lose: under causal attention the first token sees nothing of the text."""
+NOT_IN_SPEC = {"base_model", "guide", "report_to", "save_steps"}
+ADDED = {"accumulation": 1, "matryoshka": [], "guide_margin": 0.0}
+"""Options of the recipe that are left out of a spec while they have these values, so that names of trials stay the same
+when an option is added."""
 LARGEST = 1_000_000_000
-"""Parameters up to which a base model in a folder is loaded (fp32, CPU) to be probed beforehand."""
+"""Parameters up to which a base model in a folder is loaded (fp32, CPU) and probed beforehand."""
 SAMPLED_ROWS = 1000
+"""Training rows on which the share of texts that are cut is estimated."""
 
 
 def check_base(study: Study, path: str, config: Any) -> list[str]:
-    """Refuse a base model that cannot carry the study; says what could not be tried yet.
+    """Refuse a base model that does not fit the study. Returns notes on what has to wait for the first trial.
 
-    Raises ModelError where `max_length` exceeds the positions or a width of `matryoshka` the model's, AttentionError
-    where a design's attention is ignored.
+    Raises ModelError if `max_length` exceeds the model's positions or a width of `matryoshka` its hidden size,
+    AttentionError if it ignores a design's attention mode.
     """
     recipe = study.recipe
     check_positions(recipe, config)
@@ -53,7 +67,7 @@ def check_base(study: Study, path: str, config: Any) -> list[str]:
             f"the width of {recipe.base_model}'s embeddings, which is trained anyway"
         )
     if not Path(path).is_dir() or base_parameters(config) > LARGEST or recipe.attn_implementation.startswith("flash"):
-        return [f"Whether {recipe.base_model} takes the attention modes is probed when a trial loads it."]
+        return [f"{recipe.base_model}'s attention support will be checked when the first trial loads it."]
     model = load_base(recipe.base_model, study.base_dir, attn_implementation=recipe.attn_implementation)
     for mode in dict.fromkeys(design.attention for design in study.designs):
         try:
@@ -64,7 +78,7 @@ def check_base(study: Study, path: str, config: Any) -> list[str]:
             names = _names(study.designs, mode)
             raise AttentionError(f"recipe.base_model = {recipe.base_model!r} cannot carry {names}: {error}") from error
     layout, reason = choose(model, study.designs, recipe.max_length)
-    return [f"Training batches are {layout}, not packed, which costs time: {reason}."] if reason else []
+    return [f"Training batches are {layout}, not packed, which is slower: {reason}."] if reason else []
 
 
 def _names(designs: Sequence[Design], mode: str) -> str:
@@ -73,14 +87,14 @@ def _names(designs: Sequence[Design], mode: str) -> str:
 
 
 def data_notes(pairs: Pairs, recipe: Recipe, path: str) -> list[str]:
-    """What was counted, changed or dropped in the training data, and what the base model will not see of it."""
+    """What was counted, changed or dropped in the training data, and how many of its texts are cut."""
     report = pairs.report
     sources = ", ".join(f"{name} {rows:,}" for name, rows in report["rows_by_source"].items())
     notes = [f"{report['rows']:,} training rows ({sources})"]
     notes += [f"{report[name]:,} {words}" for name, words in COUNTS.items() if report[name]]
     if report["evaluation_texts"]:
         notes.append(
-            f"{report['decontaminated_rows']:,} training rows removed, as they hold one of the "
+            f"{report['decontaminated_rows']:,} training rows removed because they contain one of the "
             f"{report['evaluation_texts']:,} evaluation texts"
         )
     cut, texts = cut_texts(pairs, recipe, path)
@@ -93,7 +107,7 @@ def data_notes(pairs: Pairs, recipe: Recipe, path: str) -> list[str]:
 
 
 def cut_texts(pairs: Pairs, recipe: Recipe, path: str) -> tuple[int, int]:
-    """How many texts of at most `SAMPLED_ROWS` training rows exceed `max_length` tokens, of how many."""
+    """(texts longer than `max_length` tokens, texts) in a sample of at most `SAMPLED_ROWS` training rows."""
     from transformers import AutoTokenizer
 
     try:
@@ -112,19 +126,13 @@ def cut_texts(pairs: Pairs, recipe: Recipe, path: str) -> tuple[int, int]:
     return sum(length > recipe.max_length for length in lengths), len(texts)
 
 
-ROLES = ("design", "aa", "broken", "ladder", "untuned", "reference")
-AA_SEEDS = 1000
-"""The A/A arm is the baseline trained with these seeds more."""
-NOT_IN_SPEC = {"base_model", "guide", "report_to", "save_steps"}
-ADDED = {"accumulation": 1, "matryoshka": [], "guide_margin": 0.0}
-"""Options of later versions, left out of a spec while unused: the trials of earlier versions keep their names."""
-BROKEN = Design(name="broken", attention="causal", pooling="first_token")
-
-
 @dataclass(frozen=True)
 class Trial:
-    """What is trained or scored. `role`: part of the comparison (`design`) or a control; `base`: on which base model,
-    None for references with none of the study's."""
+    """One training run or reference row.
+
+    role: one of `ROLES`: part of the comparison (`design`) or a control. steps: the milestones that are scored. base:
+    the base model, None for references that use none of the study's. spec: everything that the result depends on.
+    """
 
     label: str
     role: str
@@ -142,14 +150,12 @@ class Trial:
     @property
     def name(self) -> str:
         """Folder name: readable, and unique by the hash."""
-        label = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.label)
-        return f"{label}-s{self.seed}-{self.id[:8]}"
+        return f"{safe_name(self.label)}-s{self.seed}-{self.id[:8]}"
 
 
 @dataclass
 class Prepared:
-    """A study made ready: bases found, sizes resolved, pairs read, cleaned and planned, tasks resolved. `plans`: the
-    order of training of each seed."""
+    """What the trials of a study share. `plans`: the order of the training rows for each seed."""
 
     study: Study
     trials: list[Trial]
@@ -159,19 +165,83 @@ class Prepared:
     plans: dict[int, Plan] = field(default_factory=dict)
 
 
+ARRAYS = ("source", "exact", "near", "filled")
+"""The arrays of `Rows`, a file each."""
+TEXTS, FACTS = "pairs.arrow", "prepared.json"
+
+
+def save(prepared: Prepared, folder: Path) -> None:
+    """Write what trials need of the preparation into `folder`: texts, hashes and plans as files to be memory-mapped.
+
+    Study and trials are not in it; they are small and go to a worker directly.
+    """
+    import pyarrow
+
+    pairs = prepared.pairs
+    assert pairs is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with pyarrow.ipc.new_stream(folder / TEXTS, pairs.rows.table.schema) as writer:
+        writer.write_table(pairs.rows.table)
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(pairs.rows, name))
+    for seed, order in prepared.plans.items():
+        np.save(_order(folder, seed), order.indices)
+    facts = {
+        "labels": pairs.rows.labels,
+        "report": pairs.report,
+        "fingerprint": pairs.fingerprint,
+        "plans": {seed: {"fingerprint": p.fingerprint, "report": p.report} for seed, p in prepared.plans.items()},
+        "tasks": {task.name: task.identity for task in prepared.tasks},
+    }
+    write_json(folder / FACTS, facts)
+
+
+def load(study: Study, folder: Path) -> Prepared:
+    """What `save` wrote, memory-mapped, for the trials of one worker. Tasks are resolved again from their names.
+
+    Raises TaskError if a task has changed since the preparation: its scores would lie under another name.
+    """
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    tasks = resolve_tasks(study.tasks, study.base_dir)
+    if changed := [task.name for task in tasks if task.identity != facts["tasks"].get(task.name)]:
+        raise TaskError(f"{', '.join(changed)} changed while the study was running; run it again")
+    table = MemoryMappedTable.from_file(str(folder / TEXTS))
+    rows = Rows(
+        table.table, tuple(facts["labels"]), **{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    )
+    fingerprint = facts["fingerprint"]
+    pairs = Pairs(Dataset(table, fingerprint=fingerprint[:16]), facts["report"], fingerprint, rows)
+    plans = {
+        int(seed): Plan(np.load(_order(folder, int(seed)), mmap_mode="r"), **content)
+        for seed, content in facts["plans"].items()
+    }
+    return Prepared(study, [], tasks, pairs, plans=plans)
+
+
+def _order(folder: Path, seed: int) -> Path:
+    return folder / f"order-{seed}.npy"
+
+
 def base_config(study: Study) -> tuple[str, Any]:
-    """Path and configuration of the study's base model. Raises ModelError where it cannot be found."""
+    """Path and configuration of the study's base model. Raises ModelError if it cannot be found."""
     path = base_path(study.recipe.base_model, study.base_dir)
     return path, load_config(study.recipe.base_model, path)
 
 
 def milestones(study: Study) -> tuple[int, ...]:
-    """The steps after which every design is scored."""
+    """The steps after which every design is scored, rising."""
     return tuple(sorted({max(1, round(share * study.recipe.steps)) for share in study.evaluate_at}))
 
 
 def prepare(study: Study) -> Prepared:
-    """Everything that is shared by the trials of a study, and the list of trials."""
+    """Check a study, read and plan its data, resolve its tasks, list its trials.
+
+    Raises PoolwiseError (StudyError, ModelError, DataError, TaskError) for anything that would stop a trial.
+    """
     study.load_code()
     bases = {name: base_config(study.on_base(name)) for name in study.bases}
     notes = [note for name in bases for note in check_base(study.on_base(name), *bases[name])]
@@ -186,7 +256,7 @@ def prepare(study: Study) -> Prepared:
 
 
 def _trials(study: Study, path: str, config: Any, pairs: Pairs, plans: dict[int, Plan]) -> list[Trial]:
-    """The trials on one base model; `plans` keeps the order of each seed's data, the same for every base."""
+    """The trials on one base model. `plans` is filled with the order of each seed's data, which all bases share."""
     name, recipe = study.recipe.base_model, study.recipe.model_dump(mode="json", exclude=NOT_IN_SPEC)
     recipe = {key: value for key, value in recipe.items() if ADDED.get(key, ...) != value}
     if study.recipe.guide:
@@ -228,13 +298,16 @@ def _trials(study: Study, path: str, config: Any, pairs: Pairs, plans: dict[int,
 
 
 def check_tuning(study: Study) -> list[Task]:
-    """The development tasks. Raises StudyError for one that is a task of the study under another name."""
+    """The development tasks of a study's `[tuning]`.
+
+    Raises StudyError for one that the study reports on, also under another name: the search would see the test.
+    """
     assert study.tuning is not None
     reported = {task.identity: task.name for task in resolve_tasks(study.tasks, study.base_dir)}
     names = set(reported.values())
     development = resolve_tasks(study.tuning.tasks, study.base_dir)
     if both := [task.name for task in development if task.identity in reported or task.name in names]:
         raise StudyError(
-            [f"tuning.tasks: {', '.join(both)} would be reported too; tune on tasks that are not among tasks"]
+            [f"tuning.tasks: {', '.join(both)} would be reported too; tune on tasks that are not in `tasks`"]
         )
     return development

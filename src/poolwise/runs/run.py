@@ -1,23 +1,21 @@
-"""A study from its file to its results: only what is missing runs, and what is there is never lost.
+"""A study from its file to its results: run what is missing, gather the scores, tune every design equally.
 
-FOLDER/study.json        the study as it was started
-FOLDER/trials.json       its trials
-FOLDER/trials/NAME/      one folder a trial, see `running.trial`
-FOLDER/results.parquet   the long table of all scores, made anew after each run
-FOLDER/search, tuned     of a study that tunes: see `running.search`
+The files are described in `runs.layout`. A study with `[tuning]` runs in three parts: the study itself under its one
+recipe, a search (each design with each setting, on development tasks), and the second arm (each design with its best
+setting, on the study's tasks). Every point of the search is a study of its own, in a folder of its own.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError
+from poolwise.files import atomic_path, write_json
 from poolwise.runs import layout, looks
 from poolwise.runs.check import costs_of
 from poolwise.runs.engine import Event, run_local
@@ -34,68 +32,86 @@ if TYPE_CHECKING:
 
 
 GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
-"""What may be added to under a study that has begun; all else would change what is being compared."""
+"""Fields that may grow after the first run; any other change would alter the comparison."""
+NAMING = ("name", "output", "grid")
+"""Fields without bearing on results: `grid` is spelled out as designs."""
 
 
 def run(
     study: Study,
     *,
     workers: int = 0,
+    per_gpu: int = 0,
     shard: tuple[int, int] = (1, 1),
     extend: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, str]:
-    """Train and score what is missing of a study. Returns the reasons of the trials that failed, by name.
+    """Train and score what is missing of a study, its search included. Returns why trials failed, by name.
 
-    extend: after the first look, train up to the declared `extend_to` seeds; from then on every run does.
+    workers: trials at a time; 0: by GPUs, else one per core. per_gpu: trials at a time on each GPU; 0: as many as fit,
+    by the memory that the first trainings need. shard: (i, n) runs every n-th trial from the i-th. extend: after the
+    first look, train up to the declared `extend_to` seeds; later runs then do so without asking.
 
-    Raises StudyError where the study changed under a half-done run, PoolwiseError where another process runs it.
+    Raises StudyError where the study changed under a half-done run, CheckpointError for an extension before the first
+    look, PoolwiseError where another process runs the study.
     """
-    folder = study.folder
     if extend:
         looks.check_extension(study, unfinished(study))
-    declared, study = study, looks.running(study, extend)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = f"output = {str(folder)!r}: no folder can be made there ({error.strerror})"
-        raise StudyError([f"{reason}; name one that is free and can be written"]) from error
-    failed: dict[str, str] = {}
-
-    def follow(event: Event) -> None:
-        kind, content = event
-        if kind == "trials":  # the study could be prepared: from now on it may only grow
-            _write(folder / "study.json", study.model_dump(mode="json"))
-            _write(folder / "trials.json", content)
-            looks.begin(declared, extend)
-        if kind == "failed":
-            failed[content[0]] = content[1]
-        on_event(event)
-
-    with _only_one(folder, shard):
-        guard(study)
-        try:
-            run_local(study, workers=workers, shard=shard, on_event=follow)
-        finally:
-            if (folder / "trials.json").exists():
-                gather(folder)
+    run_one = _Run(workers, per_gpu, shard, on_event)
+    failed = run_one(looks.running(study, extend), lambda: looks.begin(study, extend))
     if study.tuning and not failed:
-        failed = run_search(study, workers=workers, shard=shard, on_event=on_event)
+        failed = _run_search(looks.running(study, extend), run_one)
     return failed
 
 
+class _Run:
+    """Runs one study after another with the same workers, each without its search."""
+
+    def __init__(self, workers: int, per_gpu: int, shard: tuple[int, int], on_event: Callable[[Event], None]) -> None:
+        self.workers, self.per_gpu, self.shard, self.on_event = workers, per_gpu, shard, on_event
+
+    def __call__(self, study: Study, begin: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Run what is missing. `begin` is called once the study is known to be sound. Returns the failures."""
+        folder = study.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"output = {str(folder)!r}: no folder can be made there ({error.strerror})"
+            raise StudyError([f"{reason}; name one that is free and can be written"]) from error
+        failed: dict[str, str] = {}
+
+        def follow(event: Event) -> None:
+            kind, content = event
+            if kind == "trials":  # preparation succeeded: only now does the study bind later runs
+                write_json(folder / layout.STUDY, study.model_dump(mode="json"))
+                write_json(folder / layout.TRIALS, content)
+                begin()
+            if kind == "failed":
+                failed[content[0]] = content[1]
+            self.on_event(event)
+
+        with _only_one(folder, self.shard):
+            guard(study)
+            try:
+                run_local(study, workers=self.workers, per_gpu=self.per_gpu, shard=self.shard, on_event=follow)
+            finally:
+                if (folder / layout.TRIALS).exists():
+                    gather(folder)
+        return failed
+
+
 def guard(study: Study) -> None:
-    """Refuse a study that is no longer the one whose results lie in its folder; designs, seeds, tasks may be added."""
-    path = study.folder / "study.json"
+    """Raise StudyError if the study is no longer the one whose results are in its folder. `GROWS` may have grown."""
+    path = study.folder / layout.STUDY
     if not path.exists():
         return
     written = json.loads(path.read_text(encoding="utf-8"))
-    before_study = Study.parse(written, study.base_dir)  # what has been added to the file's form since has its default
+    before_study = Study.parse(written, study.base_dir)  # fields that a later version added get their defaults
     old = before_study.model_dump(mode="json")
     new = study.model_dump(mode="json")
     problems = []
     for key in dict.fromkeys([*old, *new]):
-        if key in GROWS or key in {"name", "output", "grid"} or (key == "tuning" and old.get(key) is None):
+        if key in GROWS or key in NAMING or (key == "tuning" and old.get(key) is None):
             continue
         before: Any = old.get(key)
         after: Any = new.get(key)
@@ -111,32 +127,41 @@ def guard(study: Study) -> None:
     for design in old["designs"]:
         name = design["name"]
         if name in now and now[name] != design:
-            problems.append(f"design {name!r} is no longer what it was; give the new one another name")
+            problems.append(f"design {name!r} has changed; give the new one another name")
     if problems:
-        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start anew")
+        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
         raise StudyError(problems, f"the study changed under the run in {study.folder}")
 
 
 def trials(study: Study) -> list[dict[str, Any]]:
-    """The trials of a study that has been started: name, label, role, seed, id, state, and reason where it failed."""
-    folder = study.folder
-    if not (folder / "trials.json").exists():
-        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`")
-    rows = json.loads((folder / "trials.json").read_text(encoding="utf-8"))
+    """The trials of a study that has been started, as its folder shows them.
+
+    Rows: name, label, role, seed, base, id, state (`waiting`, `started`, `done`, `failed`), `reason` of a failure,
+    `scores` (files), `device` (a GPU's product name or "cpu"; None before it began) and `peak_memory` (bytes of tensors
+    on a GPU; None elsewhere).
+    """
+    if not started(study):
+        raise CheckpointError(f"nothing has run in {study.folder} yet; start with `poolwise run`")
+    rows = json.loads((study.folder / layout.TRIALS).read_text(encoding="utf-8"))
     for row in rows:
-        row.update(_state(folder / "trials" / row["name"]))
+        row.update(_state(layout.trial(study.folder, row["name"])))
     return rows  # type: ignore[no-any-return]
+
+
+def started(study: Study) -> bool:
+    """Whether the study has been prepared once, so that its trials are known."""
+    return (study.folder / layout.TRIALS).exists()
 
 
 def all_done(study: Study) -> bool:
     """Whether nothing is missing: False after one shard of several."""
-    if study.tuning and not is_done(study):
+    if study.tuning and not search_is_done(study):
         return False
     return all(trial["state"] == "done" for trial in trials(study))
 
 
 def unfinished(study: Study) -> list[str]:
-    """The trials of the study's designs at its own seeds that are not done, by name; failed ones count."""
+    """Names of the trials of the study's designs and seeds that are not done; failed ones count."""
     wanted = {(design.name, seed) for design in study.designs for seed in study.seeds}
     rows = [row for row in trials(study) if row["role"] == "design" and (row["label"], row["seed"]) in wanted]
     started = {(row["label"], row["seed"]) for row in rows}
@@ -145,23 +170,27 @@ def unfinished(study: Study) -> list[str]:
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    if (folder / "failed.json").exists():
-        reason = json.loads((folder / "failed.json").read_text(encoding="utf-8"))["reason"]
-        return {"state": "failed", "reason": reason, "scores": 0}
-    scores = len(list(folder.glob("scores/step-*/*.parquet")))
-    if (folder / "done").exists():
-        return {"state": "done", "scores": scores}
-    return {"state": "started" if (folder / "spec.json").exists() else "waiting", "scores": scores}
+    """State, reason, number of score files, device and peak memory of a trial, as far as its folder tells."""
+    device, memory = _read(folder / layout.DTYPE).get("device"), _read(folder / layout.WORK).get("peak_memory")
+    found = {"scores": len(layout.score_files(folder, layout.scored_at("*"))), "device": device, "peak_memory": memory}
+    if (folder / layout.FAILED).exists():
+        return {"state": "failed", "reason": _read(folder / layout.FAILED).get("reason"), **found, "scores": 0}
+    if (folder / layout.DONE).exists():
+        return {"state": "done", **found}
+    return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", **found}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a trial; empty where it is missing or damaged: what it would add is worth no failure."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def shared_work(study: Study) -> str | None:
-    """What the trials did not have to do twice, in a sentence; None where nothing was counted."""
-    found = []
-    for path in (study.folder / "trials").glob(f"*/{layout.WORK}"):
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            continue
+    """How much work trials shared, in a sentence; None where nothing was counted."""
+    found = [_read(path) for path in layout.in_trials(study.folder, layout.WORK)]
     total = {name: sum(row.get(name, 0) for row in found) for row in found for name in row}
     if not total.get("asked"):
         return None
@@ -182,7 +211,7 @@ def results(study: Study) -> Any:
     """The long table (polars) of a study's scores so far."""
     import polars as pl
 
-    path = study.folder / "results.parquet"
+    path = study.folder / layout.RESULTS
     if not study.tasks:
         raise CheckpointError(
             f"the study {study.name!r} has no tasks, so there are no scores; add some and run it again"
@@ -193,34 +222,35 @@ def results(study: Study) -> Any:
 
 
 def gather(folder: Path) -> None:
-    """Collect the scores of the study's trials in `results.parquet`: those on its tasks as they are now, not as they
-    were before an edit, nor on tasks that it no longer has."""
+    """Collect the scores of a study's trials in `results.parquet`, those on its present tasks.
+
+    Scores on a task as it was before an edit, or on one that the study no longer has, stay out: `trials.json` lists the
+    score files that count.
+    """
     import polars as pl
 
     files = []
-    for row in json.loads((folder / "trials.json").read_text(encoding="utf-8")):
-        found = sorted((folder / "trials" / row["name"]).glob("scores/*/*.parquet"))
-        files += [path for path in found if path.name in row.get("scores", [path.name])]
-    tables = [table for path in files if (table := layout.read(path)) is not None and table.num_rows]
+    for row in json.loads((folder / layout.TRIALS).read_text(encoding="utf-8")):
+        found = layout.score_files(layout.trial(folder, row["name"]))
+        files += [path for path in found if path.name in row["scores"]]
+    tables = [table for path in files if (table := layout.read_scores(path)) is not None and table.num_rows]
     if not tables:
         return
-    temporary = folder / f".results.parquet.{os.getpid()}.tmp"
-    try:
-        frames = [pl.DataFrame(pl.from_arrow(table)) for table in tables]
+    frames = [pl.DataFrame(pl.from_arrow(table)) for table in tables]
+    with atomic_path(folder / layout.RESULTS) as temporary:
         pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
-        temporary.replace(folder / "results.parquet")
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def _only_one(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """A whole run shares its folder with no other, a shard only with the other shards (of the same number)."""
+    """Lock a study's folder: a whole run excludes every other, a shard only whole runs and itself."""
     number, of = shard
-    locks = {".lock": fcntl.LOCK_EX} if of == 1 else {".lock": fcntl.LOCK_SH, f".lock-{number}": fcntl.LOCK_EX}
+    locks = {layout.lock(folder): fcntl.LOCK_EX if of == 1 else fcntl.LOCK_SH}
+    if of > 1:
+        locks[layout.lock(folder, number)] = fcntl.LOCK_EX
     with ExitStack() as stack:
-        for name, kind in locks.items():
-            lock = stack.enter_context((folder / name).open("a"))
+        for path, kind in locks.items():
+            lock = stack.enter_context(path.open("a"))
             try:
                 fcntl.flock(lock, kind | fcntl.LOCK_NB)
             except OSError:
@@ -228,15 +258,6 @@ def _only_one(folder: Path, shard: tuple[int, int]) -> Iterator[None]:
                     f"another process is running the study in {folder}; wait for it or stop it"
                 ) from None
         yield
-
-
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def searches(study: Study) -> list[tuple[str, Setting, Study]]:
@@ -256,7 +277,7 @@ def searches(study: Study) -> list[tuple[str, Setting, Study]]:
 
 
 def winners(study: Study) -> list[Winner] | None:
-    """The best setting of each design on each base model; None while a run of the search is missing."""
+    """The best setting of each design on each base model, by mean development score; None while runs are missing."""
     scores: dict[tuple[str, str], list[tuple[float, Setting]]] = {}
     for base, setting, part in searches(study):
         if not _complete(part):
@@ -267,13 +288,13 @@ def winners(study: Study) -> list[Winner] | None:
             scores.setdefault((base, design.name), []).append((float(by_task["score"].mean()), setting))  # type: ignore[arg-type]
     found = []
     for (base, name), tried in scores.items():
-        score, setting = max(tried, key=lambda pair: pair[0])  # of equals the first
+        score, setting = max(tried, key=lambda pair: pair[0])  # the first of those that tie
         found.append(Winner(name, base, setting, score, len(tried)))
     return found
 
 
 def tuned(study: Study, chosen: list[Winner]) -> list[Study]:
-    """The studies of the second arm; a design whose best setting is the recipe's own has been run already."""
+    """The studies of the second arm. Designs whose best setting is the recipe's own have been run already."""
     groups: dict[tuple[str, Setting], list[Design]] = {}
     for winner in chosen:
         if winner.setting != own_setting(study.recipe):
@@ -284,17 +305,15 @@ def tuned(study: Study, chosen: list[Winner]) -> list[Study]:
     ]
 
 
-def run_search(
-    study: Study, *, workers: int, shard: tuple[int, int], on_event: Callable[[Event], None]
-) -> dict[str, str]:
-    """Run what is missing of the search, then of the second arm. Returns the reasons of what failed, by name."""
+def _run_search(study: Study, run_one: _Run) -> dict[str, str]:
+    """Run what is missing of the search, then of the second arm. Returns why trials failed, by name."""
     check_tuning(study)
     failed: dict[str, str] = {}
 
     def finish(parts: list[Study]) -> None:
         for part in parts:
             if not _complete(part):
-                failed.update(run(part, workers=workers, shard=shard, on_event=on_event))
+                failed.update(run_one(part))
 
     finish([part for _, _, part in searches(study)])
     chosen = winners(study)
@@ -303,21 +322,22 @@ def run_search(
     return failed
 
 
-def is_done(study: Study) -> bool:
-    """Whether nothing of the search and the second arm is missing."""
+def search_is_done(study: Study) -> bool:
+    """Whether the search and the second arm are complete."""
     chosen = winners(study)
     return chosen is not None and all(_complete(part) for part in tuned(study, chosen))
 
 
 def tuned_results(study: Study) -> tuple[pl.DataFrame, list[Winner]] | None:
-    """The long table of the second arm at its last steps, with the recipe's number there; None while runs are missing.
+    """The long table of the second arm at its last steps, and the winners; None while runs are missing.
 
-    What was run already, as its setting is the recipe's own, is taken from the first arm.
+    Rows carry the recipe's number of steps, whatever each setting trained, so that they compare with the first arm's.
+    Designs whose best setting is the recipe's own are taken from the first arm.
     """
     import polars as pl
 
     chosen = winners(study)
-    if chosen is None or not is_done(study):
+    if chosen is None or not search_is_done(study):
         return None
     frames = []
     for winner in chosen:
@@ -332,11 +352,11 @@ def tuned_results(study: Study) -> tuple[pl.DataFrame, list[Winner]] | None:
 
 
 def _part(study: Study, base: str, setting: Setting, arm: str, designs: tuple[Design, ...], **changes: Any) -> Study:
-    """The study of some designs with one setting on one base model, in a folder of its own."""
+    """The study of some designs with one setting on one base model; `arm`: "search" or "tuned"."""
     name = setting.name
     if len(study.bases) > 1:
         name += f"-base-{study.bases.index(base)}"
-    folder = Path(study.folder).resolve() / arm / name
+    folder = layout.arm(study.folder, arm, name)
     own = study.on_base(base)
     baseline = study.baseline if any(d.name == study.baseline for d in designs) else designs[0].name
     plain: dict[str, Any] = {"grid": {}, "tuning": None, "extend_to": None, "type_weights": None, "evaluate_at": (1.0,)}
@@ -359,7 +379,7 @@ def _headless(study: Study) -> set[tuple[str, str]]:
 
 
 def _complete(part: Study) -> bool:
-    return (part.folder / "trials.json").exists() and all_done(part)
+    return started(part) and all_done(part)
 
 
 def _tuning(study: Study) -> Tuning:

@@ -37,6 +37,7 @@ from poolwise.model.backbone import Backbone
 from poolwise.model.base import torch_dtype
 from poolwise.model.encoder import derived_seed
 from poolwise.model.packing import choose, joined
+from poolwise.runs import layout
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
@@ -134,13 +135,13 @@ def train(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint that was written whole; half-written ones are removed."""
-    found = []
-    for path in folder.glob("checkpoint-*"):
+    whole = {}
+    for step, path in layout.checkpoints(folder).items():
         if (path / COMPLETE).exists():
-            found.append(path)
+            whole[step] = path
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return whole[max(whole)] if whole else None  # by number: as a name, checkpoint-8 comes after checkpoint-10
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -207,12 +208,12 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save the encoder at the milestones."""
         if state.global_step in self.milestones and state.is_world_process_zero:
-            checkpoint.save(self.encoder, self.folder / f"step-{state.global_step}", step=state.global_step)
+            checkpoint.save(self.encoder, layout.at_step(self.folder, state.global_step), step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole: say so, last of all."""
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, state.global_step)
+            write_json(layout.checkpoint(Path(args.output_dir), state.global_step) / COMPLETE, state.global_step)
 
 
 def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> DefaultBatchSampler:

@@ -1,33 +1,22 @@
 """A trial: one design × one seed, a pure function of its spec, named by the hash of that spec.
 
-    FOLDER/spec.json                what the trial is
-    FOLDER/dtype.json               its base model, and the dtype in which that computes here
-    FOLDER/training/                the trainer's checkpoints while it runs; the encoder at each milestone, for good
-    FOLDER/train.json               losses, seconds; there only when the training is done
-    FOLDER/scores/step-N/TASK.parquet  rows of the long table; one file a task, written whole
-    FOLDER/scores/ladder-X/TASK.parquet, ladder.json  of the baseline: its rungs, and what was calibrated for them
-    FOLDER/layers.json              attention over the layers at the last step, of heads that attend to layers
-    FOLDER/work.json                texts asked for, encoded and reused by the last call that did anything
-    FOLDER/done                     there only while nothing is missing
-    FOLDER/failed.json              why it stopped, if it did
-
-Everything is written atomically: whatever is there is whole, and a trial that is run again does only what is missing.
-What was damaged since is found by its checksum: scores are made anew, weights are refused.
+Its folder is described in `runs.layout`. A trial that is run again does only what is missing. Files that were damaged
+since are found by their checksums: damaged scores are computed again, damaged weights are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from sentence_transformers import SentenceTransformer
 
 from poolwise.data.batches import training_dataset
@@ -42,32 +31,29 @@ from poolwise.model.base import base_path, torch_dtype
 from poolwise.model.encoder import build
 from poolwise.model.packing import has_dropout, reads_padding
 from poolwise.runs import layout
-from poolwise.runs.prepare import Prepared, Trial, prepare
+from poolwise.runs.prepare import Prepared, Trial
 from poolwise.runs.train import train
 from poolwise.scoring import references
 from poolwise.scoring.evaluate import evaluate
-from poolwise.scoring.layers import attends_to_layers, layer_attention
+from poolwise.scoring.layers import attends_to_layers, layer_attention, sample_texts
 from poolwise.scoring.references import reference
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import content_hash
 from poolwise.verdicts.controls import RUNGS
 
-__all__ = ["Prepared", "Trial", "prepare", "run_trial", "score_file"]
-
 Progress = Callable[[str, float], None]
 """Called with the stage (`train`, `score`) and its done share, 0 to 1."""
-DTYPE = "dtype.json"
-STALE = 6 * 3600
-"""Seconds after which a file that nobody has finished writing is left over from a killed run."""
-LOOKED_AT = 64
-"""Evaluation texts on which that is measured, about."""
+STALE_SECONDS = 6 * 3600
+"""Age from which an unfinished file of frozen states is taken for a killed run's, and not for another trial's."""
+SMALLEST_FREE = 1 << 20
+"""Free bytes on a disk below which it counts as full."""
 
 
 def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress | None = None) -> None:
     """Train and score one trial, as far as that is not done yet.
 
-    Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also left in
+    Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also written to
     `failed.json`.
     """
     report = progress or (lambda stage, share: None)
@@ -75,74 +61,81 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for marker in ("done", "failed.json"):
+        for marker in (layout.DONE, layout.FAILED):
             (folder / marker).unlink(missing_ok=True)
         _sweep(folder)
-        write_json(folder / "spec.json", {"label": trial.label, "role": trial.role, **trial.spec})
+        write_json(folder / layout.SPEC, {"label": trial.label, "role": trial.role, **trial.spec})
         if trial.role == "reference":
             _score(reference(trial.label), trial, 0, prepared, folder, report)
         else:
-            work = Counts()
-            encoder = _encoder(trial, prepared)
-            _keep_dtype(encoder, trial, folder)
-            _freeze(encoder, trial, folder)
-            if _is_trained(trial):
-                _train(encoder, trial, prepared, folder, report)
-            for step in trial.steps:
-                if _missing(trial, step, prepared, folder):
-                    if step:
-                        weights = _milestone(folder, step)
-                        checkpoint.verify_files(weights, checkpoint.read_run(weights))
-                        checkpoint.load_weights(encoder, weights)
-                    if trial.role == "design" and step == trial.steps[-1]:
-                        _look_at_layers(encoder, prepared, folder)
-                    work += _score(encoder, trial, step, prepared, folder, report)
-            write_json(folder / layout.WORK, {**asdict(work), **_leave_states(encoder)})
-        (folder / "done").touch()
+            _run_design(trial, prepared, folder, report)
+        (folder / layout.DONE).touch()
     except Exception as error:
-        reason = _leave_reason(error, folder)
+        reason = reason_of(error, folder)
+        with contextlib.suppress(OSError):  # a full disk may not take this file either
+            write_json(folder / layout.FAILED, {"reason": reason})
         if not isinstance(error, PoolwiseError) and _disk_is_full(error, folder):
             raise TrainingError(reason) from error
         raise
 
 
+def _run_design(trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
+    """Build, train and score an encoder at each of the trial's steps; record what that took."""
+    work = Counts()
+    encoder = _encoder(trial, prepared)
+    _record_dtype(encoder, trial, folder)
+    _freeze(encoder, trial, folder)
+    if is_trained(trial):
+        _train(encoder, trial, prepared, folder, report)
+    for step in trial.steps:
+        if not _missing(trial, step, prepared, folder):
+            continue
+        if step:
+            weights = layout.milestone(folder, step)
+            checkpoint.verify_files(weights, checkpoint.read_run(weights))
+            checkpoint.load_weights(encoder, weights)
+        if trial.role == "design" and step == trial.steps[-1]:
+            _look_at_layers(encoder, prepared, folder)
+        work += _score(encoder, trial, step, prepared, folder, report)
+    facts = {**asdict(work), **_share_states(encoder)}
+    if encoder.device.type == "cuda":
+        facts["peak_memory"] = torch.cuda.max_memory_allocated(encoder.device)
+    write_json(folder / layout.WORK, facts)
+
+
 def _look_at_layers(encoder: SentenceTransformer, prepared: Prepared, folder: Path) -> None:
-    """Keep which layers the head attends to, on the first texts of each task; nothing for heads that attend to none."""
+    """Record which layers the head attends to, on the first texts of each task; nothing for other heads."""
     if not attends_to_layers(encoder) or not prepared.tasks:
         return
-    each = -(-LOOKED_AT // len(prepared.tasks))
-    texts = [text for task in prepared.tasks for text in itertools.islice(task.texts(), each)]
-    weights = layer_attention(encoder, texts).tolist()
-    write_json(folder / layout.LAYERS, {"texts": len(texts), "attention": weights})
+    texts = sample_texts(prepared.tasks)
+    write_json(folder / layout.LAYERS, {"texts": len(texts), "attention": layer_attention(encoder, texts).tolist()})
 
 
-def _is_trained(trial: Trial) -> bool:
+def is_trained(trial: Trial) -> bool:
+    """Whether a trial trains anything: all but untuned designs and references."""
     return trial.role not in {"untuned", "reference"}
 
 
 def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
     return (
-        (folder / "done").exists()
-        and (not _is_trained(trial) or _training_is_done(trial, folder))
+        (folder / layout.DONE).exists()
+        and (not is_trained(trial) or _training_is_done(trial, folder))
         and not any(_missing(trial, step, prepared, folder) for step in trial.steps)
     )
 
 
 def _training_is_done(trial: Trial, folder: Path) -> bool:
-    return (folder / "train.json").exists() and all(_milestone(folder, step).is_dir() for step in trial.steps)
-
-
-def _milestone(folder: Path, step: int) -> Path:
-    return folder / "training" / f"step-{step}"
+    milestones = (layout.milestone(folder, step) for step in trial.steps)
+    return (folder / layout.TRAINED).exists() and all(path.is_dir() for path in milestones)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written; of what other trials may be writing now, only what is hours old."""
+    """Remove what a killed run left half-written in the trial's folder, and old leftovers of shared frozen states."""
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in (folder.parents[1] / "frozen").glob("*/.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > STALE:
+    for path in layout.unfinished_frozen(layout.study_of(folder)):
+        with contextlib.suppress(FileNotFoundError):  # another trial sweeps, too
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
 
 
@@ -152,46 +145,56 @@ def _encoder(trial: Trial, prepared: Prepared) -> SentenceTransformer:
     return encoder.eval()
 
 
-def _keep_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
-    """Record the dtype in which the base computes. With `dtype = "auto"` that is the machine's, so raise TrainingError
-    where a trial on this base, of which anything is kept, has another: the comparison would be one of dtypes.
+def _record_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
+    """Record the dtype and the device in which the base computes.
 
-    Of two machines that begin at the same moment neither sees the other; the next trial of either does.
+    With `dtype = "auto"` the dtype is the machine's, so raise TrainingError if results of a trial on the same base were
+    computed in another one: the study would compare dtypes, not designs. Two machines that begin at the same moment do
+    not see each other; the next trial of either does.
     """
     recipe = trial.spec["recipe"]
     dtype = cast(Backbone, encoder[0]).model.dtype
-    if recipe["lora"] == "full":  # float32 weights, for whatever it computes in
+    if recipe["lora"] == "full":  # its weights are float32, whatever it computes in
         dtype = torch_dtype(recipe["dtype"])
-    mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch.")}
-    for path in sorted(folder.parent.glob(f"*/{DTYPE}")) if recipe["dtype"] == "auto" else ():
+    mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch."), "device": device_name(encoder)}
+    for path in layout.in_trials(layout.study_of(folder), layout.DTYPE) if recipe["dtype"] == "auto" else ():
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
             other = theirs["dtype"] if theirs["base"] == mine["base"] else mine["dtype"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if other != mine["dtype"] and any(path.parent.glob("*/*-*")):  # a checkpoint, a milestone, scores
+        if other != mine["dtype"] and layout.has_results(path.parent):
             raise TrainingError(
-                f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was made "
-                f"in {other}, and the two cannot be compared; run this on the same kind of machine, or delete that "
-                f"trial, or start anew under another name or output with recipe.dtype = '{other}' or '{mine['dtype']}'"
+                f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was "
+                f"computed in {other}, and the two cannot be compared; run this on the same kind of machine, or delete "
+                "that trial, or start over under another name or output with recipe.dtype = "
+                f"'{other}' or '{mine['dtype']}'"
             )
-    write_json(folder / DTYPE, mine)
+    write_json(folder / layout.DTYPE, mine)
+
+
+def device_name(encoder: SentenceTransformer) -> str:
+    """The GPU's product name, or torch's word for any other device."""
+    device = encoder.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
-    """Where nothing of the base is tuned, keep its states, in a folder that all trials of the study share; those of
-    real tokens alone, so not for a head that reads padding."""
+    """If nothing of the base is tuned, keep its hidden states in a folder that the study's trials share.
+
+    Only states of real tokens are kept, so a head that reads padding does without; so does a base with dropout, whose
+    states differ from call to call. The key holds everything that a state depends on apart from the text itself.
+    """
     backbone = cast(Backbone, encoder[0])
     tuned = trial.spec["recipe"]["lora"] is not False
     if tuned or has_dropout(backbone.model) or reads_padding(cast(Design, trial.design)):
         return
-    dtype = str(backbone.model.dtype)
-    kind = [trial.spec["base"], trial.spec["recipe"], dtype, backbone.attention, backbone.collect]
-    backbone.frozen = FrozenStates(folder.parents[1] / "frozen" / content_hash(kind))
+    key = [trial.spec["base"], trial.spec["recipe"], str(backbone.model.dtype), backbone.attention, backbone.collect]
+    backbone.frozen = FrozenStates(layout.frozen(layout.study_of(folder), content_hash(key)))
 
 
-def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
-    """Write the states of a frozen base for the trials to come; how many texts were asked for and how many computed."""
+def _share_states(encoder: SentenceTransformer) -> dict[str, int]:
+    """Write the states of a frozen base for later trials. Returns how many were asked for and how many computed."""
     frozen = cast(Backbone, encoder[0]).frozen
     if frozen is None:
         return {}
@@ -202,7 +205,8 @@ def _leave_states(encoder: SentenceTransformer) -> dict[str, int]:
 def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
     if not _training_is_done(trial, folder):
         _train_on(encoder, trial, prepared, folder, report)
-    for path in (folder / "training").glob("checkpoint-*"):  # only now: half of one must never be resumed from
+    # Only once training is recorded as finished: half of a checkpoint must never be resumed from.
+    for path in layout.checkpoints(layout.training(folder)).values():
         shutil.rmtree(path)
 
 
@@ -216,60 +220,54 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         encoder,
         recipe,
         training_dataset(cast(Pairs, prepared.pairs), order),
-        folder / "training",
+        layout.training(folder),
         seed=trial.seed,
         milestones=trial.steps,
         progress=lambda step, loss: report("train", step / recipe.steps),
-        stop_at_chance=trial.role == "design",
+        stop_at_chance=trial.role == "design",  # a control arm is allowed to learn nothing
         designs=prepared.study.designs,
     )
-    write_json(folder / "train.json", {**result, "order": order.fingerprint})
-
-
-def score_file(folder: Path, scored: str, task: Task) -> Path:
-    """Where the scores of a task lie (`scored`: `step-N` or a rung); the name changes with the task's content and name,
-    of which not every character may stay, and with its splits and subsets."""
-    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in task.name)
-    content = [task.name, task.identity, task.splits, task.subsets]
-    return folder / "scores" / scored / f"{safe}-{content_hash(content, 8)}.parquet"
+    write_json(folder / layout.TRAINED, {**result, "order": order.fingerprint})
 
 
 def _missing(trial: Trial, step: int, prepared: Prepared, folder: Path) -> list[Task]:
-    scored = [f"step-{step}", *(RUNGS if _has_ladder(trial, step, prepared) else ())]
+    scored = [layout.scored_at(step), *(RUNGS if _has_ladder(trial, step, prepared) else ())]
     return [task for task in prepared.tasks if any(_unread(folder, name, task) for name in scored)]
 
 
 def _unread(folder: Path, scored: str, task: Task) -> bool:
-    return layout.read(score_file(folder, scored, task)) is None
+    return layout.read_scores(layout.score_file(folder, scored, task)) is None
 
 
 def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
-    """The baseline's last step carries the dilution ladder."""
+    """Whether this is the baseline's last step, which carries the dilution ladder."""
     study = prepared.study
     return study.controls and trial.role == "design" and trial.label == study.baseline and step == trial.steps[-1]
 
 
 def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> Counts:
+    """Score a model on the tasks whose files are missing, and on the rungs of the ladder if this step carries it."""
     missing = _missing(trial, step, prepared, folder)
     if isinstance(model, SentenceTransformer):
-        model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)  # in a forked process: no compiler of its own
+        # Never compiled: that depends on the time left, and scores must not.
+        model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)
     shares = _shares(model, trial, prepared, folder) if missing and _has_ladder(trial, step, prepared) else {}
     identity, prompts = f"{trial.id}-{step}", _prompts(trial, prepared)
     mine = {"design": trial.label, "role": trial.role, "seed": trial.seed, "step": step, "trial": trial.id}
     mine["base"] = trial.base
 
     def write(name: str, task: Task, rows: list[dict[str, Any]], **other: Any) -> None:
-        layout.write(score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
+        layout.write_scores(layout.score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
 
     for done, task in enumerate(missing):
         report("score", done / len(missing))
         scored = references.Kept(model) if shares else model
-        if _unread(folder, f"step-{step}", task):
-            write(f"step-{step}", task, evaluate(scored, [task], identity=identity, prompts=prompts))
+        if _unread(folder, layout.scored_at(step), task):
+            write(layout.scored_at(step), task, evaluate(scored, [task], identity=identity, prompts=prompts))
         for rung, share in shares.items():
             if not _unread(folder, rung, task):
                 continue
-            rows = []  # where no noise loses as much, or the embeddings were too many to keep
+            rows = []  # stays empty if no noise loses as much, or if there were too many embeddings to keep
             if share is not None and scored.whole:
                 diluted = references.Diluted(scored, share, trial.seed)
                 rows = evaluate(diluted, [task], identity=f"{identity}-{rung}", prompts=prompts)
@@ -278,8 +276,8 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
 
 
 def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
-    """How much noise each rung of the ladder takes; found once."""
-    path, pairs, recipe = folder / "ladder.json", cast(Pairs, prepared.pairs), prepared.study.recipe
+    """How much noise each rung of the ladder takes; calibrated once per trial."""
+    path, pairs, recipe = folder / layout.LADDER, cast(Pairs, prepared.pairs), prepared.study.recipe
     if not path.exists():
         found = references.calibrate(model, recipe, pairs, prepared.plans[trial.seed], trial.seed)
         write_json(path, found)
@@ -294,22 +292,38 @@ def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
     return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
 
 
-def _leave_reason(error: Exception, folder: Path) -> str:
-    """Why a trial stopped; also in `failed.json`, as far as the disk allows."""
+def reason_of(error: Exception, folder: Path) -> str:
+    """Why a trial stopped, in words, with what to do about it where that is known."""
+    if ended_by_memory(error):
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        return (
+            f"the GPU's memory is too small ({said}); set recipe.mini_batch_size, a smaller recipe.batch_size or "
+            "recipe.gradient_checkpointing = true, or run one trial at a time on each GPU (--per-gpu 1)"
+        )
     if isinstance(error, PoolwiseError):
-        reason = str(error)
-    elif _disk_is_full(error, folder):
-        reason = f"the disk is full ({folder}); free some space and run the study again"
-    else:
-        reason = f"{type(error).__name__}: {error}"
-    with contextlib.suppress(OSError):
-        write_json(folder / "failed.json", {"reason": reason})
-    return reason
+        return str(error)
+    if _disk_is_full(error, folder):
+        return f"the disk is full ({folder}); free some space and run the study again"
+    return f"{type(error).__name__}: {error}"
+
+
+def ended_by_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory; also if a library wrapped the error in one of its own."""
+    return any(
+        isinstance(cause, torch.OutOfMemoryError) or "CUDA out of memory" in str(cause) or "ALLOC_FAILED" in str(cause)
+        for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
-    """Also where a library hides it: torch says only that a write failed."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    """Whether a write failed for lack of space; torch says only that it failed, so the disk is asked, too."""
+    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in _causes(error)):
         return True
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free < 1 << 20
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free < SMALLEST_FREE

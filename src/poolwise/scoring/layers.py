@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from poolwise.model.hooks import LayerCollector
 from poolwise.pooling.heads import LayerCrossAttention
 from poolwise.scoring.evaluate import evaluate
 from poolwise.study.catalogue import POOLINGS, spec_of
+from poolwise.study.recipe import Recipe
+
+SAMPLED_TEXTS = 64
+"""Evaluation texts over which attention is averaged, about."""
 
 
 def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 8) -> NDArray[np.float64]:
@@ -189,3 +194,34 @@ class _Flat(Module):
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """There is nothing to save."""
+
+
+def inspect(
+    encoder: SentenceTransformer, tasks: Sequence[Task], identity: str, recipe: Recipe, batch_size: int = 32
+) -> dict[str, Any]:
+    """What the layers of one trained encoder hold, JSON-able.
+
+    Returns `reduce` (what represents a layer: its `last` token or the `mean` of its tokens, as the design reads them),
+    `attention` (L shares) and `weights` (L norms of the layer weights) where the design attends to layers, else None,
+    and `scores`, the rows of `probe_layers`: `layer` from 1, `task`, `task_type`, `metric`, `score`.
+    """
+    design = cast(dict[str, Any], cast(Any, encoder).poolwise)["design"]
+    reads_last = spec_of(design["pooling"]).tokens_read(design["pooling_args"]) == "last"
+    reduce = "last" if reads_last else "mean"
+    prompts = {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
+    attention = weights = None
+    if attends_to_layers(encoder):
+        texts = sample_texts(tasks)
+        attention = layer_attention(encoder, texts).tolist() if texts else None
+        matrix = layer_weights(encoder)
+        weights = None if matrix is None else np.linalg.norm(matrix, axis=1).tolist()
+    rows = probe_layers(encoder, tasks, identity=identity, reduce=reduce, prompts=prompts, batch_size=batch_size)
+    kept = ("layer", "task", "task_type", "metric", "score")
+    scores = [{name: row[name] for name in kept} for row in rows]
+    return {"reduce": reduce, "attention": attention, "weights": weights, "scores": scores}
+
+
+def sample_texts(tasks: Sequence[Task]) -> list[str]:
+    """The first evaluation texts of each task, about `SAMPLED_TEXTS` in all."""
+    share = -(-SAMPLED_TEXTS // max(1, len(tasks)))
+    return [text for task in tasks for text in itertools.islice(task.texts(), share)]
