@@ -114,7 +114,7 @@ def test_while_runs_are_missing_differences_have_no_p(tmp_path, compared):
     assert out["status"] == "interim"
     assert all(row["p_value"] is None and row["p_holm"] is None for row in out["comparisons"])
     assert all(row["ci_low"] is None and row["effect_size"] is None for row in out["comparisons"])
-    assert (out["verdicts"], out["recommendations"], out["factors"], out["single_runs"]) == ([], [], None, [])
+    assert (out["verdicts"], out["recommendations"], out["factors"]) == ([], [], None)
     assert found.row("STS", "m2").difference == pytest.approx(0.02, abs=0.01)
     assert headline(found, "STS").endswith("Nothing is tested yet.")
     pages.render({}, readers.read(study.folder / "results.parquet"), found, None, None, tmp_path / "out")

@@ -75,8 +75,8 @@ def test_spearman_by_hand():
     # 1 − 6 Σd² / (n³ − n): Σd² is 2, 4, and 8 between the models: correlations .9, .8, .6
     assert (line.metric, line.n) == ("cosine_spearman", 5)
     assert line.difference == pytest.approx(-0.1)
-    zou = stats.zou_interval(0.9, 0.8, 0.6, 5)
-    assert f"Zou's interval: {zou.ci_low:.4f} to {zou.ci_high:.4f}" in line.note
+    low, high = stats.zou_interval(0.9, 0.8, 0.6, 5)
+    assert f"Zou's interval: {low:.4f} to {high:.4f}" in line.note
     assert line.scope == "these two checkpoints, pairs like these"
 
 
@@ -196,9 +196,6 @@ def test_mistakes_name_what_is_wrong_and_what_is_there():
         ({"task": "T", "design": "alpha"}, "needs two designs"),
         ({"task": "T", "metric": "ndcg_at_1"}, "allowed: ndcg_at_10; did you mean 'ndcg_at_10'"),
         ({"task": "T", "missing": "dorp"}, "did you mean 'drop'"),
-        ({"task": "T", "test": "wilcoxon"}, "tests over queries are refused"),
-        ({"task": "T", "test": "sign"}, ".99"),
-        ({"task": "T", "test": "anova"}, "chooses the test"),
     ]:
         with pytest.raises(StatisticsError, match=re.escape(message)):
             compare_items(scores, **arguments)

@@ -122,7 +122,7 @@ def test_mean_squares_by_hand():
     assert (result.mean_squares.tasks, result.mean_squares.error) == (0.0, 0.0)
     assert result.se == pytest.approx(np.sqrt((0.5 + 4.5) / 2))  # variances of two means of two runs
     assert result.run_sd == pytest.approx(np.sqrt((0.5 + 4.5) / 2))
-    assert (result.seeds, result.tasks, result.designs, result.scope) == ((2, 2), 2, 2, "two arms")
+    assert (result.tasks, result.designs, result.scope) == (2, 2, "two arms")
 
 
 def test_golden_value_of_the_study_form():
@@ -214,7 +214,7 @@ def test_a_noisier_arm_is_kept_out_of_the_pool_with_a_word():
 def test_unequal_seeds_use_two_arms():
     a, b, c = scores(np.random.default_rng(15), 3, (3, 5, 3))
     result = crossed(a, b, [c])
-    assert (result.scope, result.seeds) == ("two arms", (3, 5))
+    assert (result.scope, result.designs) == ("two arms", 2)
     assert "different numbers of seeds" in result.note
 
 
@@ -233,11 +233,11 @@ def test_what_it_refuses_and_why():
     missing = good.copy()
     missing[1, 2] = np.nan
     refusals = [
-        ((good[:1], good), "a has 1 seed.*one_seed"),
-        ((good, good[:, :1]), "b has 1 task"),
+        ((good[:1], good), r"crossed: a has shape \(1, 4\); expected \(seeds, tasks\), 2 or more of each"),
+        ((good, good[:, :1]), r"crossed: b has shape \(3, 1\)"),
         ((good, good[:, :3]), r"\[3, 4\] tasks"),
-        ((good, missing), "1 of 12 scores of b are missing.*seed index 1, task index 2"),
-        ((good, good, [missing]), r"of pool\[0\]"),
+        ((good, missing), "crossed: b: 1 of 12 values are missing.*seed index 1, task index 2"),
+        ((good, good, [missing]), r"crossed: pool\[0\]: 1 of 12"),
         ((good[0], good), r"shape \(4,\)"),
         ((good, good, (), 95), "level=95"),
     ]

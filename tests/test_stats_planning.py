@@ -1,5 +1,7 @@
 """Around `crossed`: equivalence, detectable effects, how many seeds would settle it, and single runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import t as student
@@ -51,7 +53,8 @@ def test_minimum_detectable_effect_is_found_at_its_power():
     assert 0.75 < hits / 600 < 0.85
     result = crossed(a, b, pool)
     assert minimum_detectable_effect(result, power=0.9) > minimum_detectable_effect(result)
-    assert minimum_detectable_effect(result, level=0.99) > minimum_detectable_effect(result)
+    strict = replace(result, level=0.99, critical=result.null.critical(0.99))
+    assert minimum_detectable_effect(strict) > minimum_detectable_effect(result)
     with pytest.raises(StatisticsError, match="power"):
         minimum_detectable_effect(result, power=1.0)
 
@@ -71,7 +74,7 @@ def test_more_seeds_settle_it_unless_the_tasks_do_not():
         seeds_to_settle(result, 0)
     with pytest.raises(StatisticsError, match="two or more"):
         planned_detectable_effect(1, 10, 0.1, 0.1, 0.1)
-    with pytest.raises(StatisticsError, match="all 0"):
+    with pytest.raises(StatisticsError, match="not all 0"):
         planned_detectable_effect(3, 10, 0.0, 0.0, 0.0)
 
 
@@ -79,7 +82,6 @@ def test_one_seed_by_hand_and_its_tipping_point():
     d = np.array([1.0, 2.0, 3.0, 2.0])  # mean 2, variance 2/3, so the squared standard error is 1/6
     alone = one_seed(d, 0.0)
     assert alone.p_value == pytest.approx(2 * student.sf(2 / np.sqrt(1 / 6), 3), abs=1e-15)
-    assert alone.scope == "checkpoints"
     known = one_seed(d, 0.5)
     variance = 1 / 6 + 2 * 0.25
     df = variance**2 / ((1 / 6) ** 2 / 3)
@@ -94,9 +96,9 @@ def test_one_seed_edges():
     assert (flat.p_value, flat.ci_low, flat.ci_high, flat.tipping_run_sd) == (1.0, 0.0, 0.0, 0.0)
     assert one_seed([1.0, 1.0], 0.0).p_value == 0.0
     for arguments, message in [
-        (([1.0], 0.1), "two or more"),
+        (([1.0], 0.1), "2 or more of each"),
         (([1.0, 2.0], -0.1), "0 or more"),
-        (([1, np.nan], 0), "finite"),
+        (([1, np.nan], 0), "missing or infinite"),
     ]:
         with pytest.raises(StatisticsError, match=message):
             one_seed(*arguments)

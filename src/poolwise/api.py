@@ -130,7 +130,6 @@ def compare_items(
     baseline: str | None = None,
     metric: str | None = None,
     missing: str = "error",
-    test: str | None = None,
     seed: int = 0,
     base: str | None = None,
 ) -> tuple[Paired, ...]:
@@ -148,7 +147,7 @@ def compare_items(
     controls = controls_of(frame)
     return compare_on_items(
         frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls,
-        test=test, seed=seed,
+        seed=seed,
     )  # fmt: skip
 
 
@@ -160,7 +159,6 @@ def compare_runs(
     task: str | None = None,
     design: str | None = None,
     baseline: str | None = None,
-    test: str | None = None,
     seed: int = 0,
 ) -> tuple[Paired, ...]:
     """Compare TREC runs query by query, the first one being the baseline; files are read as in `readers.read_trec`.
@@ -171,7 +169,7 @@ def compare_runs(
     name = task or Path(qrels).stem
     frame = readers.read_trec(runs, qrels, metric, name)
     return compare_on_items(
-        frame, name, design=design, baseline=baseline, missing="drop", test=test, seed=seed
+        frame, name, design=design, baseline=baseline, missing="drop", seed=seed
     )  # fmt: skip
 
 

@@ -136,7 +136,6 @@ def compare(
     qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them by query.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the items; of runs, ndcg_at_10.")] = None,
     design: Annotated[str | None, typer.Option(help="The only design to compare, on items.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rank tests over items are refused, with the reason.")] = None,
     run_sd: Annotated[float | None, typer.Option(help="Of single runs: sd of a run's effect, in points.")] = None,
     run_df: Annotated[float | None, typer.Option(help="Degrees of freedom behind --run-sd.")] = None,
     base: Annotated[str | None, typer.Option(help="The only base model to look at, in a study of several.")] = None,
@@ -144,11 +143,11 @@ def compare(
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
     if task or qrels:
-        names = {"task": task, "design": design, "baseline": baseline, "test": test}
+        names = {"task": task, "design": design, "baseline": baseline}
         _compare_items(sources, as_json, missing, qrels, metric, base, **names)
         return
-    if metric or design or test:
-        raise PoolwiseError("--metric, --design and --test compare items: name their task with --task")
+    if metric or design:
+        raise PoolwiseError("--metric and --design compare items: name their task with --task")
     from poolwise.api import compare as run_comparison
     from poolwise.reports.pages import show
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.files import write_atomic
-from poolwise.reports import analyses, ranks, secondary, tables
+from poolwise.reports import analyses, secondary, tables
 from poolwise.reports import layers as layers_report
 from poolwise.reports.summary import designs, recommended, summary
 from poolwise.reports.words import advice, count, group_words, headline, listing, outcome, points, sentences
@@ -93,7 +93,6 @@ def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[
         tables.verdicts(comparison),
         secondary.given(comparison),
         tables.checkpoints(comparison),
-        ranks.table(comparison.single_runs, comparison.baseline),
         tables.costs(costs) if costs else None,
         secondary.equal_cost(comparison.budgets, comparison),
         analyses.factor_table(factors, comparison.alpha) if factors else None,
@@ -238,9 +237,6 @@ def _facts(
         "overall_answer": secondary.overall_answer(comparison),
         "overall": secondary.overall(comparison),
         "given": secondary.given(comparison),
-        "rank_words": ranks.sentences(comparison.single_runs),
-        "rank_table": ranks.table(comparison.single_runs, comparison.baseline),
-        "rank_panels": ranks.panels(comparison.single_runs),
         "budget_table": secondary.equal_cost(comparison.budgets, comparison),
         "budget_notes": _budget_notes(comparison),
         "layer_table": layers_report.table(layers.get("runs", {}), layers.get("texts", 0)),

@@ -1,13 +1,13 @@
 """Is one *design* better than another, over other runs and other tasks of the same kind? Scores (seeds, tasks).
 
-Runs and tasks are both random and crossed: every run of a design is evaluated on every task. `crossed` tests a
-difference of two designs against its own null distribution (see `variance`), which keeps the false-alarm rate between
-.03 and .08 where a Wilcoxon test over tasks reaches .88; one design with three times the run effect of the others costs
-up to .12 at three seeds (`benchmarks/type1.py`, `results/type1.md`). What it claims: tasks like these, runs like these.
-What the seeds do not vary is not in the interval.
+Runs and tasks are both random and crossed: every run of a design is evaluated on every task. `crossed` tests the
+difference of two designs against its own null distribution (see `variance`). In simulations its false-alarm rate lies
+between .03 and .08, while a Wilcoxon test over tasks reaches .88; if one design has three times the run effect of the
+others, the rate is up to .12 at three seeds (`benchmarks/type1.py`, `results/type1.md`). The claim is about tasks like
+these and runs like these. Whatever the seeds do not vary is not in the interval.
 
-With one run per design no such verdict exists; `one_seed` says how large a run effect would have to be to explain the
-difference away.
+A single run per design supports no such verdict; `one_seed` computes how large a run effect would have to be to
+explain the difference away.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from scipy.optimize import brentq
 from scipy.special import stdtr, stdtrit
 
 from poolwise.errors import StatisticsError, suggest
-from poolwise.stats.exact import check_level
+from poolwise.stats.exact import Array, check_level, finite_array
 from poolwise.stats.variance import (
     POOLED,
-    Array,
     MeanSquares,
     Null,
     TaskTypes,
@@ -36,12 +35,12 @@ from poolwise.stats.variance import (
 
 @dataclass(frozen=True)
 class Crossed:
-    """A difference between designs, b - a, with its interval at `level` and what it is made of.
+    """A difference between designs, b - a, with its interval at `level` and its variance components.
 
     The interval is difference ± critical * se. `run_sd`: sd of the effect of ONE run on a design's mean over tasks,
     with its own interval at `level`; `noise_sd`: sd of a single score around its run and task; `task_sd`: sd over tasks
-    of the true difference. `scope`: where the run variance comes from; `note`: why not from the whole study, where
-    designs to pool were given. `designs`: how many lent their runs.
+    of the true difference. `scope`: where the run variance comes from; `note`: why it does not come from the whole
+    study, if designs to pool were given. `designs`: the number of designs whose runs estimate it.
     """
 
     difference: float
@@ -58,7 +57,6 @@ class Crossed:
     task_sd: float
     scope: str
     note: str
-    seeds: tuple[int, ...]
     tasks: int
     designs: int
     mean_squares: MeanSquares = field(repr=False)
@@ -67,32 +65,28 @@ class Crossed:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Two one-sided tests: `p_value` is the larger; the interval (level 1 - 2 alpha) lies inside ±margin exactly when
-    `equivalent`."""
+    """Two one-sided tests: `p_value` is the larger of the two; the interval (level 1 - 2 alpha) lies inside ±margin
+    exactly when `equivalent`."""
 
     equivalent: bool
     p_value: float
-    margin: float
-    alpha: float
     ci_low: float
     ci_high: float
 
 
 @dataclass(frozen=True)
 class OneSeed:
-    """A difference of two single runs under a run effect known from elsewhere.
+    """A difference of two single runs, given the run effect from another study.
 
-    `tipping_run_sd`: the largest run sd at which the difference would still be significant; 0 when it never is.
+    `tipping_run_sd`: the largest run sd at which the difference would still be significant; 0 if it never is.
     """
 
     difference: float
     p_value: float
     ci_low: float
     ci_high: float
-    level: float
     tipping_run_sd: float
     tasks: int
-    scope: str = "checkpoints"
 
 
 def crossed(a: ArrayLike, b: ArrayLike, pool: Sequence[ArrayLike] = (), level: float = 0.95) -> Crossed:
@@ -101,7 +95,7 @@ def crossed(a: ArrayLike, b: ArrayLike, pool: Sequence[ArrayLike] = (), level: f
     Args:
         a, b: (seeds, tasks) scores of the baseline and of the design; the same tasks, two or more seeds each; the
             numbers of seeds may differ.
-        pool: further designs of the study, (seeds, tasks) each. With the same number of seeds everywhere the run
+        pool: further designs of the study, (seeds, tasks) each. If all have the same number of seeds, the run
             variance comes from the whole study, unless a compared design is noisier than the others. Leave out arms
             that are broken on purpose, that repeat the baseline under other seeds, or that have a single run.
         level: of the intervals.
@@ -109,10 +103,8 @@ def crossed(a: ArrayLike, b: ArrayLike, pool: Sequence[ArrayLike] = (), level: f
     Raises:
         StatisticsError: one seed, one task, different tasks, missing scores.
     """
-    arms = [_scores(a, "a"), _scores(b, "b")]
-    others = [_scores(x, f"pool[{i}]") for i, x in enumerate(pool)]
-    types = TaskTypes.one(arms[0].shape[1])
-    return _contrast(arms, (-1.0, 1.0), others, types, level)
+    arms, others = _pair(a, b, pool)
+    return _contrast(arms, (-1.0, 1.0), others, TaskTypes.one(arms[0].shape[1]), level)
 
 
 def crossed_overall(
@@ -127,15 +119,14 @@ def crossed_overall(
 
     Args:
         types: (tasks,) the type of each task; two or more tasks of each type that has weight.
-        weights: weight of each type in the overall mean, above 0 and declared before the runs; scaled to
-            sum 1. Further types in it are ignored.
+        weights: weight of each type in the overall mean, above 0 and declared before the runs; scaled to sum 1.
+            Types without tasks are ignored.
         a, b, pool, level: as in `crossed`.
 
     Raises:
         StatisticsError: as `crossed`; a type without weight or with one not above 0, a type with a single task.
     """
-    arms = [_scores(a, "a"), _scores(b, "b")]
-    others = [_scores(x, f"pool[{i}]") for i, x in enumerate(pool)]
+    arms, others = _pair(a, b, pool)
     if len(types) != arms[0].shape[1]:
         raise StatisticsError(
             f"crossed_overall: {len(types)} types for {arms[0].shape[1]} tasks; give one for each task"
@@ -143,42 +134,32 @@ def crossed_overall(
     return _contrast(arms, (-1.0, 1.0), others, _weighted_types(types, weights), level)
 
 
-def contrast(study: ArrayLike, coefficients: ArrayLike, level: float = 0.95) -> Crossed:
-    """Weighted sum of the designs of one study, tested as `crossed` does with every design in the pool.
+def contrast(study: ArrayLike, coefficients: ArrayLike) -> Crossed:
+    """Weighted sum of the designs of one study, tested as by `crossed` with every design in the pool.
 
     Args:
         study: (designs, seeds, tasks).
-        coefficients: (designs,) summing to 0; designs with 0 only lend their run variance.
+        coefficients: (designs,) summing to 0; a design with coefficient 0 only lends its run variance.
     """
-    y = np.asarray(study, dtype=float)
+    y = finite_array(study, "contrast", "design", "seed", "task", least=2)
     c = np.asarray(coefficients, dtype=float)
-    if y.ndim != 3 or c.shape != y.shape[:1]:
-        raise StatisticsError(
-            f"contrast: {c.shape} coefficients for scores {y.shape}; scores are (designs, seeds, tasks)"
-        )
+    if c.shape != y.shape[:1]:
+        raise StatisticsError(f"contrast: {c.shape} coefficients for {len(y)} designs; give one for each design")
     if not c.any() or abs(c.sum()) > 1e-9 * np.abs(c).sum():
         raise StatisticsError(f"contrast: coefficients {c.tolist()} must sum to 0 and not all be 0")
-    scores = [_scores(x, f"design {k}") for k, x in enumerate(y)]
-    arms = [x for x, weight in zip(scores, c, strict=True) if weight]
-    others = [x for x, weight in zip(scores, c, strict=True) if not weight]
-    return _contrast(arms, tuple(c[c != 0].tolist()), others, TaskTypes.one(y.shape[2]), level)
+    return _contrast(list(y[c != 0]), tuple(c[c != 0].tolist()), list(y[c == 0]), TaskTypes.one(y.shape[2]), 0.95)
 
 
-def minimum_detectable_effect(result: Crossed, power: float = 0.8, level: float | None = None) -> float:
-    """The true difference that a study with these variances, runs and tasks finds with probability `power`.
+def minimum_detectable_effect(result: Crossed, power: float = 0.8) -> float:
+    """The true difference that a study with these variances, runs and tasks detects with probability `power`.
 
     Args:
-        result: of `crossed`; its variances are taken as true.
+        result: of `crossed`; its variances are taken as true, its `critical` value decides.
         power: above the test's own alpha, below 1.
-        level: 1 - alpha of the test, where it is stricter than the level of the result's interval.
     """
-    tested = result.level if level is None else level
-    check_level(tested, "minimum_detectable_effect")
-    if not 1 - tested < power < 1:
-        raise StatisticsError(f"minimum_detectable_effect: power={power!r} must lie between {1 - tested:g} and 1")
-    if result.null is None:
-        return 0.0
-    return result.null.detectable(result.critical if level is None else result.null.critical(level), power)
+    if not 1 - result.level < power < 1:
+        raise StatisticsError(f"minimum_detectable_effect: power={power!r} must lie between {1 - result.level:g} and 1")
+    return 0.0 if result.null is None else result.null.detectable(result.critical, power)
 
 
 def equivalence(result: Crossed, margin: float, alpha: float = 0.05) -> Equivalence:
@@ -197,20 +178,19 @@ def equivalence(result: Crossed, margin: float, alpha: float = 0.05) -> Equivale
     else:
         half, p = result.null.critical(1 - 2 * alpha) * result.se, result.null.p_value(room / result.se) / 2
     low, high = result.difference - half, result.difference + half
-    return Equivalence(bool(-margin < low and high < margin), p, margin, alpha, low, high)
+    return Equivalence(bool(-margin < low and high < margin), p, low, high)
 
 
 def one_seed(differences: ArrayLike, run_sd: float, df_run: float = np.inf, level: float = 0.95) -> OneSeed:
-    """Difference of two single runs, given the run effect from elsewhere (Welch–Satterthwaite t).
+    """Difference of two single runs, given the run effect from another study (Welch–Satterthwaite t).
 
     Args:
         differences: (tasks,) b - a, two or more tasks.
         run_sd: sd of the effect of one run on a mean over such tasks, in the same unit; 0 or more.
-        df_run: degrees of freedom behind `run_sd`; infinite when it is known.
+        df_run: degrees of freedom behind `run_sd`; infinite if it is known exactly.
+        level: of the interval.
     """
-    d = np.asarray(differences, dtype=float)
-    if d.ndim != 1 or len(d) < 2 or not np.isfinite(d).all():
-        raise StatisticsError(f"one_seed: differences of shape {d.shape}; give one finite number per task, two or more")
+    d = finite_array(differences, "one_seed", "task", least=2)
     if not (np.isfinite(run_sd) and run_sd >= 0 and df_run > 0):
         raise StatisticsError(f"one_seed: run_sd={run_sd!r}, df_run={df_run!r}; an sd is 0 or more, its df above 0")
     check_level(level, "one_seed")
@@ -231,11 +211,11 @@ def one_seed(differences: ArrayLike, run_sd: float, df_run: float = np.inf, leve
         tipping = float(brentq(lambda sd: p_value(sd) - (1 - level), 0, 100 * abs(mean) + 1e-9))
     variance, df = variance_and_df(run_sd)
     half = float(stdtrit(df, 0.5 + level / 2) * np.sqrt(variance))
-    return OneSeed(mean, p_value(run_sd), mean - half, mean + half, level, tipping, len(d))
+    return OneSeed(mean, p_value(run_sd), mean - half, mean + half, tipping, len(d))
 
 
 def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
-    """Mean over the tasks of each source, which are not independent of each other (STS12 to STS16, ...P2P and ...S2S).
+    """Mean over the tasks of each source: tasks made from one source are not independent (STS12 to STS16).
 
     Args:
         scores: (..., tasks).
@@ -265,7 +245,8 @@ def _contrast(
     by_task = sum((c * arm.mean(axis=0) for c, arm in zip(coefficients, arms, strict=True)), start=np.zeros(tasks))
     difference = float(by_task @ types.task_weights)
     se = float(np.sqrt(mean_squares.variance()))
-    if se <= 1e-12 * max(1.0, *(float(np.abs(arm).max()) for arm in arms)):  # nothing varies: no distribution either
+    if se <= 1e-12 * max(1.0, *(float(np.abs(arm).max()) for arm in arms)):
+        # Nothing varies, so there is no null distribution; any difference at all is certain.
         null, critical, se, p = None, 0.0, 0.0, float(abs(difference) <= 1e-12)
     else:
         null = null_distribution(mean_squares)
@@ -287,7 +268,6 @@ def _contrast(
         task_sd=float(np.sqrt(max(cut.tasks - cut.error, 0.0) * cut.unit / types.squared)),
         scope=scope,
         note=note,
-        seeds=tuple(len(arm) for arm in arms),
         tasks=tasks[0],
         designs=len(arms) + len(others) if scope == POOLED else len(arms),
         mean_squares=mean_squares,
@@ -314,26 +294,11 @@ def _weighted_types(types: Sequence[str], weights: Mapping[str, float]) -> TaskT
     return TaskTypes(columns, tuple(weights[name] / total for name in names))
 
 
-def _scores(values: ArrayLike, name: str) -> Array:
-    """Scores of one design, checked: (seeds, tasks), two or more of each, none missing."""
-    y = np.asarray(values, dtype=float)
-    if y.ndim != 2:
-        raise StatisticsError(f"crossed: {name} has shape {y.shape}; scores are (seeds, tasks)")
-    if len(y) < 2:
-        raise StatisticsError(
-            f"crossed: {name} has {len(y)} seed; a verdict about designs needs two or more runs of each, three by "
-            "default. For single runs there is signed_rank (scope: checkpoints), and one_seed with a known run sd"
-        )
-    if y.shape[1] < 2:
-        raise StatisticsError(f"crossed: {name} has {y.shape[1]} task; two or more are needed to see how tasks differ")
-    missing = np.argwhere(~np.isfinite(y))
-    if len(missing):
-        seed, task = missing[0]
-        raise StatisticsError(
-            f"crossed: {len(missing)} of {y.size} scores of {name} are missing or infinite, the first at seed index "
-            f"{seed}, task index {task}; run what is missing, or leave that task out of every design"
-        )
-    return y
+def _pair(a: ArrayLike, b: ArrayLike, pool: Sequence[ArrayLike]) -> tuple[list[Array], list[Array]]:
+    """The two compared designs and those of the pool, each checked to be (seeds, tasks) with two or more of each."""
+    named = {"a": a, "b": b, **{f"pool[{i}]": scores for i, scores in enumerate(pool)}}
+    checked = [finite_array(scores, f"crossed: {name}", "seed", "task", least=2) for name, scores in named.items()]
+    return checked[:2], checked[2:]
 
 
 def planned_detectable_effect(
@@ -346,13 +311,15 @@ def planned_detectable_effect(
     level: float = 0.95,
     power: float = 0.8,
 ) -> float:
-    """The true difference of two designs that `crossed` finds with probability `power`, before any run.
+    """The true difference of two designs that `crossed` detects with probability `power`, planned before any run.
 
     Args:
         seeds: runs of each design, 2 or more.
         tasks: number of tasks, above 1.
         run_sd, noise_sd, task_sd: as in `Crossed`; in the unit of the scores, not all 0.
-        designs: designs that share one run variance; 2 for the two-arm form.
+        designs: number of designs that share one run variance; 2 for the two-arm form.
+        level: 1 - alpha of the test.
+        power: above alpha, below 1.
     """
     check_level(level, "planned_detectable_effect")
     if seeds < 2 or tasks <= 1 or designs < 2 or not 1 - level < power < 1:
@@ -362,8 +329,8 @@ def planned_detectable_effect(
         )
     if min(run_sd, noise_sd, task_sd) < 0 or not run_sd + noise_sd + task_sd > 0:
         raise StatisticsError(
-            f"planned_detectable_effect: run_sd={run_sd}, noise_sd={noise_sd}, task_sd={task_sd}; none is below 0, "
-            "nor are all 0"
+            f"planned_detectable_effect: run_sd={run_sd}, noise_sd={noise_sd}, task_sd={task_sd}; give "
+            "values of 0 or more, not all 0"
         )
     error = noise_sd**2
     run = error + tasks * run_sd**2
@@ -387,39 +354,43 @@ def planned_detectable_effect(
     return null.detectable(null.critical(level), power)
 
 
-def seeds_to_settle(
-    result: Crossed, effect: float, power: float = 0.8, limit: int = 50
-) -> tuple[int | None, int | None]:
-    """Seeds per design at which a true difference of `effect` would be found: a range, as the run effect is uncertain.
+MOST_SEEDS = 50
+"""The largest number of seeds that `seeds_to_settle` recommends."""
+
+
+def seeds_to_settle(result: Crossed, effect: float, power: float = 0.8) -> tuple[int | None, int | None]:
+    """Seeds per design that would detect a true difference of `effect`: (fewest, most), as the run effect is uncertain.
 
     Args:
-        result: of the study so far; the range runs over the interval of its run effect, its other variances are kept.
+        result: of the study so far; the range covers the interval of its run effect, its other variances are kept.
         effect: in score units, above 0: the margin, or the smallest difference that matters.
-        limit: seeds beyond which the answer is `None`; also where the tasks differ so much that no number suffices.
+        power: probability of detecting it.
+
+    Returns:
+        Two numbers of seeds; None instead of one above `MOST_SEEDS`, or if the tasks differ so much that no number
+        suffices.
     """
     if not effect > 0:
         raise StatisticsError(
             f"seeds_to_settle: effect={effect!r}; it is a difference above 0, in the unit of the scores"
         )
-    fewest, most = (
-        _fewest_seeds(result, run_sd, effect, power, limit) for run_sd in (result.run_sd_low, result.run_sd_high)
-    )
+    fewest, most = (_fewest_seeds(result, run_sd, effect, power) for run_sd in (result.run_sd_low, result.run_sd_high))
     return fewest, most
 
 
-def _fewest_seeds(result: Crossed, run_sd: float, effect: float, power: float, limit: int) -> int | None:
+def _fewest_seeds(result: Crossed, run_sd: float, effect: float, power: float) -> int | None:
     if not run_sd + result.noise_sd + result.task_sd > 0:
         return 2
 
     def enough(seeds: int) -> bool:
-        found = planned_detectable_effect(
+        detectable = planned_detectable_effect(
             seeds, result.tasks, run_sd, result.noise_sd, result.task_sd, result.designs, result.level, power
         )
-        return found <= effect or math.isclose(found, effect)
+        return detectable <= effect or math.isclose(detectable, effect)
 
-    if not enough(limit):
+    if not enough(MOST_SEEDS):
         return None
-    low, high = 1, limit  # too few, enough
+    low, high = 1, MOST_SEEDS  # bisection: `low` is too few, `high` is enough
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -1,11 +1,11 @@
-"""Where the noise of a contrast between designs comes from, and how its test statistic is distributed without effect.
+"""Variance components of a contrast between designs, and the null distribution of its test statistic.
 
-A score of design k, run (seed) s and task t is modelled as
+The score of design k, run (seed) s and task t is modelled as
 
     score = task_t + design_k + run_ks + (design x task)_kt + noise_kst
 
 with random runs and random tasks. A contrast between designs is uncertain for two reasons: other runs would have come
-out differently (`runs`), and other tasks might have preferred another design (`tasks`); both mean squares contain the
+out differently (`runs`), and other tasks might have preferred another design (`tasks`). Both mean squares contain the
 noise once, hence the variance unit * (runs + tasks - error). `MeanSquares` estimates the three; `Null` is the
 distribution of the standardised contrast at those estimates, on a fixed grid of chi-square quantiles: a parametric
 bootstrap without random numbers.
@@ -22,25 +22,29 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import fdtrc, fdtri, gammaincinv, ndtr
 
-Array = NDArray[np.float64]
+from poolwise.stats.exact import Array
 
 POOLED = "pooled over the study"
 TWO_ARMS = "two arms"
-GUARD_LEVEL = 0.1
 OWN_ARMS = "the compared designs"
 NOISIER = "the runs of a compared design vary more than those of the study's other designs"
 OTHER_SEEDS = "the designs of the study have different numbers of seeds"
 NO_RUN_VARIANCE = "no design of the study varies between its runs"
 
-GRID_POOLED = (48, 48, 8)  # points for runs, tasks, error
-GRID_ARMS = (20, 20, 20, 4)  # points for the runs of either arm, tasks, error
+# Level of the F test that keeps a design with an unusually large run variance out of the pool. It is lenient on
+# purpose: pooling wrongly makes p too small, not pooling only costs power.
+GUARD_LEVEL = 0.1
+
+# Grid points of the null distribution for (runs, tasks, error), and for (runs of either arm, tasks, error).
+GRID_POOLED = (48, 48, 8)
+GRID_ARMS = (20, 20, 20, 4)
 
 
 @dataclass(frozen=True)
 class TaskTypes:
-    """Tasks in groups that are fixed, each with its weight; a design's mean is the weighted mean of its group means.
+    """Fixed groups of tasks, each with its weight; a design's mean is the weighted mean of its group means.
 
-    One group is the plain mean over tasks. `columns` are the task indices of each group, `weights` sum to 1.
+    A single group gives the plain mean over tasks. `columns` are the task indices of each group, `weights` sum to 1.
     """
 
     columns: tuple[NDArray[np.intp], ...]
@@ -90,7 +94,7 @@ class MeanSquares:
     unit: float
 
     def variance(self) -> float:
-        """Estimated variance of the contrast, never below what either source alone would give."""
+        """Estimated variance of the contrast, never below that of either source alone."""
         runs = sum(self.runs)
         return self.unit * max(runs, self.tasks, runs + self.tasks - self.error)
 
@@ -109,7 +113,7 @@ class MeanSquares:
         return ends[0], ends[1]
 
     def truncated(self) -> MeanSquares:
-        """The same with every mean square that fell below the error pooled with it (no variance is negative)."""
+        """The same, with each mean square that fell below the error pooled with it, so that no variance is negative."""
         runs, tasks, error, parts = sum(self.runs), self.tasks, self.error, self.runs
         low = runs < error
         if low:
@@ -133,7 +137,7 @@ class Null:
     ratios: Array = field(repr=False, compare=False)
 
     def p_value(self, t: float) -> float:
-        """Two-sided: chance of a statistic beyond `t`. Twice the upper tail, so below 2 rather than 1 for t < 0."""
+        """Two-sided p: twice the upper tail at `t`, so above 1 for t < 0, as one-sided tests need it."""
         return float(2 * ndtr(-t * self.ratios).mean())
 
     def critical(self, level: float) -> float:
@@ -154,7 +158,7 @@ class Null:
 
 
 def null_distribution(estimates: MeanSquares) -> Null:
-    """The null at truncated mean squares: each is redrawn from its scaled chi-square, on a grid of quantiles."""
+    """The null distribution at truncated mean squares: each follows its scaled chi-square, on a grid of quantiles."""
     m = estimates.truncated()
     components = (*m.runs, m.tasks, m.error)
     dfs = (*m.run_dfs, m.task_df, m.error_df)
@@ -170,7 +174,7 @@ def null_distribution(estimates: MeanSquares) -> Null:
 def contrast_mean_squares(
     arms: Sequence[Array], coefficients: Sequence[float], others: Sequence[Array], types: TaskTypes
 ) -> tuple[MeanSquares, str, str]:
-    """Mean squares of a contrast, pooled over the study where that is sound, else from the compared arms.
+    """Mean squares of a contrast, pooled over the study if that is sound, otherwise from the compared arms.
 
     Args:
         arms: one (seeds_k, tasks) array per compared design.
@@ -178,7 +182,7 @@ def contrast_mean_squares(
         others: the study's further designs, (seeds_k, tasks) each.
 
     Returns:
-        The mean squares, their scope (`POOLED`, `TWO_ARMS`, `OWN_ARMS`) and why others were not pooled.
+        The mean squares, their scope (`POOLED`, `TWO_ARMS`, `OWN_ARMS`) and why the other designs were not pooled.
     """
     designs, note = [*arms, *others], ""
     if len(designs) > 2:
@@ -207,7 +211,7 @@ def own_mean_squares(arms: Sequence[Array], coefficients: Sequence[float], types
     runs = tuple(share * run_mean_square(arm, types) for share, arm in zip(shares, arms, strict=True))
     run_dfs = tuple(float(len(arm) - 1) for arm in arms)
     run_df = sum(run_dfs)
-    if len(arms) > 2:  # the grid has one axis for each run variance: more than two are merged
+    if len(arms) > 2:  # the grid has an axis for each run variance, so more than two would make it too large
         merged, df = satterthwaite(runs, run_dfs)
         runs, shares, run_dfs = (merged,), (1.0,), (df,)
     squares, dfs = [], []
@@ -248,7 +252,7 @@ def run_mean_square(scores: Array, types: TaskTypes) -> float:
 
 
 def satterthwaite(parts: Sequence[float], dfs: Sequence[float]) -> tuple[float, float]:
-    """Sum of independent mean squares and the degrees of freedom of the chi-square nearest to it (1946)."""
+    """Sum of independent mean squares and its approximate degrees of freedom (Satterthwaite 1946)."""
     total = float(sum(parts))
     spread = sum(part**2 / df for part, df in zip(parts, dfs, strict=True))
     return total, float(sum(dfs)) if len(parts) == 1 or spread == 0 else float(total**2 / spread)
@@ -256,14 +260,14 @@ def satterthwaite(parts: Sequence[float], dfs: Sequence[float]) -> tuple[float, 
 
 @lru_cache(maxsize=256)
 def chi_square_over_df(df: float, points: int) -> Array:
-    """Chi-square quantiles over their degrees of freedom at the middles of `points` equal slices of probability."""
+    """Chi-square quantiles / df at the midpoints of `points` slices of equal probability."""
     quantiles = 2 * gammaincinv(df / 2, (np.arange(points) + 0.5) / points) / df
-    quantiles.setflags(write=False)
+    quantiles.setflags(write=False)  # the cache hands out the same array to every caller
     return quantiles
 
 
 def _noisier(runs: Array, compared: int, seeds: int) -> bool:
-    """Guard before pooling: is one of the first `compared` run mean squares too large for the others (F test)?"""
+    """Whether one of the first `compared` run mean squares is too large to be pooled with the others (F test)."""
     dfs = (seeds - 1, (len(runs) - 1) * (seeds - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [runs[i] / np.delete(runs, i).mean() for i in range(compared)]

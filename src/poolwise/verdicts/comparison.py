@@ -37,7 +37,6 @@ from poolwise.verdicts.contrasts import (
 from poolwise.verdicts.controls import controls_to_json, roles_of, unsound
 from poolwise.verdicts.factors import Factorial, factorial
 from poolwise.verdicts.findings import Budgets, Recommendation, recommend
-from poolwise.verdicts.single_runs import SingleRuns, single_runs
 from poolwise.verdicts.table import with_origins
 
 if TYPE_CHECKING:
@@ -112,11 +111,6 @@ class Comparison:
         """Each verdict with the same recipe and equally tuned; empty where the study does not tune."""
         return tuning.outcomes(self, self.tuned) if self.tuned else ()
 
-    @cached_property
-    def single_runs(self) -> tuple[SingleRuns, ...]:
-        """Ranks and posteriors of checkpoints, by group; only where no contrast carries a verdict on designs."""
-        return () if self.interim or self.scope == "designs" else single_runs(self)
-
     @property
     def family(self) -> int:
         """Contrasts that Holm's correction spans."""
@@ -190,7 +184,6 @@ class Comparison:
                 {"group": row.group, "design": row.design, "baseline": row.baseline, **_finite(asdict(found))}
                 for row, found in given
             ],
-            "single_runs": [asdict(found) for found in self.single_runs],
             "equal_budget": asdict(self.budgets) if self.budgets else None,
             "recommendations": [asdict(found) for found in self.recommendations],
             "factors": asdict(self.factorial) if self.factorial else None,

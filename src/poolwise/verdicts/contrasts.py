@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from poolwise import stats
+from poolwise.stats.crossed import Crossed
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
 
 
@@ -152,9 +153,9 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
     return Row(
         group=arm.group, design=arm.design, baseline=base.design, n=n, difference=shift.estimate,
         ci_low=None if rules.interim else shift.ci_low, ci_high=None if rules.interim else shift.ci_high,
-        p_value=stats.signed_rank(differences).p_value if tested else None,
+        p_value=stats.signed_rank(differences) if tested else None,
         p_holm=None,
-        effect_size=stats.rank_biserial(differences).value if tested else None,
+        effect_size=stats.rank_biserial(differences) if tested else None,
         wins=counts.wins, ties=counts.ties, losses=counts.losses,
         min_reachable_p=stats.min_reachable_p(n),
         tipping_run_sd=stats.one_seed(differences, 0, level=rules.level).tipping_run_sd if single and tested else None,
@@ -172,7 +173,7 @@ def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Verdict 
     return _described(result, base, arm, len(arm.whole().tasks), rules)
 
 
-def _described(result: stats.Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -> Verdict:
+def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -> Verdict:
     """A verdict still without its word."""
     corrected = result
     if result.null:

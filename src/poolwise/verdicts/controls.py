@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from poolwise import stats
+from poolwise.stats.crossed import Crossed
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def noise_bands(comparison: Comparison, designs: Sequence[str] | None = None) ->
     return tuple(found)
 
 
-def _as_design(comparison: Comparison, arm: Arm) -> stats.Crossed | None:
+def _as_design(comparison: Comparison, arm: Arm) -> Crossed | None:
     """The arm against the baseline as if it were a design of the study; None with one run, or one source of tasks."""
     base = comparison.arm(arm.group, comparison.baseline).on(arm.tasks)
     if comparison.interim or min(len(base.seeds), len(arm.seeds)) < 2 or base.by_source.shape[1] < 2:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from poolwise import stats
+from poolwise.stats.many import Effect
 from poolwise.study.catalogue import spec_of
 from poolwise.verdicts.arms import FEW_SOURCES
 
@@ -188,7 +189,7 @@ def factorial(comparison: Comparison) -> Factorial | None:
 def _effects(
     y: np.ndarray, comparison: Comparison, designs: Sequence[Design], levels: Sequence[Levels],
     varying: Mapping[str, Sequence[str]], pairs: Sequence[tuple[str, str]],
-) -> Iterator[tuple[str, stats.Effect]]:  # fmt: skip
+) -> Iterator[tuple[str, Effect]]:  # fmt: skip
     """(kind, effect) in the order in which they are shown: main effects, interactions, controls, arguments."""
     references = _references(comparison, designs, levels)
     for effect in stats.factor_effects(y, levels, references).effects:
@@ -221,7 +222,7 @@ def _corrected(effects: Sequence[FactorEffect], alpha: float) -> tuple[FactorEff
     return tuple(done)
 
 
-def _settings(effect: stats.Effect, levels: Sequence[Levels]) -> tuple[str, ...]:
+def _settings(effect: Effect, levels: Sequence[Levels]) -> tuple[str, ...]:
     """The levels of the factors that are held equal, over which the effect is averaged."""
     other = [name for name in ("attention", "pooling") if name not in effect.factors]
     used = [row for row, c in zip(levels, effect.coefficients, strict=True) if c]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poolwise import stats
+from poolwise.stats.crossed import Crossed
 from poolwise.verdicts.arms import FEW_SOURCES, Arm, arms
 
 if TYPE_CHECKING:
@@ -154,9 +155,7 @@ def _leave_one_source_out(comparison: Comparison, group: str, chosen: str) -> tu
     return means.shape[1], same / means.shape[1], float(np.mean(regrets))
 
 
-def _crossed(
-    comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str
-) -> stats.Crossed:
+def _crossed(comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str) -> Crossed:
     base = comparison.baseline
     pool: Sequence[str] = ()
     if arms[base].seeds == arms[design].seeds:

@@ -168,7 +168,6 @@ def listed(names: Sequence[str]) -> str:
 
 
 CROSSED = "crossed"
-RANK_TESTS = ("wilcoxon", "signed_rank", "sign")
 FEW = 20  # items below which a percentile interval is noticeably too narrow
 
 
@@ -215,7 +214,6 @@ def compare_items(
     metric: str | None = None,
     missing: str = "error",
     controls: Iterable[str] = (),
-    test: str | None = None,
     seed: int = 0,
 ) -> tuple[Paired, ...]:
     """Compare designs with a baseline on the items of one task; each split and subset is a data set of its own.
@@ -226,14 +224,15 @@ def compare_items(
         baseline: by default the first design of the table.
         metric: by default the task's main one.
         missing: `error` refuses items that a run lacks; `drop` leaves them out of every run and says so in the note.
-        test: None, the one for the task's type; rank tests over items are refused with the reason.
         seed: of the resampling; the same seed gives the same numbers.
 
     Raises:
-        StatisticsError: unknown task, design, baseline, metric or test; no items; gaps; different gold values; runs of
+        StatisticsError: unknown task, design, baseline or metric; no items; gaps; different gold values; runs of
             one design that stopped at different steps.
     """
-    _check_words(test, missing)
+    if missing not in ("error", "drop"):
+        hint = suggest(missing, ["error", "drop"])
+        raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
     rows = items_of(frame, task)
     present = rows["design"].unique(maintain_order=True).to_list()
     baseline = baseline or present[0]
@@ -264,16 +263,6 @@ def compare_items(
 def to_json(lines: Sequence[Paired]) -> dict[str, Any]:
     """What `poolwise compare --json` prints of item-level comparisons."""
     return {"comparisons": [asdict(line) for line in lines]}
-
-
-def _check_words(test: str | None, missing: str) -> None:
-    if test in RANK_TESTS:
-        raise StatisticsError(stats.PER_QUERY_RANK_TESTS_REFUSED)
-    if test is not None:
-        raise StatisticsError(f"test={test!r}: leave it out; the task's type chooses the test on items")
-    if missing not in ("error", "drop"):
-        hint = suggest(missing, ["error", "drop"])
-        raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
 
 
 def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
@@ -312,9 +301,9 @@ def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Fou
     if data.task_type == "Clustering":
         notes.append("sets drawn again from one data set overlap, which makes p and the interval too small")
     if data.task_type == "Classification" and np.isin([x, y], (0, 1)).all():
-        test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum())).p_value
+        test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum()))
     else:
-        test, p = "paired permutation", stats.paired_permutation(x, y, rng).p_value
+        test, p = "paired permutation", stats.paired_permutation(x, y, rng)
         if data.task_type == "Classification":
             notes.append("an example's score is a share of experiments, so McNemar's test does not apply")
     if moved == 0:
@@ -331,8 +320,8 @@ def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Gene
         found, test = stats.spearman_bootstrap(a, b, gold, rng), "bootstrap of Spearman's correlation"
         rho_a, rho_b, rho_ab = _spearman(a[0], gold), _spearman(b[0], gold), _spearman(a[0], b[0])
         if len(a) == len(b) == 1 and len(gold) > 3 and max(abs(rho_a), abs(rho_b)) < 1:
-            zou = stats.zou_interval(rho_a, rho_b, rho_ab, len(gold))
-            notes.append(f"check, Zou's interval: {zou.ci_low:.4f} to {zou.ci_high:.4f}")
+            low, high = stats.zou_interval(rho_a, rho_b, rho_ab, len(gold))
+            notes.append(f"check, Zou's interval: {low:.4f} to {high:.4f}")
     else:
         found, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
     return Found(found.difference, found.ci_low, found.ci_high, found.p_value, test, tuple(notes))
