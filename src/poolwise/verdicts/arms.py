@@ -1,7 +1,23 @@
 """From the long table to arrays: one `Arm`, (seeds, tasks), for each group of tasks and each design.
 
-All contrasts of a table use the same tasks, so a gap anywhere is a gap everywhere: it is refused, or the task is left
-out of every design and named.
+All contrasts of a table use the same tasks, so one missing score affects them all: it is refused, or the task is left
+out of every design and listed.
+
+Built-in tasks are compared by mechanism, over seeds and items, never by task type: ten tasks generated from one grammar
+are not ten independent tasks. Tasks named `demo/<mechanism>-<form>` are therefore grouped by mechanism, whatever a
+comparison groups by, and their items take the place of tasks:
+
+| form | item | score |
+|---|---|---|
+| retrieval | meaning (its wordings averaged) | the main metric |
+| classification | example | share of classifiers that predict it correctly |
+| clustering | set | V-measure |
+| STS | pair | its pseudo-value of Spearman's correlation, below |
+
+The pseudo-value of pair i is rho + z_i w_i − rho (z_i² + w_i²) / 2, with z and w the standardised midranks of cosines
+and gold values: the influence function of Pearson's correlation on ranks (infinitesimal jackknife; Devlin, Gnanadesikan
+& Kettenring 1975) plus rho. Its mean over the pairs is exactly rho; its spread over them gives the standard error of
+rho for large n.
 """
 
 from __future__ import annotations
@@ -16,25 +32,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poolwise import stats
+from poolwise.demo import PREFIX
 from poolwise.errors import StatisticsError, suggest
-from poolwise.verdicts.mechanisms import by_mechanism, whole_task
-from poolwise.verdicts.table import main_scores
+from poolwise.verdicts.table import LISTED, first_few, main_scores
 
 if TYPE_CHECKING:
     import polars as pl
 
 
 CELL = ("task", "split", "subset")
-LISTED = 8  # gaps that a message spells out
-FEW_SOURCES = 5  # simulated: at 3 sources a nominal .0005 is reached in up to 1 % of equal designs, at 5 in .08 %
+RUN = ("design", "seed", "task")
+ITEM = "#"  # between the name of a built-in task and that of its item
+WORDINGS = 2  # queries with the same meaning in a built-in retrieval task; they are numbered consecutively
+
+# With fewer sources of tasks than this there is no verdict. In simulations of equal designs, p < .0005 occurs in up to
+# 1 % of studies with 3 sources, and in .08 % with 5.
+FEW_SOURCES = 5
 
 
 @dataclass(frozen=True)
 class Arm:
     """Scores of one design in one group of tasks, 0–1: `scores` (seeds, tasks), splits and subsets averaged.
 
-    `sources` (tasks,) names the data set behind each task; a task without one is its own source. `unit` is `item` where
-    the columns are items of a mechanism's tasks (`mechanism_items`): then its forms count the same in every mean.
+    `sources` (tasks,) names the data set behind each task; a task without one is its own source. `unit` is `item` if
+    the columns are items of a mechanism's tasks; each form of the mechanism then has the same weight in every mean.
     """
 
     group: str
@@ -52,8 +73,8 @@ class Arm:
 
     @cached_property
     def weighted(self) -> NDArray[np.float64]:
-        """(seeds, tasks) whose plain mean is the arm's: items weigh so much that each form of a mechanism counts the
-        same; tasks are as they are."""
+        """(seeds, tasks) whose plain mean is the arm's mean: items are scaled so that each form of a mechanism has the
+        same weight; tasks are unchanged."""
         if self.unit == "task":
             return self.array
         _, form, counts = np.unique([whole_task(task) for task in self.tasks], return_inverse=True, return_counts=True)
@@ -80,7 +101,7 @@ class Arm:
         return self.weighted if self.unit == "item" else stats.average_sources(self.array, self.sources)[0]
 
     def on(self, tasks: Sequence[str]) -> Arm:
-        """The same arm on some of its tasks, in the order given."""
+        """The same arm on some of its tasks, in the given order."""
         index = [self.tasks.index(task) for task in tasks]
         return Arm(
             self.group, self.design, self.seeds, tuple(tasks), tuple(self.sources[i] for i in index),
@@ -88,7 +109,7 @@ class Arm:
         )  # fmt: skip
 
     def whole(self) -> Arm:
-        """The arm with a column for each task: items averaged within theirs."""
+        """The arm with a column for each task: items are averaged within their task."""
         if self.unit == "task":
             return self
         array, tasks = stats.average_sources(self.array, [whole_task(task) for task in self.tasks])
@@ -105,9 +126,13 @@ def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
 def arms(
     frame: pl.DataFrame, family: Sequence[str], others: Sequence[str], by: str, missing: str
 ) -> tuple[dict[str, dict[str, Arm]], list[str]]:
-    """Arms of each group and design, and the list of what was left out, a sentence each.
+    """Arms of each group and design, and a sentence for each score that was left out.
 
-    `family` must be complete on the same cells (task × split × subset); a design of `others` may lack whole tasks.
+    Args:
+        family: designs that must have a score in the same cells (task × split × subset).
+        others: designs that may lack whole tasks.
+        by: the column that groups tasks, or `all`.
+        missing: `error` or `drop`, as in `comparison.compare`.
 
     Raises:
         StatisticsError: unknown column `by`, a task in two groups or with two metrics, runs that stopped at different
@@ -141,14 +166,14 @@ def arms(
 
 
 def _grouped(scores: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Adds the column `group`; a task lies in exactly one, a built-in task in that of its mechanism."""
+    """Add the column `group`: a task is in exactly one, a built-in task in that of its mechanism."""
     import polars as pl
 
     if by == "all":
         return scores.with_columns(pl.col("mechanism").fill_null("all").alias("group"))
     if by not in scores.columns:
-        left = ("design", "seed", "score", "step", "item_id", "is_item")
-        known = [name for name in scores.columns if name not in left]
+        unusable = ("design", "seed", "score", "step", "item_id", "is_item")
+        known = [name for name in scores.columns if name not in unusable]
         raise StatisticsError(f"by={by!r}: no such column; allowed: {', '.join(known)} or all{suggest(by, known)}")
     scores = scores.with_columns(pl.coalesce("mechanism", pl.col(by).cast(pl.String)).alias("group"))
     split = scores.group_by("task").agg(pl.col("group").unique().sort()).filter(
@@ -156,23 +181,25 @@ def _grouped(scores: pl.DataFrame, by: str) -> pl.DataFrame:
     )  # fmt: skip
     if not split.is_empty():
         task, groups = split.sort("task").row(0)
-        raise StatisticsError(f"by={by!r} cannot group tasks: {task!r} has the values {groups}, but needs exactly one")
+        raise StatisticsError(f"by={by!r} cannot group tasks: {task!r} has the values {groups}; it needs exactly one")
     return scores
 
 
 def _check_metrics(scores: pl.DataFrame) -> None:
+    """Refuse tasks whose rows have different metrics, which cannot be averaged."""
     import polars as pl
 
     metrics = scores.group_by("task").agg(pl.col("metric").unique().sort())
     several = metrics.filter(pl.col("metric").list.len() > 1).sort("task")
     if not several.is_empty():
-        lines = [f"\n  - {task}: {', '.join(found)}" for task, found in several.head(LISTED).iter_rows()]
+        lines = [f"\n  - {task}: {', '.join(names)}" for task, names in several.head(LISTED).iter_rows()]
         raise StatisticsError(
             f"{len(several)} tasks have more than one metric; keep the main one of each:{''.join(lines)}"
         )
 
 
 def _check_steps(scores: pl.DataFrame) -> None:
+    """Refuse runs that ended at different steps, which would compare lengths of training."""
     import polars as pl
 
     last = scores.group_by("design", "seed").agg(pl.col("step").max()).drop_nulls("step").sort("step", "design", "seed")
@@ -180,13 +207,13 @@ def _check_steps(scores: pl.DataFrame) -> None:
         top = max(last["step"].to_list())
         behind = [f"{d} seed {s} (step {step})" for d, s, step in last.filter(pl.col("step") < top).iter_rows()]
         raise StatisticsError(
-            f"runs that stopped early cannot be compared with runs of {top} steps: {_listed(behind)}; "
+            f"runs that stopped early cannot be compared with runs of {top} steps: {first_few(behind)}; "
             "finish them with `poolwise run`, or leave the design out"
         )
 
 
 def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, list[str]]:
-    """Cells that every run has, with `_cells`, their number in each task; and what was left out."""
+    """Cells that every run has, with their number in each task (`_cells`), and a sentence for each that is left out."""
     import polars as pl
 
     if missing not in ("error", "drop"):
@@ -200,11 +227,11 @@ def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, l
         names = [f"{design} seed {seed} on {_cell(*cell)}" for design, seed, *cell in gaps.iter_rows()]
         if missing == "error":
             raise StatisticsError(
-                f"{len(names)} scores are missing: {_listed(names)}. Add them, leave the design out, or compare on the "
-                'tasks that all runs share (missing="drop" in Python, --missing drop on the command line)'
+                f"{len(names)} scores are missing: {first_few(names)}. Add them, leave the design out, or compare on "
+                'the tasks that all runs share (missing="drop" in Python, --missing drop on the command line)'
             )
         for cell, part in gaps.partition_by(*CELL, as_dict=True, maintain_order=True).items():
-            who = _listed([f"{design} seed {seed}" for design, seed in part.select("design", "seed").iter_rows()])
+            who = first_few([f"{design} seed {seed}" for design, seed in part.select("design", "seed").iter_rows()])
             excluded.append(f"{_cell(*cell)} is left out of every design: no score of {who}.")
     kept = cells.join(gaps, on=CELL, how="anti", nulls_equal=True)
     if kept.is_empty():
@@ -217,6 +244,54 @@ def _cell(task: str, split: str | None, subset: str | None) -> str:
     return f"{task} ({detail})" if detail else task
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def whole_task(name: str) -> str:
+    """The task that an item belongs to: `demo/roles-sts` for `demo/roles-sts#12`."""
+    return name.partition(ITEM)[0] if name.startswith(PREFIX) else name
+
+
+def by_mechanism(frame: pl.DataFrame, main: pl.DataFrame) -> pl.DataFrame:
+    """`main` (rows of main scores, one checkpoint per run) with the columns `mechanism` and `is_item`.
+
+    The main score of a built-in task is replaced by rows for its items, each treated as a task, if every run has items
+    in `frame` (the long table); otherwise the main scores stay. Other tasks keep their rows; their `mechanism` is null.
+    """
+    import polars as pl
+
+    name = pl.col("task").str.strip_prefix(PREFIX).str.extract(r"^(.*)-[^-]*$").fill_null(pl.col("task"))
+    built_in = pl.col("task").str.starts_with(PREFIX)
+    main = main.with_columns(pl.when(built_in).then(name).alias("mechanism"), pl.lit(False).alias("is_item"))
+    planted = main.filter(built_in)
+    if planted.is_empty():
+        return main
+    keys = planted.select(*RUN, "step", "mechanism", metric_main="metric", score_main="score")
+    rows = frame.filter(pl.col("item_id").is_not_null() & built_in).join(keys, on=[*RUN, "step"], nulls_equal=True)
+    if rows.select(RUN).n_unique() < planted.select(RUN).n_unique() or "gold" not in rows.columns:
+        return main
+    pairs, others = rows.filter(pl.col("metric") == "cosine"), rows.filter(pl.col("metric") == pl.col("metric_main"))
+    queries = pl.col("item_id").str.strip_prefix("q").cast(pl.Int64, strict=False) // WORDINGS
+    meaning = pl.when(pl.col("task_type") == "Retrieval").then(pl.format("meaning {}", queries))
+    items = pl.concat(
+        [_pseudo_values(pairs), others.with_columns(meaning.fill_null(pl.col("item_id")).alias("item_id"))]
+    )
+    label = pl.concat_str("task", pl.lit(ITEM), "item_id")
+    kept = [column for column in main.columns if column not in ("score", "item_id", "is_item", "metric", "source")]
+    items = items.with_columns(label.alias("task"), label.alias("source"), pl.col("metric_main").alias("metric"))
+    by = [column for column in kept if column in RUN or column in ("step", "task_type", "split", "subset", "mechanism")]
+    items = items.group_by(*by, "metric", "source").agg(pl.col("score").mean()).with_columns(is_item=pl.lit(True))
+    return pl.concat([main.filter(~built_in), items], how="diagonal_relaxed")
+
+
+def _pseudo_values(pairs: pl.DataFrame) -> pl.DataFrame:
+    """STS pairs with their pseudo-values as scores; 0 if the task scored 0 because all cosines are equal."""
+    import polars as pl
+
+    def standard(column: str) -> pl.Expr:
+        rank = pl.col(column).rank("average").over(RUN)
+        return (rank - rank.mean().over(RUN)) / rank.std(ddof=0).over(RUN)
+
+    z, w = pl.col("_z"), pl.col("_w")
+    pairs = pairs.with_columns(standard("score").alias("_z"), standard("gold").alias("_w"))
+    pairs = pairs.with_columns((z * w).mean().over(RUN).alias("_rho"))
+    value = pl.col("_rho") + z * w - pl.col("_rho") * (z**2 + w**2) / 2
+    constant = (pl.col("score_main") == 0) | value.is_nan()
+    return pairs.with_columns(pl.when(constant).then(0.0).otherwise(value).alias("score")).drop("_z", "_w", "_rho")

@@ -1,6 +1,6 @@
-"""One design against the baseline in one group of tasks: what the checkpoints show, what the designs show.
+"""One design against the baseline in one group of tasks, at the scope of checkpoints and at the scope of designs.
 
-`Row` and `Verdict` are what a comparison is made of (`verdicts.comparison`); the tests are those of `poolwise.stats`.
+A comparison (`verdicts.comparison`) consists of `Row`s; the tests are those of `poolwise.stats`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from poolwise.verdicts.arms import FEW_SOURCES, Arm
 class Rules:
     """How contrasts are tested, fixed before the runs.
 
-    `alpha` of each test (.03 at each of two declared looks) and 1 − alpha of the intervals; `family`: how many
-    contrasts Holm's correction spans; `interim`: the runs are not complete, so nothing is tested; `run_sd`, `run_df`:
-    the run effect known from elsewhere (0–1) and its degrees of freedom, for designs that were run once.
+    `margin`: half-width of the equivalence region (0–1). `alpha`: level of each test (.03 at each of two declared
+    looks). `family`: the number of contrasts that Holm's correction spans. `interim`: runs are missing, so nothing is
+    tested. `run_sd`, `run_df`: the run effect (0–1) from another study and its degrees of freedom, for designs that
+    were run once.
     """
 
     margin: float
@@ -33,26 +34,26 @@ class Rules:
 
     @property
     def level(self) -> float:
-        """Of the intervals."""
+        """Level of the intervals."""
         return 1 - self.alpha
 
     @property
     def strictest(self) -> float:
-        """Level of Holm's first step."""
+        """Alpha of Holm's first step."""
         return self.alpha / self.family
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a contrast says about two designs (scope: designs), in scores 0–1.
+    """The contrast of two designs (scope: designs), in scores 0–1.
 
     `difference` is the mean over runs and sources, with its interval at 1 − alpha (95 %); `equivalence_low/high` is the
-    interval at 1 − 2 alpha (90 %) that lies inside ±margin exactly where the two one-sided tests (`p_equivalence`) find
-    the designs equivalent.
+    interval at 1 − 2 alpha (90 %), which lies inside ±margin exactly when the two one-sided tests (`p_equivalence`)
+    show that the designs are equivalent.
     `run_sd` is the sd of the effect of one run on the mean over tasks, with its own interval. `detectable` is the true
-    difference that these runs and tasks would find with 80 % power after correction for the family (its first step).
-    `settle_low` to `settle_high` seeds a design would find a difference of the margin, where that is open: a range, as
-    the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
+    difference that these runs and tasks detect with 80 % power after correction for the family (its first step).
+    `settle_low` to `settle_high` seeds per design would detect a difference of the margin, if that is open: a range,
+    as the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
     `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; `none` for controls.
     """
 
@@ -81,8 +82,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Given:
-    """What single runs say of two designs if one run's effect on a mean over such tasks has the sd `run_sd`, which was
-    measured elsewhere with `run_df` degrees of freedom (scores 0–1; tasks of one source averaged first)."""
+    """The contrast of two designs from single runs, given the run effect of another study: the sd `run_sd` of one run's
+    effect on a mean over such tasks, with `run_df` degrees of freedom (scores 0–1; tasks of one source averaged first).
+    """
 
     run_sd: float
     run_df: float
@@ -98,7 +100,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Overall:
-    """One design against the baseline over all task types that the study gives a weight; `weights` sum to 1."""
+    """One design against the baseline over all task types that have a declared weight; `weights` sum to 1."""
 
     design: str
     baseline: str
@@ -108,12 +110,13 @@ class Overall:
 
 @dataclass(frozen=True)
 class Row:
-    """One contrast of one group (scope: checkpoints), with the design-level verdict where runs allow one.
+    """One contrast of one group (scope: checkpoints), with the verdict on designs if the runs allow one.
 
     `difference` is design − baseline (Hodges–Lehmann over `n` tasks, seeds averaged); unbounded ends are None.
-    `p_value`, `p_holm` and `effect_size` are None where one task leaves nothing to test, or runs are still missing.
-    `tipping_run_sd`, with one run a side: the largest run effect at which the result would still stand; 0 if none.
-    `given`, with one run a side: the statement about designs under a run effect known from elsewhere.
+    `p_value`, `p_holm` and `effect_size` are None if there is only one task, or if runs are still missing.
+    `tipping_run_sd`, with one run on either side: the largest run effect at which the difference would still be
+    significant; 0 if there is none.
+    `given`, with one run on either side: the contrast of the designs under a run effect from another study.
     """
 
     group: str
@@ -136,36 +139,38 @@ class Row:
 
 
 def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
-    """One design against the baseline on the same tasks, at both scopes; Holm and the verdict's word come later."""
+    """One design against the baseline on the same tasks, at both scopes; `corrected` adds Holm's p and the word.
+
+    lent: further designs of the group, whose runs help to estimate the run effect.
+    """
     differences = arm.task_means - base.task_means
     n = len(differences)
-    if arm.unit == "item":  # rank tests over items do not keep their level: designs only
-        counts = stats.wins_ties_losses(differences)
-        return Row(
-            arm.group, arm.design, base.design, n, arm.mean - base.mean, None, None, None, None, None,
-            counts.wins, counts.ties, counts.losses, stats.min_reachable_p(n),
-            verdict=None if rules.interim else _verdict(base, arm, lent, rules),
-        )  # fmt: skip
-    shift = stats.hodges_lehmann(differences, rules.level)
+    # Rank tests over items do not keep their level (docs/compare.md), so items have no contrast of checkpoints.
+    ranked = arm.unit == "task"
+    tested = ranked and n > 1 and not rules.interim
+    single = tested and len(base.seeds) == len(arm.seeds) == 1
+    difference, ci_low, ci_high = arm.mean - base.mean, None, None
+    if ranked:
+        shift = stats.hodges_lehmann(differences, rules.level)
+        difference = shift.estimate
+        ci_low, ci_high = (None, None) if rules.interim else (shift.ci_low, shift.ci_high)
     counts = stats.wins_ties_losses(differences)
-    single = len(base.seeds) == len(arm.seeds) == 1
-    tested = n > 1 and not rules.interim
     return Row(
-        group=arm.group, design=arm.design, baseline=base.design, n=n, difference=shift.estimate,
-        ci_low=None if rules.interim else shift.ci_low, ci_high=None if rules.interim else shift.ci_high,
+        group=arm.group, design=arm.design, baseline=base.design, n=n,
+        difference=difference, ci_low=ci_low, ci_high=ci_high,
         p_value=stats.signed_rank(differences) if tested else None,
         p_holm=None,
         effect_size=stats.rank_biserial(differences) if tested else None,
         wins=counts.wins, ties=counts.ties, losses=counts.losses,
         min_reachable_p=stats.min_reachable_p(n),
-        tipping_run_sd=stats.one_seed(differences, 0, level=rules.level).tipping_run_sd if single and tested else None,
+        tipping_run_sd=stats.one_seed(differences, 0, level=rules.level).tipping_run_sd if single else None,
         verdict=None if rules.interim else _verdict(base, arm, lent, rules),
-        given=_given(base, arm, rules) if single and tested else None,
+        given=_given(base, arm, rules) if single else None,
     )  # fmt: skip
 
 
 def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Verdict | None:
-    """The design-level contrast; None with one run a side, or with tasks from one source."""
+    """The contrast of the designs; None with one run on either side, or with tasks from one source."""
     if min(len(base.seeds), len(arm.seeds)) < 2 or len(set(base.sources)) < 2:
         return None
     pool = [x.by_source for x in lent if base.seeds == arm.seeds == x.seeds]
@@ -174,34 +179,34 @@ def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Verdict 
 
 
 def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -> Verdict:
-    """A verdict still without its word."""
-    corrected = result
+    """The verdict without Holm's p and its word; its power is that of the strictest step of Holm's correction."""
+    strictest = result
     if result.null:
         level = 1 - rules.strictest
-        corrected = replace(result, level=level, critical=result.null.critical(level))
+        strictest = replace(result, level=level, critical=result.null.critical(level))
     same = stats.equivalence(result, rules.margin, alpha=rules.alpha)
     settled = result.p_value <= rules.strictest or same.equivalent
-    fewest, most = (None, None) if settled else stats.seeds_to_settle(corrected, rules.margin)
+    fewest, most = (None, None) if settled else stats.seeds_to_settle(strictest, rules.margin)
     return Verdict(
         seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
         difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
         run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
         scope=result.scope, note=result.note,
-        detectable=stats.minimum_detectable_effect(corrected),
+        detectable=stats.minimum_detectable_effect(strictest),
         equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,
         settle_low=fewest, settle_high=most,
     )  # fmt: skip
 
 
 def _given(base: Arm, arm: Arm, rules: Rules) -> Given | None:
-    """The design-level statement under a run effect known from elsewhere; None without one, or with a single source."""
+    """The contrast of the designs under a run effect from another study; None without one, or with a single source."""
     if rules.run_sd is None or base.by_source.shape[1] < 2:
         return None
     differences = (arm.by_source - base.by_source)[0]
-    found = stats.one_seed(differences, rules.run_sd, rules.run_df, rules.level)
+    result = stats.one_seed(differences, rules.run_sd, rules.run_df, rules.level)
     return Given(
-        rules.run_sd, rules.run_df, len(arm.tasks), found.tasks, found.difference, found.ci_low, found.ci_high,
-        found.p_value,
+        rules.run_sd, rules.run_df, len(arm.tasks), result.tasks, result.difference, result.ci_low, result.ci_high,
+        result.p_value,
     )  # fmt: skip
 
 
@@ -209,9 +214,10 @@ def overall(
     groups: Mapping[str, Mapping[str, Arm]], baseline: str, design: str, lent: Sequence[str],
     weights: Mapping[str, float], rules: Rules,
 ) -> Overall:  # fmt: skip
-    """The contrast over all task types with weight: types are fixed, the sources within a type are random.
+    """The contrast over all weighted task types: types are fixed, the sources within a type are random.
 
-    Raises StatisticsError where a type has one source or a design one run.
+    Raises:
+        StatisticsError: a type has one source, or a design one run.
     """
     kinds = [group for group in groups if group in weights]
     lent = [name for name in lent if name not in (baseline, design)]
@@ -234,15 +240,14 @@ def overall(
 def corrected(
     rows: Sequence[Row], overalls: Sequence[Overall], alpha: float
 ) -> tuple[tuple[Row, ...], tuple[Overall, ...]]:
-    """Holm over the family, at each scope by itself, and the word of each verdict (withheld below `FEW_SOURCES`).
+    """Holm over the family, separately at each scope, and the word of each verdict (withheld below `FEW_SOURCES`).
 
-    Overall contrasts belong to the family of the designs. A contrast that could not be tested keeps its place: it never
-    makes the others easier to pass.
+    Overall contrasts belong to the family of the designs.
     """
-    untested = float("nan")
+    untested = float("nan")  # it keeps its place in the family, so that it never makes the others easier to pass
     checkpoints = stats.holm([untested if row.p_value is None else row.p_value for row in rows])
     p = [row.verdict.p_value if row.verdict else untested for row in rows]
-    designs = stats.holm([*p, *(found.verdict.p_value for found in overalls)]).tolist()
+    designs = stats.holm([*p, *(contrast.verdict.p_value for contrast in overalls)]).tolist()
     known = stats.holm([row.given.p_value if row.given else untested for row in rows]).tolist()
     done = []
     for row, p_checkpoints, p_designs, p_given in zip(rows, checkpoints.tolist(), designs, known, strict=False):
@@ -251,13 +256,13 @@ def corrected(
             verdict = _worded(verdict, p_designs, alpha)
         if given:
             word = "better" if given.difference > 0 else "worse"
-            stands = p_given <= alpha and given.sources >= FEW_SOURCES
-            given = replace(given, p_holm=p_given, verdict=word if stands else "inconclusive")
+            significant = p_given <= alpha and given.sources >= FEW_SOURCES
+            given = replace(given, p_holm=p_given, verdict=word if significant else "inconclusive")
         p_checkpoints = None if row.p_value is None else p_checkpoints
         done.append(replace(row, p_holm=p_checkpoints, verdict=verdict, given=given))
     last = [
-        replace(found, verdict=_worded(found.verdict, q, alpha))
-        for found, q in zip(overalls, designs[len(rows) :], strict=True)
+        replace(contrast, verdict=_worded(contrast.verdict, q, alpha))
+        for contrast, q in zip(overalls, designs[len(rows) :], strict=True)
     ]
     return tuple(done), tuple(last)
 
@@ -272,30 +277,30 @@ def _worded(verdict: Verdict, p_holm: float, alpha: float) -> Verdict:
 
 
 def thin_groups(groups: Mapping[str, Mapping[str, Arm]], baseline: str) -> list[str]:
-    """What groups with too few tasks or sources cannot say, the groups of a kind together."""
-    bases = [found[baseline] for found in groups.values()]
+    """A sentence for each limitation that comes from few tasks, few sources or two seeds, with the groups concerned."""
+    bases = [arms[baseline] for arms in groups.values()]
     alone = [base.group for base in bases if len(base.tasks) == 1]
     sources = {base.group: len(set(base.sources)) for base in bases if len(base.tasks) > 1}
     one = [group for group, n in sources.items() if n == 1]
     few = [f"{b.group} ({sources[b.group]})" for b in bases
            if 1 < sources.get(b.group, 0) < FEW_SOURCES and len(b.seeds) > 1]  # fmt: skip
-    said = []
+    notes = []
     if one:
-        said.append(f"{', '.join(one)}: all tasks come from one source, so there is no verdict on designs over tasks.")
+        notes.append(f"{', '.join(one)}: all tasks come from one source, so there is no verdict on designs over tasks.")
     if few:
-        said.append(
-            f"{', '.join(few)}: so few sources tell little of the spread over tasks, and p-values far below .05 come "
+        notes.append(
+            f"{', '.join(few)}: so few sources measure the spread over tasks badly, and p-values far below .05 come "
             f"out too small; a verdict needs {FEW_SOURCES} sources."
         )
     if alone:
-        said.append(f"{', '.join(alone)}: one task leaves nothing to test over tasks, so there is no p-value.")
+        notes.append(f"{', '.join(alone)}: there is one task, so nothing can be tested over tasks and p is missing.")
     if any(len(base.seeds) == 2 for base in bases):
-        said.append(
-            "Two seeds say little of the run effect: among stored runs of one design, groups of two were called "
-            "different in 8 % of splits at p < .05, and something of a split after Holm in up to 20 % (with three "
-            "seeds in 4 to 7 % and 6 to 10 %). Confirm with three or more."
+        notes.append(
+            "Two seeds measure the run effect badly: when stored runs of one design were split into groups of two, the "
+            "groups differed at p < .05 in 8 % of splits, and on at least one mechanism after Holm in up to 20 % (with "
+            "three seeds 4 to 7 % and 6 to 10 %). Confirm with three or more."
         )
-    return said
+    return notes
 
 
 def usable_weights(
@@ -305,30 +310,30 @@ def usable_weights(
     weights: Mapping[str, float] | None,
     interim: str,
 ) -> tuple[dict[str, float], list[str]]:
-    """The declared weights that an overall verdict can use, none where there can be no such verdict; and why, in words.
+    """The declared weights that an overall verdict can use, none if there can be no such verdict; and notes on why.
 
-    Types are fixed, so the spread over sources must be seen within each: two sources a type, and in all as many degrees
-    of freedom as `FEW_SOURCES` sources of one type have.
+    Types are fixed, so the spread over sources must be estimated within each: two sources per type, and in total as
+    many degrees of freedom as `FEW_SOURCES` sources of one type have.
     """
-    groups = {group: found for group, found in groups.items() if found[designs[0]].unit == "task"}
+    groups = {group: arms for group, arms in groups.items() if arms[designs[0]].unit == "task"}
     if by != "task_type" or len(groups) < 2 or interim:
         return {}, []
-    runs = [len(arm.seeds) for found in groups.values() for name, arm in found.items() if name in designs]
+    runs = [len(arm.seeds) for by_design in groups.values() for name, arm in by_design.items() if name in designs]
     if min(runs) < 2:
         return {}, []
     if not weights:
-        return {}, ["No overall verdict: task types are fixed, so it takes weights ([type_weights] in the study file)."]
+        return {}, ["No overall verdict: it needs weights of the task types ([type_weights] in the study file)."]
     kept = {group: weights[group] for group in groups if group in weights}
-    said = []
+    notes = []
     if ignored := [name for name in weights if name not in groups]:
-        said.append(f"type_weights: no task is of type {', '.join(ignored)}.")
+        notes.append(f"type_weights: no task is of type {', '.join(ignored)}.")
     if unweighted := [group for group in groups if group not in weights]:
-        said.append(f"Without weight in the overall verdict: {', '.join(unweighted)}.")
+        notes.append(f"Without weight in the overall verdict: {', '.join(unweighted)}.")
     arms = [groups[group][designs[0]] for group in kept]
     sources = [arm.by_source.shape[1] for arm in arms]
     if not arms:
-        return {}, said
+        return {}, notes
     if min(sources) < 2 or sum(sources) - len(sources) < FEW_SOURCES - 1:
         thin = ", ".join(f"{arm.group} {n}" for arm, n in zip(arms, sources, strict=True))
-        return {}, [*said, f"No overall verdict: too few sources within the weighted types ({thin})."]
-    return kept, said
+        return {}, [*notes, f"No overall verdict: too few sources within the weighted types ({thin})."]
+    return kept, notes

@@ -1,4 +1,9 @@
-"""Systems compared on one data set, item by item."""
+"""Systems compared on one data set, item by item.
+
+The test follows from the task type (docs/compare.md): a permutation test or McNemar's if a score is a mean over items,
+a bootstrap of the statistic if a score belongs to all pairs together. No rank test over items is offered: per-item
+differences are skewed and mostly zero, so its false-alarm rate at a mean difference of 0 reaches .99.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import midranks
 from poolwise.stats.resample import correlation
-from poolwise.verdicts.table import NOT_IN_RUN
+from poolwise.verdicts.table import LISTED, NOT_IN_RUN, first_few
 
 if TYPE_CHECKING:
     import polars as pl
@@ -25,17 +30,16 @@ NOUNS = {
     "Retrieval": "queries", "Reranking": "queries", "Classification": "examples", "Clustering": "sets",
     "STS": "pairs", "PairClassification": "pairs",
 }  # fmt: skip
-OUTPUT = "cosine"  # metric of rows that hold a model's output, to be measured against the column `gold`
+OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
 MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
-LISTED = 5  # names that a message spells out
 
 
 @dataclass(frozen=True)
 class DataSet:
     """Items of one task × split × subset that every run has: `runs` of each design, (runs, items), sorted by item id.
 
-    `gold` (items,) where the scores are outputs to be measured against it. `lacking` names the items left out because
-    a run lacks them; `with_zeros` is each design's mean with a 0 for those.
+    `gold` (items,) if the scores are outputs to be scored against it. `lacking` names the items left out because a run
+    lacks them; `with_zeros` is each design's mean with a score of 0 for those.
     """
 
     task: str
@@ -49,18 +53,18 @@ class DataSet:
 
     @property
     def noun(self) -> str:
-        """What an item is called."""
+        """The plural name of the items."""
         return NOUNS.get(self.task_type, "items")
 
 
 def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
-    """The item rows of one task at each run's last step."""
+    """The item rows of one task at the last step of each run."""
     import polars as pl
 
     items = frame.filter(pl.col("item_id").is_not_null())
     known = items["task"].unique(maintain_order=True).to_list()
     if not known:
-        raise StatisticsError("the scores hold no items (rows with an item_id); only main scores can be compared")
+        raise StatisticsError("the scores contain no items (rows with an item_id); only main scores can be compared")
     if task not in known:
         why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
         names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
@@ -70,7 +74,7 @@ def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
 
 
 def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
-    """The step of each design's checkpoints; refused where one run of a design stopped earlier than another."""
+    """The step of each design's checkpoints. Raises StatisticsError if runs of a design stopped at different steps."""
     steps: dict[str, int | None] = {}
     for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
         if steps.setdefault(design, step) != step:
@@ -82,25 +86,27 @@ def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
 
 
 def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
-    """The metric of the rows to compare: what was asked for, the task's main one, or the only one."""
+    """The metric of the rows to compare: the one asked for, the task's main one, or the only one."""
     import polars as pl
 
     kind = rows["task_type"][0]
-    found = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
+    stored = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
     if wanted is None:
         main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
-        wanted = next((name for name in (*main, *found) if name in found and (name in main or len(found) == 1)), None)
+        wanted = next((name for name in main if name in stored), None)
+        wanted = next(iter(stored)) if wanted is None and len(stored) == 1 else wanted
         if wanted is None:
-            raise StatisticsError(f"{task}: items have several metrics ({', '.join(found)}); choose one")
-    if wanted not in {*found, *found.values()}:
+            raise StatisticsError(f"{task}: items have several metrics ({', '.join(stored)}); choose one with --metric")
+    if wanted not in {*stored, *stored.values()}:
         raise StatisticsError(
-            f"metric {wanted!r} is not there for the items of {task!r}; allowed: {', '.join(found)}"
-            f"{suggest(wanted, found)}"
+            f"metric {wanted!r} does not exist for the items of {task!r}; allowed: {', '.join(stored)}"
+            f"{suggest(wanted, stored)}"
         )
-    return found.get(wanted, wanted)
+    return stored.get(wanted, wanted)
 
 
 def data_sets(rows: pl.DataFrame, task: str, metric: str, missing: str) -> list[DataSet]:
+    """The items of one task, as one data set for each split and subset."""
     import polars as pl
 
     rows = rows.filter(pl.col("metric") == metric)
@@ -115,6 +121,7 @@ def data_sets(rows: pl.DataFrame, task: str, metric: str, missing: str) -> list[
 
 
 def _data_set(part: pl.DataFrame, label: str, metric: str, missing: str, expected: list[tuple[str, int]]) -> DataSet:
+    """`expected`: (design, seed) of every run that must have the items."""
     import polars as pl
 
     kind = part["task_type"][0]
@@ -134,37 +141,32 @@ def _data_set(part: pl.DataFrame, label: str, metric: str, missing: str, expecte
         if gold is not None:
             gold[expected.index(run), place] = scores["gold"].to_numpy()
     shared = ~np.isnan(table).any(axis=0)
-    lacking = [name for name, here in zip(names, shared, strict=True) if not here]
+    lacking = [name for name, present in zip(names, shared, strict=True) if not present]
     if not shared.any():
-        have = [
-            f"{design} seed {seed} has {listed([n for n, x in zip(names, row, strict=True) if x == x])}"
+        parts = [
+            f"{design} seed {seed} has {first_few([n for n, x in zip(names, row, strict=True) if x == x])}"
             for (design, seed), row in zip(expected, table, strict=True)
         ]
-        raise StatisticsError(f"{label}: no {noun} that all runs have; {'; '.join(have[:LISTED])}")
+        raise StatisticsError(f"{label}: no {noun} that all runs have; {'; '.join(parts[:LISTED])}")
     if lacking and missing == "error":
         raise StatisticsError(
-            f"{label}: {len(lacking)} of {len(names)} {noun} lack a score in some run: {listed(lacking)}. Score them, "
-            'or leave them out of every run (missing="drop" in Python, --missing drop on the command line)'
+            f"{label}: {len(lacking)} of {len(names)} {noun} lack a score in some run: {first_few(lacking)}. Score "
+            'them, or leave them out of every run (missing="drop" in Python, --missing drop on the command line)'
         )
     if gold is not None:
         gold = gold[:, shared]
         if (different := np.flatnonzero((gold != gold[0]).any(axis=0))).size:
             wrong = names[np.flatnonzero(shared)[different[0]]]
             raise StatisticsError(f"{label}: gold of {wrong!r} differs between runs: they were scored on other data")
-    names_of = list(dict.fromkeys(design for design, _ in expected))
-    of = {name: [i for i, (design, _) in enumerate(expected) if design == name] for name in names_of}
+    designs = dict.fromkeys(design for design, _ in expected)
+    places = {name: [i for i, (design, _) in enumerate(expected) if design == name] for name in designs}
     return DataSet(
         label, kind, MEASURED[kind] if metric == OUTPUT else metric,
-        {name: table[of[name]][:, shared] for name in names_of},
-        {name: tuple(expected[i][1] for i in of[name]) for name in names_of},
+        {name: table[runs][:, shared] for name, runs in places.items()},
+        {name: tuple(expected[i][1] for i in runs) for name, runs in places.items()},
         None if gold is None else gold[0], tuple(lacking),
-        {name: float(np.nan_to_num(table[of[name]]).mean()) for name in names_of},
+        {name: float(np.nan_to_num(table[runs]).mean()) for name, runs in places.items()},
     )  # fmt: skip
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 CROSSED = "crossed"
@@ -175,8 +177,8 @@ FEW = 20  # items below which a percentile interval is noticeably too narrow
 class Paired:
     """One system against the baseline on one data set: design − baseline, in scores 0–1, with its 95 % interval.
 
-    `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope` says for what the line
-    speaks; `note` what else must be known to read it.
+    `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope`: what the claim is about;
+    `note`: what else must be known to read it.
     """
 
     task: str
@@ -194,8 +196,8 @@ class Paired:
     note: str
 
 
-class Found(NamedTuple):
-    """What a test found: the difference, its interval and p, its own name and what to know about it."""
+class Estimate(NamedTuple):
+    """The result of one test: the difference, its interval and p, the test's name, and notes on reading it."""
 
     difference: float
     ci_low: float
@@ -216,20 +218,23 @@ def compare_items(
     controls: Iterable[str] = (),
     seed: int = 0,
 ) -> tuple[Paired, ...]:
-    """Compare designs with a baseline on the items of one task; each split and subset is a data set of its own.
+    """Compare designs with a baseline on the items of one task; each split and subset is a separate data set.
 
     Args:
         frame: the long table with per-item rows; earlier steps are ignored.
         design: the one to compare; by default all but the baseline and the controls.
         baseline: by default the first design of the table.
         metric: by default the task's main one.
-        missing: `error` refuses items that a run lacks; `drop` leaves them out of every run and says so in the note.
+        missing: `error` refuses items that a run lacks; `drop` leaves them out of every run and notes it.
+        controls: designs that are not compared unless named.
         seed: of the resampling; the same seed gives the same numbers.
 
     Raises:
         StatisticsError: unknown task, design, baseline or metric; no items; gaps; different gold values; runs of
             one design that stopped at different steps.
     """
+    import polars as pl
+
     if missing not in ("error", "drop"):
         hint = suggest(missing, ["error", "drop"])
         raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
@@ -246,8 +251,6 @@ def compare_items(
     others = [design] if design else [name for name in present if name not in outside]
     if not others or others == [baseline]:
         raise StatisticsError(f"a comparison needs two designs; {task!r} has items of {', '.join(present)} only")
-    import polars as pl
-
     rows = rows.filter(pl.col("design").is_in([baseline, *others]))
     steps = last_steps(rows)
     sets = data_sets(rows, task, item_metric(frame, rows, task, metric), missing)
@@ -261,82 +264,83 @@ def compare_items(
 
 
 def to_json(lines: Sequence[Paired]) -> dict[str, Any]:
-    """What `poolwise compare --json` prints of item-level comparisons."""
+    """The content of `poolwise compare --json` for comparisons of items."""
     return {"comparisons": [asdict(line) for line in lines]}
 
 
 def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
-    """The line for the checkpoints, and the one for the designs where runs allow it."""
+    """The line about the checkpoints, and the one about the designs if the runs allow it."""
     a, b = data.runs[base], data.runs[name]
     n, rng = a.shape[1], np.random.default_rng(seed)
-    found = _by_mean(data, a, b, rng) if data.gold is None else _by_gold(data, a, b, data.gold, rng)
-    general = []
+    estimate = _by_mean(data, a, b, rng) if data.gold is None else _by_gold(data, a, b, data.gold, rng)
+    notes = []
     if data.lacking:
-        of = f"{len(data.lacking)} of {n + len(data.lacking)} {data.noun}"
-        general.append(f"left out, as some run lacks them: {of} ({listed(data.lacking)})")
+        share = f"{len(data.lacking)} of {n + len(data.lacking)} {data.noun}"
+        notes.append(f"left out because some run lacks them: {share} ({first_few(data.lacking)})")
         if data.gold is None:
-            general.append(f"with 0 for those the difference is {data.with_zeros[name] - data.with_zeros[base]:.4f}")
+            zeros = data.with_zeros[name] - data.with_zeros[base]
+            notes.append(f"with a score of 0 for those the difference is {zeros:.4f}")
     if steps[base] != steps[name]:
-        general.append(f"trained for other numbers of steps: {name} {steps[name]}, {base} {steps[base]}")
+        notes.append(f"trained for different numbers of steps: {name} {steps[name]}, {base} {steps[base]}")
     runs = "these two checkpoints"
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
-    lines = [(found, runs)]
+    lines = [(estimate, runs)]
     if data.gold is None and min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
         Paired(
             data.task, data.metric, name, base, n, test.difference, test.ci_low, test.ci_high, test.p_value, math.nan,
-            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *general]),
+            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]),
         )
         for test, scope in lines
     ]  # fmt: skip
 
 
-def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Found:
-    """A score that is a mean over items: permutation or McNemar, with the bootstrap's interval."""
+def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Estimate:
+    """A score that is a mean over items: permutation or McNemar test, with a bootstrap interval."""
     x, y = a.mean(axis=0), b.mean(axis=0)
     interval = stats.paired_bootstrap(x, y, rng)
     moved, notes = int((x != y).sum()), _size_notes(data, len(x))
     if data.task_type == "Clustering":
-        notes.append("sets drawn again from one data set overlap, which makes p and the interval too small")
+        notes.append("sets that were drawn repeatedly from one data set overlap, so p and the interval are too small")
     if data.task_type == "Classification" and np.isin([x, y], (0, 1)).all():
         test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum()))
     else:
         test, p = "paired permutation", stats.paired_permutation(x, y, rng)
         if data.task_type == "Classification":
-            notes.append("an example's score is a share of experiments, so McNemar's test does not apply")
+            notes.append("the score of an example is a mean over experiments, so McNemar's test does not apply")
     if moved == 0:
-        notes.append(f"the scores are the same on all {data.noun}")
+        notes.append(f"the scores are equal on all {data.noun}")
     elif 2 / 2**moved > 0.05:
         notes.append(f"only {moved} of {len(x)} {data.noun} differ, so p cannot fall below {2 / 2**moved:g}")
-    return Found(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes))
+    return Estimate(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes))
 
 
-def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Generator) -> Found:
-    """A score of all pairs together: the bootstrap redraws pairs."""
+def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Generator) -> Estimate:
+    """A score of all pairs together: the bootstrap resamples pairs."""
     notes = _size_notes(data, len(gold))
     if data.task_type == "STS":
-        found, test = stats.spearman_bootstrap(a, b, gold, rng), "bootstrap of Spearman's correlation"
+        result, test = stats.spearman_bootstrap(a, b, gold, rng), "bootstrap of Spearman's correlation"
         rho_a, rho_b, rho_ab = _spearman(a[0], gold), _spearman(b[0], gold), _spearman(a[0], b[0])
         if len(a) == len(b) == 1 and len(gold) > 3 and max(abs(rho_a), abs(rho_b)) < 1:
             low, high = stats.zou_interval(rho_a, rho_b, rho_ab, len(gold))
-            notes.append(f"check, Zou's interval: {low:.4f} to {high:.4f}")
+            notes.append(f"for comparison, Zou's interval: {low:.4f} to {high:.4f}")
     else:
-        found, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
-    return Found(found.difference, found.ci_low, found.ci_high, found.p_value, test, tuple(notes))
+        result, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
+    return Estimate(result.difference, result.ci_low, result.ci_high, result.p_value, test, tuple(notes))
 
 
-def _over_runs(data: DataSet, base: str, name: str) -> Found:
+def _over_runs(data: DataSet, base: str, name: str) -> Estimate:
     """Random runs × random items; other designs with the same seeds lend their run variance."""
     seeds = data.seeds[base]
     lent = [
         runs for other, runs in data.runs.items() if other not in (base, name) and data.seeds[other] == seeds
     ] if data.seeds[name] == seeds else []  # fmt: skip
-    found = stats.crossed(data.runs[base], data.runs[name], pool=lent)
-    note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {found.run_sd:.4f} ({found.scope})"
-    return Found(
-        found.difference, found.ci_low, found.ci_high, found.p_value, CROSSED, (note, *filter(None, [found.note]))
+    result = stats.crossed(data.runs[base], data.runs[name], pool=lent)
+    note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {result.run_sd:.4f} ({result.scope})"
+    return Estimate(
+        result.difference, result.ci_low, result.ci_high, result.p_value, CROSSED, (note, *filter(None, [result.note]))
     )
 
 

@@ -1,18 +1,18 @@
-"""Reading and writing scores: CSV, TSV, Parquet, folders of mteb results, TREC runs with their judgements.
+"""Reading scores: CSV, TSV, Parquet, folders of mteb results, TREC runs with their judgements.
 
-Whatever comes in ends as the validated long table of `long_table.py`; every mistake names file, line, column and value.
+Every source ends as the validated long table of `verdicts.table`; an error names the file, the line, the column and the
+value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.data.own_tasks import HIGHEST_GRADE
 from poolwise.errors import DataError, suggest
-from poolwise.files import write_atomic
 from poolwise.verdicts.table import NOT_IN_RUN, REQUIRED, table, validate
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def read(path: str | Path) -> pl.DataFrame:
     """Read a CSV, TSV or Parquet file of scores, or a folder of mteb results, as the validated long table.
 
     Raises:
-        DataError: the file is missing, of another kind, malformed, or breaks a rule of `validate`.
+        DataError: the file is missing, of an unknown kind, malformed, or breaks a rule of `validate`.
     """
     import polars as pl
 
@@ -46,16 +46,16 @@ def read(path: str | Path) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a readable {suffix[1:].upper()} file ({reason})") from error
-    raise DataError(f"{path}: unknown kind {suffix!r}; allowed: .csv, .tsv, .parquet or a folder of mteb results")
+    raise DataError(f"{path}: unknown file type {suffix!r}; allowed: .csv, .tsv, .parquet or a folder of mteb results")
 
 
 def read_mteb(folder: str | Path) -> pl.DataFrame:
-    """Read `<model>/<revision>/<Task>.json` below a folder, as mteb writes and publishes it.
+    """Read `<model>/<revision>/<Task>.json` below a folder, the layout that mteb writes and publishes.
 
-    The model's name is the design (`org__name` reads `org/name`); its revision folders, in alphabetical order, are its
-    seeds, but folders without a task in common are parts of one run. Tasks that mteb knows keep their evaluation splits
-    only, and a part of an aggregate task whose aggregate is there is left out; results copied from model cards
-    (`external`) count only where a model has no other.
+    The model's name is the design (`org__name` becomes `org/name`); its revision folders, in alphabetical order, are
+    its seeds, but folders without a common task are parts of one run. Of tasks that mteb knows only the evaluation
+    splits are kept, and a part of an aggregate task is left out if the aggregate is present; results copied from model
+    cards (`external`) are used only if a model has no others.
 
     Raises:
         DataError: no result file below the folder, or a file that mteb cannot read.
@@ -63,32 +63,34 @@ def read_mteb(folder: str | Path) -> pl.DataFrame:
     folder = Path(folder)
     files = sorted(p for p in folder.resolve().rglob("*.json") if p.name != "model_meta.json" and _is_result(p))
     if not files:
-        raise DataError(f"{folder}: no mteb results in it; expected <model>/<revision>/<Task>.json")
+        raise DataError(f"{folder} contains no mteb results; expected <model>/<revision>/<Task>.json")
     runs: dict[str, dict[str, list[Path]]] = {}
     for path in files:
         runs.setdefault(path.parent.parent.name.replace("__", "/"), {}).setdefault(path.parent.name, []).append(path)
     rows = []
     for model, revisions in runs.items():
-        own = [name for name in revisions if name != "external"] or list(revisions)
-        taken: list[set[str]] = []  # tasks of each seed so far
-        for revision in sorted(own):
+        measured = [name for name in revisions if name != "external"] or list(revisions)
+        tasks_of_seed: list[set[str]] = []
+        for revision in sorted(measured):
             tasks = {path.name for path in revisions[revision]}
-            seed = next((seed for seed, names in enumerate(taken) if not names & tasks), len(taken))
-            if seed == len(taken):
-                taken.append(set())
-            taken[seed] |= tasks
+            # The first seed that has none of these tasks yet: revisions with disjoint tasks are parts of one run.
+            seed = next((seed for seed, names in enumerate(tasks_of_seed) if not names & tasks), len(tasks_of_seed))
+            if seed == len(tasks_of_seed):
+                tasks_of_seed.append(set())
+            tasks_of_seed[seed] |= tasks
             for row in _task_rows(revisions[revision]):
                 rows.append({"design": model, "seed": seed, "revision": revision, **row})
     return table(rows, str(folder))
 
 
 def _is_result(path: Path) -> bool:
-    with path.open("rb") as file:
-        text = file.read()
+    """Whether a JSON file is a result of mteb, of the current or of its first format."""
+    text = path.read_bytes()
     return b'"main_score"' in text or b'"mteb_dataset_name"' in text
 
 
 def _task_rows(files: list[Path]) -> Iterable[dict[str, Any]]:
+    """The main scores in the result files of one revision."""
     import mteb
     from mteb.results import TaskResult
 
@@ -96,7 +98,7 @@ def _task_rows(files: list[Path]) -> Iterable[dict[str, Any]]:
     for path in files:
         try:
             result = TaskResult.from_disk(path)
-        except Exception as error:  # mteb raises what its validators raise
+        except Exception as error:  # mteb lets through whatever its validators raise
             raise DataError(f"{path}: mteb cannot read it ({str(error).splitlines()[0]})") from error
         try:
             known = mteb.get_task(result.task_name).metadata
@@ -119,7 +121,7 @@ def _task_rows(files: list[Path]) -> Iterable[dict[str, Any]]:
 
 
 def _guess_kind(path: Path, scores: Mapping[str, Any]) -> tuple[str, str]:
-    """Main metric and task type of a task that mteb does not know, from the metrics its file holds."""
+    """Main metric and task type of a task that mteb does not know, from the metrics in its file."""
     by_metric = {
         "cosine_spearman": "STS", "v_measure": "Clustering", "max_ap": "PairClassification",
         "ndcg_at_10": "Retrieval", "map_at_1000": "Reranking", "map": "Reranking",
@@ -129,7 +131,7 @@ def _guess_kind(path: Path, scores: Mapping[str, Any]) -> tuple[str, str]:
         if scores.get(metric) == scores["main_score"]:
             return metric, kind
     raise DataError(
-        f"{path}: mteb does not know this task, nor do its metrics tell its type; give a CSV with task_type"
+        f"{path}: mteb does not know this task, and its metrics do not determine its type; give a CSV with task_type"
     )
 
 
@@ -138,13 +140,13 @@ def read_trec(
 ) -> pl.DataFrame:
     """Score TREC runs (`query Q0 document rank score tag`) against judgements: a row for each query, one for the mean.
 
-    A run's file name without its suffix is its design; a trailing `.seed1`, `-seed1` or `_seed1` is its seed, else 0.
-    `qrels` is TREC's (`query 0 document grade`) or BEIR's table (`query-id corpus-id score`). Queries without a
-    relevant document are left out; a judged query that a run leaves out scores 0 and its `note` says so. `metric` is
+    The design is a run's file name without its suffix; a trailing `.seed1`, `-seed1` or `_seed1` is its seed (default
+    0). `qrels` is TREC's table (`query 0 document grade`) or BEIR's (`query-id corpus-id score`). Queries without a
+    relevant document are left out; a judged query that a run lacks scores 0, and its `note` states that. `metric` is
     mteb's name: `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
 
-    Grades are whole numbers (1.0 is one), scores finite; a document stands once in a query's ranking, and judgements
-    of it may repeat but not differ.
+    Grades are whole numbers (1.0 counts as one) and scores are finite. A query ranks each document once; judgements of
+    a document may repeat but not differ.
 
     Raises:
         DataError: a line that breaks these rules (file, line), two files of one design and seed, no judged query, an
@@ -170,23 +172,24 @@ def read_trec(
         design, seed = (seeded[1], int(seeded[2])) if seeded else (path.stem, 0)
         if first := paths.get((design, seed)):
             raise DataError(
-                f"{path}: run {seed} of {design!r} is there more than once (also {first}), by the names of the files; "
-                "name them after their systems, with .seed0, .seed1 … for several runs of one"
+                f"{path}: by the file names, run {seed} of {design!r} is given more than once (also {first}); name "
+                "the files after their systems, with .seed0, .seed1 … for several runs of one system"
             )
         paths[design, seed] = path
-        found = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(_ranking(path))
+        evaluated = pytrec_eval.RelevanceEvaluator(judged, {measure}).evaluate(_ranking(path))
         field = measure.replace(".", "_")
-        scores = {query: found[query][field] if query in found else 0.0 for query in judged}
+        scores = {query: evaluated[query][field] if query in evaluated else 0.0 for query in judged}
         common = {"design": design, "seed": seed, "task": task, "task_type": "Retrieval", "metric": metric}
         rows.append({**common, "score": sum(scores.values()) / len(scores), "item_id": None})
         rows += [
-            {**common, "score": score, "item_id": query, "note": None if query in found else NOT_IN_RUN}
+            {**common, "score": score, "item_id": query, "note": None if query in evaluated else NOT_IN_RUN}
             for query, score in scores.items()
         ]
     return table(rows, "the runs")
 
 
 def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
+    """(line number, cells) of every line that is not blank."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from ((number, line.split()) for number, line in enumerate(file, 1) if line.strip())
@@ -195,9 +198,10 @@ def _lines(path: Path) -> Iterable[tuple[int, list[str]]]:
 
 
 def _judgements(path: Path) -> dict[str, dict[str, int]]:
+    """Query -> document -> grade."""
     judged: dict[str, dict[str, int]] = {}
     for number, cells in _lines(path):
-        if number == 1 and cells[-1] == "score":
+        if number == 1 and cells[-1] == "score":  # the header of BEIR's table
             continue
         try:
             query, document, cell = (cells[0], cells[2], cells[3]) if len(cells) == 4 else cells
@@ -213,13 +217,14 @@ def _judgements(path: Path) -> dict[str, dict[str, int]]:
         known = judged.setdefault(query, {}).setdefault(document, int(grade))
         if known != grade:
             raise DataError(
-                f"{path}, line {number}: grade {cell} for query {query!r} and document {document!r}, which an earlier "
-                f"line grades {known}; a document has one grade for a query, keep one of the lines"
+                f"{path}, line {number}: grade {cell} for query {query!r} and document {document!r} differs "
+                f"from {known} in an earlier line; a document has one grade per query, keep one of the lines"
             )
     return judged
 
 
 def _ranking(path: Path) -> dict[str, dict[str, float]]:
+    """Query -> document -> score."""
     ranking: dict[str, dict[str, float]] = {}
     for number, cells in _lines(path):
         try:
@@ -231,31 +236,14 @@ def _ranking(path: Path) -> dict[str, dict[str, float]]:
             ) from error
         if not math.isfinite(score):
             raise DataError(
-                f"{path}, line {number}: score {cell!r} is not a finite number, so the document has no rank; leave the "
-                "line out or mend the system that wrote it"
+                f"{path}, line {number}: score {cell!r} is not a finite number, so the document has no rank; remove "
+                "the line or fix the system that wrote it"
             )
         documents = ranking.setdefault(query, {})
         if document in documents:
             raise DataError(
-                f"{path}, line {number}: document {document!r} is there already for query {query!r}, with score "
-                f"{documents[document]:g}; a run ranks a document once for a query, keep one of the lines"
+                f"{path}, line {number}: document {document!r} is already ranked for query {query!r}, with score "
+                f"{documents[document]:g}; a run ranks a document once per query, keep one of the lines"
             )
         documents[document] = score
     return ranking
-
-
-def write(frame: pl.DataFrame, path: str | Path) -> Path:
-    """Write a long table as Parquet, CSV or TSV, whole or not at all; returns the path."""
-    import io
-
-    path = Path(path)
-    writers: dict[str, Callable[[Any], object]] = {
-        ".parquet": frame.write_parquet,
-        ".csv": frame.write_csv,
-        ".tsv": lambda file: frame.write_csv(file, separator="\t"),
-    }
-    if path.suffix.lower() not in writers:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {', '.join(writers)}")
-    buffer = io.BytesIO()
-    writers[path.suffix.lower()](buffer)
-    return write_atomic(path, buffer.getvalue())

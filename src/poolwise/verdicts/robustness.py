@@ -1,38 +1,39 @@
-"""One study on several base models: what all of them say together, what each says, and whether they agree.
+"""Whether results hold: on several base models, and with equally tuned designs.
 
-Pooled: each run's score is averaged over the base models, seed by seed; the data order of a seed is the same on all of
-them, and runs and tasks stay the samples. A pooled verdict speaks about these base models, which are no sample. What
-each says alone is a comparison of its own, with its own family for Holm's correction.
+Several base models: each run's score is averaged over them, seed by seed (a seed gives the same data order on all of
+them), and runs and tasks remain the samples. A pooled verdict is about these base models, which are not a sample. Each
+base model also has a comparison of its own, with its own family for Holm's correction.
+
+Equal tuning: each verdict with the same recipe beside the one with each design's best setting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poolwise.errors import StatisticsError, suggest
 from poolwise.study.recipe import Setting
+from poolwise.verdicts.comparison import Comparison
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from poolwise.verdicts.comparison import Comparison
 
-
-DRAWS = 2000
+DRAWS = 2000  # bootstrap samples of a rank correlation
 CELL = ("design", "role", "seed", "step", "task", "task_type", "source", "split", "subset", "metric", "item_id")
 
 
 @dataclass(frozen=True)
 class OnBase:
-    """The difference of a design to the baseline on one base model, 0–1, with its 95 % interval and verdict.
+    """The difference between a design and the baseline on one base model, 0–1, with its 95 % interval and verdict.
 
-    `verdict` is `none` where a single run or source leaves none; the difference is then that of the checkpoints.
+    `verdict` is `none` if there is a single run or source; the difference is then that of the checkpoints.
     """
 
     base: str
@@ -47,7 +48,7 @@ class AcrossBases:
     """A design against the baseline on every base model.
 
     `agreement`: `agrees` (better on all, or worse on all), `contradicts` (better on one, worse on another), `open`.
-    `same_sign`: whether all differences point one way.
+    `same_sign`: whether all differences have the same sign.
     """
 
     group: str
@@ -62,7 +63,7 @@ class AcrossBases:
 class RankAgreement:
     """Kendall's tau-b between the mean scores of the designs on two base models (1: the same ranking, −1: reversed).
 
-    The 95 % interval is a percentile bootstrap: runs of each base model by themselves, sources of tasks together.
+    The 95 % interval is a percentile bootstrap: the runs of each base model separately, the sources of tasks jointly.
     """
 
     group: str
@@ -84,14 +85,14 @@ class Robustness:
 
 
 def bases(frame: pl.DataFrame) -> list[str]:
-    """The base models of a long table, in order; empty where it does not tell."""
+    """The base models of a long table, in order; empty if it does not name them."""
     if "base" not in frame.columns:
         return []
     return frame["base"].drop_nulls().unique(maintain_order=True).to_list()  # type: ignore[no-any-return]
 
 
 def pooled(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
-    """The long table with scores averaged over base models; what some of them lack is left out, references are kept."""
+    """The long table with scores averaged over base models; rows that one base lacks are dropped, references kept."""
     import polars as pl
 
     key = [name for name in CELL if name in frame.columns]
@@ -113,13 +114,13 @@ def alone(frame: pl.DataFrame, name: str) -> pl.DataFrame:
 
 
 def chosen(frame: pl.DataFrame, name: str | None) -> pl.DataFrame:
-    """The rows of the one base model that is asked for. Raises StatisticsError where it is unknown, or not said."""
+    """The rows of the base model asked for. Raises StatisticsError if it is unknown, or missing although needed."""
     names = bases(frame)
     if name is None and len(names) > 1:
         raise StatisticsError(f"the scores are of several base models: choose one with --base ({', '.join(names)})")
     if name is not None and name not in names:
-        have = ", ".join(names) or "none, as there is no column base"
-        raise StatisticsError(f"base model {name!r} has no scores; those that have: {have}{suggest(name, names)}")
+        allowed = ", ".join(names) or "none, as the scores have no column base"
+        raise StatisticsError(f"base model {name!r} has no scores; allowed: {allowed}{suggest(name, names)}")
     return alone(frame, name) if name else frame
 
 
@@ -139,39 +140,31 @@ def robustness(by_base: Sequence[tuple[str, Comparison]]) -> Robustness | None:
     return Robustness(tuple(name for name, _ in by_base), tuple(rows), tuple(rankings))
 
 
-def bases_to_json(comparison: Comparison) -> dict[str, Any] | None:
-    """Whether the base models agree, and the comparison on each; None for a study of one."""
-    if comparison.robustness is None:
-        return None
-    each = {name: found.to_json() for name, found in comparison.by_base}
-    return {**asdict(comparison.robustness), "comparisons": each}
-
-
 def _across(group: str, design: str, by_base: Sequence[tuple[str, Comparison]]) -> AcrossBases:
-    found = []
+    results = []
     for name, comparison in by_base:
         row = comparison.row(group, design)
         shown = row.verdict or row
         word = row.verdict.verdict if row.verdict else "none"
-        found.append(OnBase(name, shown.difference, shown.ci_low, shown.ci_high, word))
-    words = {on.verdict for on in found}
+        results.append(OnBase(name, shown.difference, shown.ci_low, shown.ci_high, word))
+    words = {result.verdict for result in results}
     agreement = "open"
     if words in ({"better"}, {"worse"}):
         agreement = "agrees"
     elif {"better", "worse"} <= words:
         agreement = "contradicts"
-    signs = {np.sign(on.difference) for on in found}
-    return AcrossBases(group, design, by_base[0][1].baseline, tuple(found), len(signs) == 1, agreement)
+    signs = {np.sign(result.difference) for result in results}
+    return AcrossBases(group, design, by_base[0][1].baseline, tuple(results), len(signs) == 1, agreement)
 
 
 def _ranking(group: str, a: tuple[str, Comparison], b: tuple[str, Comparison]) -> RankAgreement:
     (name, one), (other, two) = a, b
     designs = [design for design in one.designs if design in two.designs]
-    ours, theirs = ([c.arm(group, design) for design in designs] for c in (one, two))
-    sources = [source for source in dict.fromkeys(ours[0].sources) if source in theirs[0].sources]
+    arms_a, arms_b = ([c.arm(group, design) for design in designs] for c in (one, two))
+    sources = [source for source in dict.fromkeys(arms_a[0].sources) if source in arms_b[0].sources]
     x, y = (
         np.stack([arm.by_source[:, [list(dict.fromkeys(arm.sources)).index(s) for s in sources]] for arm in arms])
-        for arms in (ours, theirs)
+        for arms in (arms_a, arms_b)
     )
     tau = kendall_tau(x.mean(axis=(1, 2)), y.mean(axis=(1, 2)))
     random = np.random.default_rng(0)
@@ -190,7 +183,7 @@ def _ranking(group: str, a: tuple[str, Comparison], b: tuple[str, Comparison]) -
 def kendall_tau(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Kendall's tau-b of two (n,) vectors (Kendall 1945): (concordant − discordant) / √(pairs untied in x × in y).
 
-    0 where all values of a vector are tied, which leaves no ranking to compare.
+    0 if all values of a vector are tied, as there is no ranking to compare.
     """
     rows, columns = np.triu_indices(len(x), 1)
     a, b = np.sign(x[rows] - x[columns]), np.sign(y[rows] - y[columns])
@@ -203,7 +196,7 @@ DECISIVE = ("better", "worse", "equivalent")
 
 @dataclass(frozen=True)
 class Winner:
-    """The setting that a design is given: the best of `tried` by the mean score on the development tasks, one seed."""
+    """The best setting of a design among those `tried`, by the mean score of one run on the development tasks (0–1)."""
 
     design: str
     base: str
@@ -214,10 +207,10 @@ class Winner:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One contrast with the same recipe and equally tuned: verdicts, differences and intervals, 0–1.
+    """One contrast with the same recipe and with equal tuning: verdicts, differences and intervals, 0–1.
 
-    `verdict`: `holds` (better, worse or equivalent in both), `depends on the recipe` (two of these that differ), else
-    `open`.
+    `verdict`: `holds` (the same of better, worse or equivalent in both), `depends on the recipe` (two of these that
+    differ), otherwise `open`.
     """
 
     group: str
@@ -232,11 +225,11 @@ class Outcome:
 
 
 def outcomes(same: Comparison, tuned: Comparison) -> tuple[Outcome, ...]:
-    """All contrasts that both arms have."""
-    found = []
-    theirs = {(row.group, row.design): row for row in tuned.rows}
+    """The contrasts that both comparisons have."""
+    results = []
+    tuned_rows = {(row.group, row.design): row for row in tuned.rows}
     for row in same.rows:
-        other = theirs.get((row.group, row.design))
+        other = tuned_rows.get((row.group, row.design))
         if other is None:
             continue
         words = [r.verdict.verdict if r.verdict else "untested" for r in (row, other)]
@@ -245,18 +238,7 @@ def outcomes(same: Comparison, tuned: Comparison) -> tuple[Outcome, ...]:
         if all(word in DECISIVE for word in words):
             verdict = "holds" if words[0] == words[1] else "depends on the recipe"
         same_ci, tuned_ci = ((x.ci_low, x.ci_high) for x in (a, b))
-        found.append(
+        results.append(
             Outcome(row.group, row.design, words[0], a.difference, same_ci, words[1], b.difference, tuned_ci, verdict)
         )
-    return tuple(found)
-
-
-def tuning_to_json(comparison: Comparison) -> dict[str, Any] | None:
-    """The winners of the search, the outcomes and the second arm; None where the study does not tune."""
-    if comparison.tuned is None:
-        return None
-    return {
-        "winners": [asdict(found) for found in comparison.winners],
-        "outcomes": [asdict(found) for found in comparison.outcomes],
-        "comparison": comparison.tuned.to_json(),
-    }
+    return tuple(results)

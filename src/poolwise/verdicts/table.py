@@ -1,20 +1,20 @@
-"""The long table of scores: one row for each design × seed × task × split × subset, and one for each item where kept.
+"""The long table of scores: one row for each design × seed × task × split × subset, and one for each stored item score.
 
 | column | meaning |
 |---|---|
 | `design`, `seed` | what was trained (a design, a model, a system) and which run of it |
 | `task`, `task_type`, `metric`, `score` | what was measured; scores lie in 0–1 (correlations in −1–1) |
-| `step` | optimiser step of the evaluated checkpoint; null where it does not apply |
+| `step` | optimiser step of the evaluated checkpoint; null if it does not apply |
 | `source` | the data set a task was made from; null: the task is its own source |
-| `split`, `subset` | as in mteb; null where a file does not say |
+| `split`, `subset` | as in mteb; null if a file does not say |
 | `item_id` | query, example or set of a per-item score; null on the main score |
 
-Any further column is provenance and kept as it is. `results.py` reads and writes this table.
+Any further column is provenance and kept as it is. `verdicts.readers` reads this table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import DataError, suggest
@@ -28,15 +28,15 @@ REQUIRED = ("design", "seed", "task", "task_type", "metric", "score")
 OPTIONAL = ("step", "source", "split", "subset", "item_id")
 KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
 SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
-NOT_IN_RUN = "query not in the run"  # `note` of an item whose score of 0 means that nothing was ranked for it
-EXAMPLES = 5  # mistakes of one kind that are spelt out
+NOT_IN_RUN = "query not in the run"  # `note` of an item that scores 0 because the run ranked nothing for it
+LISTED = 5  # number of names or rows that a message lists
 
 
 def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFrame:
-    """The validated long table of rows that are dictionaries, e.g. those of `poolwise.evaluate`.
+    """The validated long table of rows given as dictionaries, such as those of `poolwise.evaluate`.
 
     Raises:
-        DataError: there is no row, or one of them breaks a rule of `validate`.
+        DataError: there are no rows, or one of them breaks a rule of `validate`.
     """
     import polars as pl
 
@@ -49,11 +49,14 @@ def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFr
 def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1) -> pl.DataFrame:
     """Check a table of scores, convert its columns and add the optional ones as nulls.
 
-    `unit` and `first` say how rows are named in messages ("line 2" is a CSV's first row of data).
+    Args:
+        where: the file or the origin of the rows, as messages name it.
+        unit, first: how messages number the rows ("line 2" is the first row of data in a CSV).
 
     Raises:
-        DataError: missing columns, empty cells, seeds or steps that are no whole numbers, scores that are no numbers or
-            out of range, tasks with two types or two sources, duplicate rows. All are listed, a few examples of each.
+        DataError: missing columns, empty cells, seeds or steps that are not whole numbers, scores that are not numbers
+            or out of range, tasks with two types or two sources, duplicate rows. The message lists every kind of
+            mistake with a few examples.
     """
     import polars as pl
 
@@ -67,11 +70,11 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
     absent = [pl.lit(None).alias(name) for name in OPTIONAL if name not in frame.columns]
     frame = frame.with_columns(absent).with_columns(pl.col(text).cast(pl.String).str.strip_chars().replace("", None))
     if any(frame[name].str.contains("\n", literal=True).any() for name in text):
-        unit, first = "row", 1  # quoted line breaks: lines of the file and rows differ
+        unit, first = "row", 1  # quoted line breaks: line numbers of the file no longer match the rows
     frame = frame.with_row_index("_row", offset=first)
     frame = frame.filter(~pl.all_horizontal(pl.exclude("_row").is_null()))
     if frame.is_empty():
-        raise DataError(f"{where}: a header and no scores")
+        raise DataError(f"{where}: a header, but no scores")
     typed = frame.with_columns(
         pl.col("seed", "step").cast(pl.Int64, strict=False), pl.col("score").cast(pl.Float64, strict=False)
     )
@@ -84,7 +87,7 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
             wrong = wrong | (typed[name].cast(pl.Float64) != frame[name])
         problems.add(f"{name} must be a whole number", wrong.fill_null(False), name)
     number = typed["score"]
-    problems.add("score is no number", ~_empty(frame["score"]) & ~number.is_finite().fill_null(False), "score")
+    problems.add("score is not a number", ~_empty(frame["score"]) & ~number.is_finite().fill_null(False), "score")
     low = pl.when(pl.col("metric").str.contains(SIGNED_METRICS)).then(-1.0).otherwise(0.0)
     outside = typed.select(
         (pl.col("score").is_finite() & ((pl.col("score") > 1 + 1e-9) | (pl.col("score") < low - 1e-9))).fill_null(False)
@@ -94,19 +97,26 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
         scale = "; they look like percentages: divide every score by 100"
     problems.add("score must lie between 0 and 1 (a correlation: −1 and 1)" + scale, outside, "score")
     for name in ("task_type", "source"):
-        words = typed.group_by("task").agg(pl.col(name).drop_nulls().unique().sort())
-        for task, found in words.filter(pl.col(name).list.len() > 1).sort("task").iter_rows():
-            listed = ", ".join(map(repr, found))
-            problems.lines.append(f"task {task!r} has {len(found)} values of {name}: {listed}; keep one")
+        values = typed.group_by("task").agg(pl.col(name).drop_nulls().unique().sort())
+        for task, several in values.filter(pl.col(name).list.len() > 1).sort("task").iter_rows():
+            listed = ", ".join(map(repr, several))
+            problems.lines.append(f"task {task!r} has {len(several)} values of {name}: {listed}; keep one")
     key = [*KEY, "base"] if "base" in typed.columns else KEY
     repeated = typed.select(pl.struct(key).is_duplicated()).to_series()
-    problems.add("the same design, seed, task, split, subset and metric stand there more than once", repeated, "task")
+    problems.add("the same design, seed, task, split, subset and metric are listed more than once", repeated, "task")
     problems.stop(where)
     order = [*REQUIRED[:2], "step", "task", "task_type", "source", "split", "subset", "metric", "score", "item_id"]
     return typed.select([*order, *[name for name in typed.columns if name not in (*order, "_row")]])
 
 
+def first_few(names: Sequence[str]) -> str:
+    """The first `LISTED` names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
 def _empty(column: pl.Series) -> pl.Series:
+    """Which cells are empty; a CSV may spell that as a word."""
     import polars as pl
 
     if column.dtype == pl.String:
@@ -116,7 +126,7 @@ def _empty(column: pl.Series) -> pl.Series:
 
 
 class _Problems:
-    """Collects mistakes, a line for each kind with its first examples, so that all are told at once."""
+    """Collects mistakes, one line for each kind with its first examples, so that all are reported at once."""
 
     def __init__(self, unit: str, frame: pl.DataFrame):
         self.unit, self.frame, self.lines = unit, frame, list[str]()
@@ -127,9 +137,9 @@ class _Problems:
         rows = self.frame.filter(wrong)
         places = [
             f"{self.unit} {row['_row']}" + (f" ({row[column]!r})" if column else "")
-            for row in rows.head(EXAMPLES).iter_rows(named=True)
+            for row in rows.head(LISTED).iter_rows(named=True)
         ]
-        more = f" and {len(rows) - EXAMPLES} more" if len(rows) > EXAMPLES else ""
+        more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
         self.lines.append(f"{message}: {', '.join(places)}{more}")
 
     def stop(self, where: str) -> None:
@@ -138,7 +148,7 @@ class _Problems:
 
 
 def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the long table that hold main scores of final checkpoints: no items, each run's largest step only."""
+    """Rows of the long table that are main scores of final checkpoints: no items, only the last step of each run."""
     import polars as pl
 
     last = pl.col("step").max().over("design", "seed")
@@ -146,7 +156,7 @@ def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """Sources of official tasks filled in where the table has none, and a note of those that now share one."""
+    """The table with the missing sources of official tasks filled in, and a note on the tasks that now share one."""
     import polars as pl
 
     bare = frame.filter(pl.col("source").is_null())["task"].unique().to_list()
@@ -159,5 +169,20 @@ def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         for name in dict.fromkeys(known.values())
         if len(tasks := [task for task in known if known[task] == name]) > 1
     ]
-    said = f"Averaged as one source each, by mteb's names (a column `source` overrides it): {'; '.join(shared)}."
-    return frame.with_columns(filled), [said] if shared else []
+    note = f"Averaged as one source each, by mteb's task names (a column `source` overrides this): {'; '.join(shared)}."
+    return frame.with_columns(filled), [note] if shared else []
+
+
+def roles_of(frame: pl.DataFrame) -> tuple[tuple[str, str], ...]:
+    """(design, role) of every control; empty if the table has no column `role`."""
+    import polars as pl
+
+    if "role" not in frame.columns:
+        return ()
+    known = frame.select("design", "role").unique().drop_nulls().filter(pl.col("role") != "design")
+    return tuple(known.sort("design", "role").iter_rows())
+
+
+def controls_of(frame: pl.DataFrame) -> list[str]:
+    """The designs outside the comparison, by the column `role`; empty if the table has none."""
+    return list(dict.fromkeys(design for design, _ in roles_of(frame)))
