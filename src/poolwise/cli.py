@@ -1,4 +1,4 @@
-"""The command line. Tables go to stdout, progress to stderr; a user's mistake exits with 2 and no traceback."""
+"""The command line. Tables go to stdout, progress to stderr; a user's mistake exits with code 2 and no traceback."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Sources = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
-"""What the system says of a path that the user can mend by naming another or by its rights."""
+"""Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
 
 def main() -> None:
@@ -45,12 +45,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            told = "the disk is full; free some space and run the same command to go on"
+            message = "the disk is full; free some space and run the same command to continue"
         elif error.errno in PLACES and error.filename is not None:
-            told = f"{str(error.filename)!r}: {error.strerror}; name a place that is free and can be read and written"
+            message = f"{str(error.filename)!r}: {error.strerror}; name another path that can be read and written"
         else:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -76,7 +76,7 @@ def init(
 
 @app.command()
 def check(study: StudyFile, as_json: Json = False) -> None:
-    """Validate a study and show factors, sizes, cost, trials, negatives and the smallest reachable p."""
+    """Validate a study; show its factors, sizes, cost, trials, negatives and the smallest reachable p."""
     from poolwise.screen import show_check, stdout_to_stderr
     from poolwise.study.study import Study
 
@@ -94,8 +94,10 @@ def run(
     study: StudyFile,
     workers: Annotated[int, typer.Option(help="Trials at a time; 0: by GPUs, else one per core.", min=0)] = 0,
     per_gpu: Annotated[int, typer.Option(help="Trials at a time on each GPU; 0: by the memory they need.", min=0)] = 0,
-    shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th, for job arrays.")] = "1/1",
-    extend: Annotated[bool, typer.Option("--extend", help="After the first look: go on to `extend_to` seeds.")] = False,
+    shard: Annotated[str, typer.Option(help="i/n: run every n-th trial from the i-th on, for job arrays.")] = "1/1",
+    extend: Annotated[
+        bool, typer.Option("--extend", help="After the first look, run up to `extend_to` seeds.")
+    ] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
     from poolwise.runs.run import all_done
@@ -111,7 +113,7 @@ def run(
         else:
             print(f"done; nothing to compare: {'one design' if loaded.tasks else 'no tasks'}", file=sys.stderr)
     elif not failed and shard != "1/1":
-        print("this shard is done; `poolwise compare` and `report` when the others are", file=sys.stderr)
+        print("this shard is done; run `poolwise compare` and `report` when the others are", file=sys.stderr)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -129,16 +131,16 @@ def status(study: StudyFile, as_json: Json = False) -> None:
 @app.command()
 def compare(
     sources: Sources,
-    baseline: Annotated[str | None, typer.Option(help="Design to compare with; of runs, the first.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Design to compare with; the first of runs by default.")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
-    missing: Annotated[str, typer.Option(help="error, or drop: leave out what a design lacks.")] = "error",
+    missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
     task: Annotated[str | None, typer.Option(help="Compare on the items of this task.")] = None,
-    qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them by query.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric of the items; of runs, ndcg_at_10.")] = None,
-    design: Annotated[str | None, typer.Option(help="The only design to compare, on items.")] = None,
-    run_sd: Annotated[float | None, typer.Option(help="Of single runs: sd of a run's effect, in points.")] = None,
+    qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them query by query.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of the items; ndcg_at_10 for runs by default.")] = None,
+    design: Annotated[str | None, typer.Option(help="With --task or --qrels: compare only this design.")] = None,
+    run_sd: Annotated[float | None, typer.Option(help="Sd of a run's effect, from another study, in points.")] = None,
     run_df: Annotated[float | None, typer.Option(help="Degrees of freedom behind --run-sd.")] = None,
-    base: Annotated[str | None, typer.Option(help="The only base model to look at, in a study of several.")] = None,
+    base: Annotated[str | None, typer.Option(help="Show only this base model, in a study of several.")] = None,
     as_json: Json = False,
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
@@ -148,22 +150,22 @@ def compare(
         return
     if metric or design:
         raise PoolwiseError("--metric and --design compare items: name their task with --task")
-    from poolwise.api import compare as run_comparison
-    from poolwise.reports.pages import show
+    from poolwise.api import compare as compare_source
+    from poolwise.screen import show_findings
 
-    found = run_comparison(
+    findings = compare_source(
         _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
     )  # fmt: skip
-    print(json.dumps(found.to_json(), indent=1)) if as_json else show(found)
+    print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings)
 
 
 @app.command()
 def report(
     source: Source,
-    to: Annotated[Path | None, typer.Option(help="Folder for report.md and report.html.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write into; for a study, its own by default.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
 ) -> None:
-    """Write the report as Markdown and as one HTML file."""
+    """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
     for path in write_report(source, out=to, baseline=baseline):
@@ -191,7 +193,7 @@ def evaluate(
 def probe(
     model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
 ) -> None:
-    """Show which tokens see which, and whether the model takes both attention modes."""
+    """Show which tokens see which, and whether the model supports both attention modes."""
     _quiet()
     from poolwise.model.attention import verdict
     from poolwise.model.base import load_base
@@ -223,13 +225,14 @@ def encode(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
     texts: Annotated[Path, typer.Argument(help="A .txt, one text a line; a .jsonl, .csv, .tsv or .parquet.")],
     to: Annotated[Path, typer.Option(help="NumPy file to write, such as vectors.npy.")],
-    prompt: Annotated[str | None, typer.Option(help="Text put before each; none by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to put before each; none by default.")] = None,
     query: Annotated[
-        bool | None, typer.Option("--query/--document", help="The model's own prompt for queries; or --document.")
+        bool | None,
+        typer.Option("--query/--document", help="Use the model's own prompt for queries or documents."),
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
 ) -> None:
-    """Encode a file of texts into a NumPy file, a row for each, in their order."""
+    """Encode a file of texts into a NumPy file, one row for each text, in order."""
     _quiet()
     from poolwise.encoding.encode import encode_file
     from poolwise.screen import stdout_to_stderr
@@ -244,11 +247,11 @@ def encode(
 def serve(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; anything but this machine needs a proxy.")
+        str, typer.Option(help="Address to listen on; beyond this machine put a proxy in front.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
 ) -> None:
-    """Serve a model's embeddings over HTTP, in the form of OpenAI's /v1/embeddings."""
+    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings."""
     _quiet()
     from poolwise.encoding.server import serve as serve_forever
 
@@ -261,10 +264,10 @@ def layers(
     design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
     base: Annotated[str | None, typer.Option(help="Only this base model.")] = None,
-    to: Annotated[Path, typer.Option(help="Page with the pictures.")] = Path("layers.html"),
+    to: Annotated[Path, typer.Option(help="HTML page to write, with the pictures.")] = Path("layers.html"),
     as_json: Json = False,
 ) -> None:
-    """Look inside trained designs: attention over layers, layer weights, and the score of every single layer."""
+    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer."""
     _quiet()
     from poolwise.api import layers as look
     from poolwise.screen import show_layers, stdout_to_stderr
@@ -287,16 +290,12 @@ def demo(
     failed = run_with_grid(loaded, 0, (1, 1))
     if failed:
         raise typer.Exit(1)
-    from poolwise.api import compare as run_comparison
+    from poolwise.api import compare as compare_source
     from poolwise.api import report as write_report
     from poolwise.api import study_info
-    from poolwise.reports.pages import opening
-    from poolwise.runs.check import mean_costs
     from poolwise.screen import show_end
 
-    found, info = run_comparison(loaded), study_info(loaded)
-    info["base_parameters"] = mean_costs(loaded)[0]["base_parameters"]
-    show_end(opening(info, found), found, info["predictions"])
+    show_end(study_info(loaded), compare_source(loaded))
     for path in write_report(loaded, out=to, command=f"poolwise demo{' --quick' if quick else ''}"):
         print(path)
 
@@ -323,7 +322,7 @@ def _compare_items(
 
 def _only(sources: list[str]) -> str:
     if len(sources) > 1:
-        raise PoolwiseError(f"{len(sources)} sources: give one, or TREC runs with their judgements (--qrels FILE)")
+        raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
 
 
@@ -339,7 +338,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _quiet() -> None:
-    """Keep the progress bars and notices of the libraries out of a table."""
+    """Keep progress bars and notices of the libraries out of the tables."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers

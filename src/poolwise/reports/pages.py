@@ -1,278 +1,221 @@
-"""Reports: a comparison and what is known of its study as terminal tables, Markdown, LaTeX and one HTML file.
+"""Reports: the findings and what is known of their study as Markdown, LaTeX and one HTML file.
 
 Every part is optional, so that a bare CSV of scores gives a report as well. Nothing is computed here: numbers come from
-`comparison`, words from `wording`, tables from `tables`, pictures from `plots`.
+`verdicts.findings`, words from `words` and `summary`, tables from `tables`, `analyses` and `secondary`, pictures from
+`plots`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.files import write_atomic
-from poolwise.reports import analyses, secondary, tables
-from poolwise.reports import layers as layers_report
+from poolwise.reports import analyses, plots, secondary, tables
+from poolwise.reports import layers as layer_report
 from poolwise.reports.summary import designs, recommended, summary
-from poolwise.reports.words import advice, count, group_words, headline, listing, outcome, points, sentences
-from poolwise.screen import print_table, terminal
-from poolwise.stats.many import TWO_LOOK_ALPHA
+from poolwise.reports.words import (
+    advice,
+    answer,
+    count,
+    group_words,
+    listing,
+    magnitude,
+    number,
+    overall_sentence,
+    points,
+    sentences,
+    strongest,
+)
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.controls import unsound
+from poolwise.verdicts.findings import Findings
 
 if TYPE_CHECKING:
     import polars as pl
     from jinja2 import Environment
-    from rich.console import Console
 
 
-CLAIM = "Every claim stops at tasks like these, runs like these, this base model and this recipe."
+CLAIM = "Every claim is limited to tasks like these, runs like these, this base model and this recipe."
 
 
-def render(
-    study_info: Mapping[str, Any],
-    frame: pl.DataFrame,
-    comparison: Comparison,
-    costs: Sequence[Mapping[str, Any]] | None,
-    controls: Mapping[str, str] | None,
-    out_dir: str | Path,
-) -> list[Path]:
-    """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each whole or not at all; returns their paths.
+def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out_dir: str | Path) -> list[Path]:
+    """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each atomically; returns their paths.
 
     Args:
-        study_info: any of name, base_model, base_parameters, recipe (nested dict), recipe_name, designs, fingerprint,
-            versions, machine, command, notes; an empty dict will do.
-        frame: the long table that was compared.
-        costs: rows of a cost table, one for each design (`tables.COST_COLUMNS`).
-        controls: role of each control design (`aa`, `broken`, …, or words); by default the table's column `role`.
+        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers; an
+            empty dict is enough.
+        frame: the long table that was compared, with its earlier steps.
     """
-    facts = _facts(dict(study_info), frame, comparison, costs, controls)
-    folder = Path(out_dir)
+    facts = _facts(info, frame, findings)
     pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
-    return [write_atomic(folder / name, _templates().get_template(page).render(facts)) for name, page in pages.items()]
+    return [
+        write_atomic(Path(out_dir) / name, _templates().get_template(page).render(facts))
+        for name, page in pages.items()
+    ]
 
 
-def show(
-    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None = None, console: Console | None = None
-) -> None:
-    """Print the comparison as tables: means, contrasts of designs, contrasts of checkpoints, cost."""
-    from rich.text import Text
+def layers_page(view: Mapping[str, Any]) -> str:
+    """The page of `poolwise layers`: its pictures, then its tables.
 
-    console = console or terminal()
-    comparison, priced = _priced(comparison, costs)
-
-    for warning in (*warnings(comparison), *analyses.alarms(comparison, dict(comparison.roles))):
-        console.print(Text(warning, style="bold yellow"))
-    if comparison.plan:
-        console.print(Text(comparison.plan))
-    if answer := summary(comparison):
-        console.print(Text(answer, style="bold"))
-    for overall in comparison.overall:
-        console.print(Text(secondary.overall_sentence(comparison, overall)))
-    for group in comparison.groups:
-        console.print(Text.assemble((f"{group}: ", "bold"), headline(comparison, group)))
-    for found in recommended(comparison):
-        console.print(Text.assemble((f"{found.group}: ", "bold"), advice(comparison, found)))
-    for table in _tables(comparison, priced):
-        print_table(console, table)
-    analysed = (analyses.tuning_sentences, analyses.base_sentences, analyses.control_sentences)
-    for said in (text for speak in analysed for text in speak(comparison)):
-        console.print(said, highlight=False, markup=False)
-    for note in (*comparison.notes, *_budget_notes(comparison), *comparison.excluded):
-        console.print(Text(note, style="yellow"))
+    view: the dictionary of `poolwise layers --json`.
+    """
+    page = _templates().get_template("layers.html.j2")
+    return page.render(title=view["study"], pictures=layer_report.panels(view), tables=layer_report.tables(view))
 
 
-def _tables(comparison: Comparison, costs: Sequence[Mapping[str, Any]]) -> list[tables.Table]:
-    factors = comparison.factorial
-    found = (
-        tables.means(comparison),
-        secondary.overall(comparison),
-        tables.verdicts(comparison),
-        secondary.given(comparison),
-        tables.checkpoints(comparison),
-        tables.costs(costs) if costs else None,
-        secondary.equal_cost(comparison.budgets, comparison),
-        analyses.factor_table(factors, comparison.alpha) if factors else None,
-        analyses.base_table(comparison),
-        analyses.tuning_table(comparison),
-        analyses.settings(comparison),
-    )
-    return [table for table in found if table]
-
-
-def _budget_notes(comparison: Comparison) -> tuple[str, ...]:
-    return comparison.budgets.notes if comparison.budgets else ()
-
-
-def _priced(
-    comparison: Comparison, costs: Sequence[Mapping[str, Any]] | None
-) -> tuple[Comparison, list[dict[str, Any]]]:
-    """Complete cost rows, and the comparison with what they say of encoding."""
-    priced = tables.priced(costs or [], comparison.baseline)
-    known = tuple((row["design"], float(row["encode_flops"])) for row in priced if row.get("encode_flops"))
-    return (replace(comparison, costs=known) if known else comparison), priced
-
-
-def opening(info: Mapping[str, Any], comparison: Comparison) -> str:
+def opening(info: Mapping[str, Any], findings: Findings) -> str:
     """The first line of every report: base model and its size, designs, seeds, tasks."""
     base = info.get("base_model")
-    if base and str(base).startswith((".", "/", "~")):  # a folder: where it lies says nothing
+    if base and str(base).startswith((".", "/", "~")):  # a local folder: its path means nothing to a reader
         base = Path(base).name
-    size = info.get("base_parameters")
     named = f"Base model {base}" if base else "Base model not stated"
+    size = findings.costs[0].get("base_parameters") if findings.costs and not findings.by_base else None
     if size:
-        named += f", {tables.magnitude(size)} parameters"
-    runs = sorted(set(comparison.seeds.values()))
+        named += f", {magnitude(size)} parameters"
+    runs = sorted(set(findings.seeds.values()))
     seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
-    tasks = f"{count(len(comparison.tasks), 'task')} ({count(len(comparison.groups), 'group')})"
-    if comparison.by == "task_type":
-        tasks = _types(comparison)
-    designs = count(len(comparison.designs), "design")
-    return f"{named}; {designs}, {seeds}, {tasks}; baseline {comparison.baseline}."
+    designs = count(len(findings.designs), "design")
+    return f"{named}; {designs}, {seeds}, {_task_words(findings)}; baseline {findings.baseline}."
 
 
-def _types(comparison: Comparison) -> str:
+def _task_words(comparison: Comparison) -> str:
+    """`17 tasks (10 retrieval and 7 STS)`, `9 tasks on 3 mechanisms`."""
+    total = count(len(comparison.tasks), "task")
     types = [group for group in comparison.groups if not comparison.of_items(group)]
-    sizes = [f"{len(comparison.arm(g, comparison.baseline).tasks)} {group_words(g)}" for g in types]
+    if comparison.by != "task_type":
+        return f"{total} ({count(len(comparison.groups), 'group')})"
     if not types:
-        return f"{count(len(comparison.tasks), 'task')} on {count(len(comparison.groups), 'mechanism')}"
+        return f"{total} on {count(len(comparison.groups), 'mechanism')}"
+    sizes = {group: len(comparison.arm(group, comparison.baseline).tasks) for group in types}
+    parts = [f"{size} {group_words(group)}" for group, size in sizes.items()]
     if planted := len(comparison.groups) - len(types):
-        sizes.append(
-            f"{len(comparison.tasks) - sum(int(size.split()[0]) for size in sizes)} on {count(planted, 'mechanism')}"
-        )
-    return f"{count(len(comparison.tasks), 'task')} ({listing(sizes)})"
+        parts.append(f"{len(comparison.tasks) - sum(sizes.values())} on {count(planted, 'mechanism')}")
+    return f"{total} ({listing(parts)})"
 
 
-def warnings(comparison: Comparison) -> list[str]:
-    """What stands above everything; an A/A arm that makes all exploratory has its own words (`alarms`)."""
-    exploratory = "" if comparison.exploratory == unsound(comparison) else comparison.exploratory
-    return [text for text in (comparison.interim, exploratory, comparison.banner) if text]
+def warnings(findings: Findings) -> list[str]:
+    """The warnings at the top; that of an A/A arm that differs is one of `analyses.alarms`."""
+    exploratory = "" if findings.exploratory == findings.unsound else findings.exploratory
+    return [text for text in (findings.interim, exploratory, findings.banner) if text]
 
 
-def paragraph(info: Mapping[str, Any], comparison: Comparison) -> str:
+def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
     """The methods paragraph of a paper: which estimator, which family, which scope."""
-    family = f"Holm's correction over the {comparison.family} contrasts with {comparison.baseline}"
+    family = f"Holm's correction over the {count(findings.family, 'contrast')} with {findings.baseline}"
     wilcoxon = (
         "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
-        f"estimate, its exact {comparison.percent} % interval and the matched-pairs rank-biserial correlation"
+        f"estimate, its exact {findings.percent} % interval and the matched-pairs rank-biserial correlation"
     )
-    start = opening(info, comparison)
-    if comparison.interim:
-        return f"{start} {comparison.interim}"
-    if comparison.scope == "checkpoints":
-        return (
-            f"{start} Differences were tested between checkpoints by {wilcoxon}, and {family}. As each design was "
-            "trained once, the tests do not separate designs from the luck of a run."
-        )
-    looked = "The study was looked at twice, each time at .03. " if comparison.alpha == TWO_LOOK_ALPHA else ""
-    if comparison.exploratory:
-        looked += "The verdicts are exploratory. "
-    planted = [comparison.of_items(group) for group in comparison.groups]
+    start = opening(info, findings)
+    if findings.interim:
+        return f"{start} {findings.interim}"
+    if findings.scope == "checkpoints":
+        tests = f"Differences were tested between checkpoints by {wilcoxon}, and {family}."
+        return f"{start} {tests} {_why_checkpoints(findings)}"
+    looks = f"The study declares two looks, each tested at {number(findings.alpha)}. " if findings.plan else ""
+    if findings.exploratory:
+        looks += "The verdicts are exploratory. "
+    planted = [findings.of_items(group) for group in findings.groups]
     units = "items of each mechanism" if all(planted) else "tasks"
     averaged = "" if all(planted) else ", tasks of one source averaged first"
     if any(planted) and not all(planted):
-        units += ", on built-in mechanisms random items"
+        units += " (items, for built-in mechanisms)"
     checkpoints = "" if all(planted) else f" Checkpoints were compared by {wilcoxon}."
     return (
         f"{start} Differences between designs were estimated over random runs and random {units} (crossed random "
         f"effects, null distribution by parametric bootstrap at the truncated variance estimates{averaged}), with "
-        f"{family}; equivalence was tested by two one-sided tests within ±{points(comparison.margin, 1)} points."
-        f"{checkpoints} {looked}{CLAIM}"
+        f"{family}; equivalence was tested by two one-sided tests within ±{points(findings.margin, 1)} points."
+        f"{checkpoints} {looks}{CLAIM}"
     )
 
 
-def _facts(
-    info: dict[str, Any],
-    frame: pl.DataFrame,
-    comparison: Comparison,
-    costs: Sequence[Mapping[str, Any]] | None,
-    controls: Mapping[str, str] | None,
-) -> dict[str, Any]:
-    """Everything the templates show."""
-    from poolwise.reports import plots
+def _why_checkpoints(comparison: Comparison) -> str:
+    """Why there is no verdict on designs: single runs, or tasks from a single source."""
+    once = [design for design, runs in comparison.seeds.items() if runs < 2]
+    if once:
+        who = "each design" if len(once) == len(comparison.seeds) else listing(once)
+        return f"As {who} was trained once, the tests do not separate designs from the variation between runs."
+    return (
+        "Each design was trained more than once, but in no group do the tasks come from two sources or more, which a "
+        "test of designs needs: the tests are about these checkpoints."
+    )
 
-    comparison, priced = _priced(comparison, costs)
-    if "base_parameters" not in info and priced:
-        info["base_parameters"] = priced[0].get("base_parameters")
-    fronts, factors = secondary.fronts(comparison, priced), comparison.factorial
-    said = sentences(comparison, info.get("base_model"), info.get("recipe_name"), priced)
-    answers = []
-    choices = {choice.group: advice(comparison, choice) for choice in recommended(comparison)}
-    predictions = info.get("predictions")
-    choices |= analyses.predicted(comparison, predictions)
-    for group in comparison.groups:
-        members = [(row, text) for row, text in zip(comparison.rows, said, strict=True) if row.group == group]
-        found = [pair for pair in members if outcome(comparison, pair[0]) == "better"]
-        best = max(found, key=lambda pair: (pair[0].verdict or pair[0]).difference, default=None)
-        answers.append(
-            {
-                "group": group,
-                "headline": headline(comparison, group),
-                "advice": choices.get(group, ""),
-                "best": best[1] if best else secondary.reason(comparison, group),
-                "sentences": [text for _, text in members],
-            }
-        )
-    layers = info.get("layers") or {}
-    roles = tables.roles(frame, controls)
+
+def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> dict[str, Any]:
+    """Everything that the templates show."""
+    predictions, layers = info.get("predictions"), info.get("layers") or {}
+    shares = layers.get("runs", {})
+    factors = findings.factorial
+    recommendations = {choice.group: advice(findings, choice) for choice in recommended(findings)}
+    predicted = analyses.prediction_sentences(findings, predictions)
+    answers = [
+        {
+            "group": group,
+            "evidence": answer(findings, strongest(findings, group)),
+            "advice": [text[group] for text in (recommendations, predicted) if group in text],
+        }
+        for group in findings.groups
+    ]
     versions = [(name, str(version)) for name, version in (info.get("versions") or {}).items()]
-    for label, key in (("machine", "machine"), ("study fingerprint", "fingerprint")):
-        if info.get(key):
-            versions.append((label, str(info[key])))
+    if info.get("fingerprint"):
+        versions.append(("study fingerprint", str(info["fingerprint"])))
+    mechanisms = (predictions or {}).get("mechanisms", {})
     return {
         "title": info.get("name") or "Scores",
-        "opening": opening(info, comparison),
-        "comparison": comparison,
+        "opening": opening(info, findings),
+        "findings": findings,
         "answers": answers,
-        "summary": summary(comparison, predictions),
-        "designs": designs(comparison),
-        "warnings": warnings(comparison),
+        "summary": summary(findings, predictions),
+        "designs": designs(findings),
+        "warnings": warnings(findings),
+        "alarms": analyses.alarms(findings),
         "many": tables.MANY_GROUPS,
-        "plants": {group: said.get("plants", "") for group, said in (predictions or {}).get("mechanisms", {}).items()},
+        "plants": {group: planted.get("plants", "") for group, planted in mechanisms.items()},
         "claim": CLAIM,
-        "overall_words": [secondary.overall_sentence(comparison, found) for found in comparison.overall],
-        "overall_answer": secondary.overall_answer(comparison),
-        "overall": secondary.overall(comparison),
-        "given": secondary.given(comparison),
-        "budget_table": secondary.equal_cost(comparison.budgets, comparison),
-        "budget_notes": _budget_notes(comparison),
-        "layer_table": layers_report.table(layers.get("runs", {}), layers.get("texts", 0)),
-        "layer_panels": layers_report.panel(layers.get("runs", {})),
-        "layer_most": layers_report.most(layers.get("runs", {})),
-        "means": tables.means(comparison),
-        "verdicts": tables.verdicts(comparison),
-        "checkpoints": tables.checkpoints(comparison),
-        "task_scores": tables.task_scores(comparison),
-        "run_scores": tables.run_scores(comparison),
-        "over_steps": tables.over_steps(frame, comparison),
-        "costs": tables.costs(priced) if priced else None,
-        "controls": tables.controls(comparison, roles),
-        "control_words": analyses.control_sentences(comparison),
-        "ladder": analyses.ladder_table(comparison),
-        "predictions": analyses.predictions_table(comparison, predictions),
-        "alarms": analyses.alarms(comparison, roles),
-        "tasks": tables.tasks(frame, comparison),
-        "recipe": tables.recipe(info),
-        "versions": tables.Table("Versions", ("What", "Which"), (("", tuple(versions)),), text=2) if versions else None,
-        "command": info.get("command"),
-        "notes": [*(info.get("notes") or []), *comparison.notes, *comparison.excluded],
-        "paragraph": paragraph(info, comparison),
-        "forest": plots.forest(comparison),
-        "dots": plots.task_dots(comparison),
-        "strip": plots.run_strip(comparison),
-        "pareto": secondary.panels(fronts, comparison.baseline),
-        "pareto_table": secondary.table(fronts, comparison.baseline),
-        "tuning_words": analyses.tuning_sentences(comparison),
-        "tuning_tables": [t for t in (analyses.tuning_table(comparison), analyses.settings(comparison)) if t],
-        "base_words": analyses.base_sentences(comparison),
-        "base_table": analyses.base_table(comparison),
-        "factors": analyses.factor_sentences(factors) if factors else [],
+        "sentences": sentences(findings, info.get("base_model")),
+        "overall_sentences": [overall_sentence(findings, contrast) for contrast in findings.overall],
+        "overall": secondary.overall(findings),
+        "given": secondary.given(findings),
+        "means": tables.means(findings),
+        "verdicts": tables.verdicts(findings),
+        "checkpoints": tables.checkpoints(findings),
+        "forest": plots.forest(findings),
+        "dots": plots.task_dots(findings),
+        "strip": plots.run_strip(findings),
+        "task_scores": tables.task_scores(findings),
+        "run_scores": tables.run_scores(findings),
+        "over_steps": tables.over_steps(frame, findings),
+        "costs": tables.costs(findings.costs),
+        "front_panels": secondary.front_panels(findings.fronts, findings.baseline),
+        "front_table": secondary.front_table(findings.fronts, findings.baseline),
+        "budget_table": secondary.equal_cost(findings),
+        "budget_notes": list(findings.budgets.notes) if findings.budgets else [],
+        "layer_table": layer_report.attention_table(shares, layers.get("texts", 0)),
+        "layer_panels": layer_report.attention_panel(shares),
+        "largest_share": layer_report.largest_share(shares),
+        "controls": tables.controls(findings),
+        "control_sentences": analyses.control_sentences(findings),
+        "ladder": analyses.ladder_table(findings),
+        "predictions": analyses.predictions_table(findings, predictions),
+        "tuning_sentences": analyses.tuning_sentences(findings),
+        "tuning_tables": [t for t in (analyses.tuning_table(findings), analyses.settings_table(findings)) if t],
+        "base_sentences": analyses.base_sentences(findings),
+        "base_table": analyses.base_table(findings),
+        "factor_sentences": analyses.factor_sentences(factors) if factors else [],
         "unresolved": [*factors.confounded, *factors.notes] if factors else [],
-        "factor_table": analyses.factor_table(factors, comparison.alpha) if factors else None,
-        "factor_forest": analyses.factor_forest(comparison, factors) if factors else [],
+        "factor_table": analyses.factor_table(factors, findings.alpha) if factors else None,
+        "factor_forest": analyses.factor_forest(factors) if factors else [],
+        "tasks": tables.tasks(frame, findings),
+        "recipe": tables.recipe(info.get("recipe") or {}),
+        "versions": tables.Table("Versions", ("Package", "Version"), (("", tuple(versions)),), text=2)
+        if versions
+        else None,
+        "command": info.get("command"),
+        "notes": [*findings.notes, *findings.excluded],
+        "paragraph": paragraph(info, findings),
     }
 
 
@@ -282,7 +225,7 @@ def _templates() -> Environment:
     from markupsafe import Markup, escape
 
     def dress(cell: str) -> Markup:
-        """A cell of an HTML table: the ± part and the mark of a mean get elements of their own."""
+        """A cell of an HTML table: the ± part and the mark of a mean get their own elements."""
         text = str(escape(cell))
         text = re.sub(r"±(\S+)$", r'<span class="pm">±\1</span>', text)
         names = {"▲": "above the baseline", "▼": "below the baseline", "≈": "equivalent to the baseline"}

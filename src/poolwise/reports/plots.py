@@ -1,8 +1,8 @@
 """Small plots as inline SVG, one panel for each group of tasks, drawn at the size at which they are read.
 
-A panel is about 340 px wide, so that a page sets panels beside each other where it is wide and below each other where
-it is narrow, and letters keep their size. Colours are CSS variables of the page (light, dark, print), and every meaning
-of a colour is also a shape: filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
+A panel is about 340 px wide, so that a wide page sets panels side by side and a narrow one below each other, and text
+keeps its size. Colours are CSS variables of the page (light, dark, print). Every meaning of a colour is also a shape:
+filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6  # px
+# Pixels: width of a panel, height of a row, margins above and below the axes and to their right, width of a letter.
+WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6
 LABEL_LETTERS = 21
-INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))  # stand-ins, see VARIABLES
+# matplotlib knows no CSS variables: it draws in placeholder colours, which `_inline` replaces.
+INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", RULE: "--rule", BETTER: "--better", WORSE: "--worse", BAND: "--band",
     PAPER: "--paper",
@@ -41,56 +43,63 @@ ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}  # behind a tex
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: the group it shows, the SVG element and its description in words."""
+    """One plot: its group, the SVG element and its description in words."""
 
     group: str
     svg: str
     alt: str
 
 
-def forest(comparison: Comparison) -> list[Panel]:
-    """Difference to the baseline with its 95 % interval, a row for each design, one scale for all groups.
+@dataclass(frozen=True)
+class Interval:
+    """One row of a plot of intervals: values 0–1, an unbounded end None, the word of `MARKS` that decides its shape.
 
-    The pale bar behind a row spans the differences too small to be found (the minimum detectable effect).
+    `band`: half-width of the pale bar around 0. `tested`: an unbounded interval is drawn as a dotted line.
     """
-    ends = [100 * value for row in comparison.rows for value in _span(row) if value is not None]
-    limits = focused([100 * _span(row)[1] for row in comparison.rows], ends)
-    panels = []
-    for group in comparison.groups:
-        rows = [row for row in comparison.rows if row.group == group]
 
-        def draw(axes: Axes, rows: Sequence[Row] = rows) -> None:
-            axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
-            for place, row in enumerate(rows):
-                _interval(axes, place, row, outcome(comparison, row), limits)
-
-        parts = [
-            f"{row.design} {points(_span(row)[1], 2, True)} ({interval(_span(row)[0], _span(row)[2])})" for row in rows
-        ]
-        axis = f"points above {comparison.baseline} with {comparison.percent} % interval"
-        alt = f"Forest plot, {group}: {axis}: {'; '.join(parts)}."
-        panels.append(
-            _panel(group, alt, [row.design for row in rows], limits, draw, f"points above {comparison.baseline}", True)
-        )
-    return panels
+    label: str
+    low: float | None
+    middle: float
+    high: float | None
+    word: str
+    band: float | None = None
+    tested: bool = False
 
 
-def intervals(groups: Sequence[tuple[str, Sequence[tuple[str, float, float, float, str]]]], axis: str) -> list[Panel]:
-    """Rows of (label, low, estimate, high, word of `MARKS`), values 0–1: a panel for each group, one scale."""
-    found = [row for _, rows in groups for row in rows]
-    limits = focused([100 * row[2] for row in found], [100 * value for row in found for value in row[1:4]])
+def forest(comparison: Comparison) -> list[Panel]:
+    """Difference to the baseline with its interval, a row for each design, one scale for all groups.
+
+    The pale bar behind a row spans the differences that are too small to be detected here.
+    """
+
+    def drawn(row: Row) -> Interval:
+        shown, word = row.verdict or row, outcome(comparison, row)
+        band = row.verdict.detectable if row.verdict else None
+        return Interval(row.design, shown.ci_low, shown.difference, shown.ci_high, word, band, row.p_value is not None)
+
+    groups = [(group, [drawn(row) for row in comparison.rows if row.group == group]) for group in comparison.groups]
+    axis = f"points above {comparison.baseline}"
+    return intervals(groups, axis, f"Forest plot with {comparison.percent} % interval")
+
+
+def intervals(
+    groups: Sequence[tuple[str, Sequence[Interval]]], axis: str, title: str, above: bool = False
+) -> list[Panel]:
+    """A panel with the intervals of each group, all on one scale; labels at the left, or `above` their row."""
+    every = [row for _, rows in groups for row in rows]
+    ends = [100 * end for row in every for end in (row.low, row.middle, row.high) if end is not None]
+    limits = focused([100 * row.middle for row in every], ends)
     panels = []
     for group, rows in groups:
 
-        def draw(axes: Axes, rows: Sequence[tuple[str, float, float, float, str]] = rows) -> None:
+        def draw(axes: Axes, rows: Sequence[Interval] = rows) -> None:
             axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
-            for place, (_, low, middle, high, word) in enumerate(rows):
-                _bar(axes, place, 100 * low, 100 * high, MARKS[word][2], limits)
-                _mark(axes, place, 100 * middle, word)
+            for place, row in enumerate(rows):
+                _draw_interval(axes, place, row, limits)
 
-        parts = [f"{name} {points(middle, 2, True)} ({interval(low, high)})" for name, low, middle, high, _ in rows]
-        alt = f"Effects with 95 % interval, {group}, {axis}: {'; '.join(parts)}."
-        panels.append(_panel(group, alt, [row[0] for row in rows], limits, draw, axis, True, above=True))
+        parts = [f"{row.label} {points(row.middle, 2, True)} ({interval(row.low, row.high)})" for row in rows]
+        alt = f"{title}, {group}: {axis}: {'; '.join(parts)}."
+        panels.append(_panel(group, alt, [row.label for row in rows], limits, draw, axis, True, above))
     return panels
 
 
@@ -140,14 +149,8 @@ def run_strip(comparison: Comparison) -> list[Panel]:
     return panels
 
 
-def _span(row: Row) -> tuple[float | None, float, float | None]:
-    """(low, estimate, high) of the scope that the row supports, 0–1."""
-    source = row.verdict or row
-    return source.ci_low, source.difference, source.ci_high
-
-
 def focused(estimates: Sequence[float], ends: Sequence[float]) -> tuple[float, float]:
-    """A scale for estimates and the ends of their intervals; a few very wide intervals do not set it."""
+    """A scale for estimates and the ends of their intervals that a few very wide intervals do not dominate."""
     low, high = padded([0.0, *estimates, *ends])
     sizes = sorted(abs(end) for end in ends)
     reach = max(2.5 * max(map(abs, estimates)), 2 * sizes[len(sizes) // 2]) if sizes else 0.0
@@ -155,38 +158,35 @@ def focused(estimates: Sequence[float], ends: Sequence[float]) -> tuple[float, f
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
+    """The range of the values with a margin on both sides."""
     low, high = min(values), max(values)
     pad = 0.06 * (high - low) or 0.5
     return low - pad, high + pad
 
 
-def _interval(axes: Axes, place: int, row: Row, word: str, limits: tuple[float, float]) -> None:
-    low, middle, high = _span(row)
-    edge = MARKS[word][2]
-    if row.verdict:
-        reach = 100 * row.verdict.detectable
+def _draw_interval(axes: Axes, place: int, row: Interval, limits: tuple[float, float]) -> None:
+    edge = MARKS[row.word][2]
+    if row.band is not None:
+        reach = 100 * row.band
         axes.barh(place, 2 * reach, left=-reach, height=0.62, color=BAND, linewidth=0, zorder=0)
-    if low is not None and high is not None:
-        _bar(axes, place, 100 * low, 100 * high, edge, limits)
-    elif row.p_value is not None:  # too few tasks to bound the difference
+    if row.low is not None and row.high is not None:
+        _bar(axes, place, 100 * row.low, 100 * row.high, edge, limits)
+    elif row.tested:  # too few tasks to bound the difference
         axes.plot(limits, (place, place), color=edge, linewidth=1.4, linestyle=(0, (1, 2.2)), zorder=2)
-    _mark(axes, place, 100 * middle, word)
+    marker, size, edge, face = MARKS[row.word]
+    axes.plot(
+        [100 * row.middle], [place], marker, color=edge, markerfacecolor=face, markersize=size, markeredgewidth=1.4,
+        zorder=3,
+    )  # fmt: skip
 
 
 def _bar(axes: Axes, place: int, low: float, high: float, colour: str, limits: tuple[float, float]) -> None:
-    """An interval; an arrow where it goes on beyond the scale."""
+    """An interval, with an arrow where it extends beyond the scale."""
     shown = max(low, limits[0]), min(high, limits[1])
     axes.plot(shown, (place, place), color=colour, linewidth=1.6, solid_capstyle="butt", zorder=2)
     for beyond, edge, arrow in ((low < limits[0], limits[0], "<"), (high > limits[1], limits[1], ">")):
         if beyond:
             axes.plot([edge], [place], arrow, color=colour, markersize=5, clip_on=False, zorder=2)
-
-
-def _mark(axes: Axes, place: int, value: float, word: str) -> None:
-    marker, size, edge, face = MARKS[word]
-    axes.plot(
-        [value], [place], marker, color=edge, markerfacecolor=face, markersize=size, markeredgewidth=1.4, zorder=3
-    )
 
 
 def _dots(axes: Axes, place: int, values: Any) -> None:
@@ -209,7 +209,7 @@ def _panel(
     sign: bool,
     above: bool = False,
 ) -> Panel:
-    """Rows under each other, named at the left or, where names are long, `above` their row; a scale below."""
+    """Rows below each other, labelled at the left or, for long labels, `above` the row; a scale at the bottom."""
     letters = 3 * LABEL_LETTERS if above else LABEL_LETTERS
     labels = [name if len(name) <= letters else name[: letters - 1] + "…" for name in names]
     labels = [label.replace("$", r"\$") for label in labels]
@@ -253,13 +253,14 @@ def sketch(group: str, alt: str, height: float, left: float, right: float, draw:
 
 
 def tick(value: float, ticks: Any, sign: bool) -> str:
+    """The label of a tick, with as many decimals as the step between ticks needs."""
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
     digits = next((d for d in range(4) if abs(round(step, d) - step) < 1e-9), 3)
     return "0" if abs(value) < 1e-9 else number(value, digits, sign)
 
 
 def _inline(svg: str, alt: str) -> str:
-    """matplotlib's file as an element of a page: no prolog, metadata or style of its own, the page's font, colours."""
+    """matplotlib's file as an element of a page: no prolog, metadata or style, but the page's font and colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1\.1"', "", svg).replace("xlink:href", "href")

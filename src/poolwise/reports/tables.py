@@ -1,12 +1,11 @@
 """A comparison as tables of ready-made strings, the same for terminal, Markdown, LaTeX and HTML. Scores are ×100 here.
 
-Nothing is computed but what a table needs to be read: seed means, their sd, and units.
+Nothing is computed beyond what a table needs to be read: seed means, their sd, and units.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +13,40 @@ from poolwise.reports.words import (
     count,
     detectable_words,
     group_words,
-    inner_percent,
     interval,
+    magnitude,
+    mean_and_sd,
     number,
     outcome,
     points,
     probability,
     sample_words,
 )
+from poolwise.verdicts.arms import by_mechanism
 from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Row
 from poolwise.verdicts.controls import RUNGS
-from poolwise.verdicts.mechanisms import by_mechanism
+from poolwise.verdicts.costs import PRICED_TOKENS
 
 if TYPE_CHECKING:
     import polars as pl
 
+Cells = tuple[str, ...]
 
 MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "inconclusive": "", "untested": ""}
-COST_COLUMNS = {  # key of a cost row -> heading; others are left out
+COST_COLUMNS = {  # key of a cost row -> heading
     "attention": "Attention",
     "pooling": "Pooling",
     "trainable_parameters": "Trained",
     "head_parameters": "Head",
-    "encode_flops": "FLOPs a text",
+    "encode_flops": "FLOPs per text",
     "relative_cost": "× baseline",
-    "encode_seconds": "Encode, s",
-    "train_seconds": "Train, s",
 }
-MANY_GROUPS = 6  # of more groups than this, means stand a row a group and pictures are folded
-ENCODE_TOKENS = 128  # length of the text whose encoding is priced
+MANY_GROUPS = 6  # with more groups than this, the table of means has a row per group, and pictures are folded
 ROLES = {
     "aa": "A/A arm: the baseline again, other seeds; must not differ",
-    "broken": "broken on purpose; must lose",
-    "ladder": "diluted baseline; must lose a little",
+    "broken": "broken on purpose; must score lower",
+    "ladder": "diluted baseline; must score a little lower",
     "untuned": "not trained",
     "reference": "reference",
 }
@@ -55,44 +54,51 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of strings under `columns`, in sections with a heading or without; the first `text` columns are words."""
+    """Rows of strings under `columns`, in sections with or without a heading; the first `text` columns are words."""
 
     title: str
-    columns: tuple[str, ...]
-    sections: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]
+    columns: Cells
+    sections: tuple[tuple[str, tuple[Cells, ...]], ...]
     note: str = ""
     text: int = 1
 
     @property
-    def rows(self) -> list[tuple[str, ...]]:
-        """All rows, whatever their section."""
+    def rows(self) -> list[Cells]:
+        """All rows of all sections."""
         return [row for _, rows in self.sections for row in rows]
+
+
+def sections(
+    groups: Iterable[str], rows: Callable[[str], Iterable[Cells]], heading: Callable[[str], str] = str
+) -> tuple[tuple[str, tuple[Cells, ...]], ...]:
+    """The sections of a table: for each group that has rows, its heading and its rows."""
+    made = ((group, tuple(rows(group))) for group in groups)
+    return tuple((heading(group), body) for group, body in made if body)
 
 
 def means(comparison: Comparison) -> Table:
     """Mean score of each design by group, with the sd of its runs."""
+    starred = not comparison.exploratory and not comparison.interim
     rows = []
     for design in comparison.designs:
         cells = []
         for group in comparison.groups:
-            arm = comparison.arm(group, design)
-            runs = [float(value) for value in arm.run_means]
-            starred = design != comparison.baseline and not comparison.exploratory
-            mark = "" if not starred else MARKS[outcome(comparison, comparison.row(group, design))]
-            spread = f" ±{points(statistics.stdev(runs))}" if len(runs) > 1 else ""
-            cells.append(f"{mark} {points(arm.mean)}{spread}".strip())
+            runs = 100 * comparison.arm(group, design).run_means
+            compared = starred and design != comparison.baseline
+            mark = MARKS[outcome(comparison, comparison.row(group, design))] if compared else ""
+            cells.append(f"{mark} {mean_and_sd(runs.tolist())}".strip())
         rows.append(cells)
-    scope = "" if comparison.scope == "designs" else " (checkpoints only)"
-    note = "Mean over tasks, ×100; ± is the sd of the runs."
-    if not comparison.exploratory and not comparison.interim:
-        note += f" ▲ above, ▼ below {comparison.baseline} after Holm{scope}"
-        note += f", ≈ equivalent within ±{points(comparison.margin, 1)}." if not scope else "."
-    if comparison.banner:
-        note = note.replace("; ± is the sd of the runs", "")
+    note = "Mean over tasks, ×100."
+    if any(runs > 1 for runs in comparison.seeds.values()):
+        note = "Mean over tasks, ×100; ± is the sd of the runs."
+    if starred:
+        note += f" ▲ above, ▼ below {comparison.baseline} after Holm"
+        equivalent = f", ≈ equivalent within ±{points(comparison.margin, 1)}."
+        note += equivalent if comparison.scope == "designs" else " (checkpoints only)."
     heads = [
         f"{group} ({len(comparison.arm(group, comparison.baseline).whole().tasks)})" for group in comparison.groups
     ]
-    if len(heads) > max(MANY_GROUPS, len(rows)):  # a row a group: a page is wide enough for designs
+    if len(heads) > max(MANY_GROUPS, len(rows)):  # a page is wide enough for the designs, but not for the groups
         body = tuple((head, *cells) for head, *cells in zip(heads, *rows, strict=True))
         return Table("Mean scores", ("Tasks", *comparison.designs), (("", body),), note)
     body = tuple((design, *cells) for design, cells in zip(comparison.designs, rows, strict=True))
@@ -100,124 +106,117 @@ def means(comparison: Comparison) -> Table:
 
 
 def verdicts(comparison: Comparison) -> Table | None:
-    """Contrasts of designs: random runs × random tasks, Holm over the family; None where each design has one run."""
-    sections = []
-    for group in comparison.groups:
-        rows = [
+    """Contrasts of designs: random runs × random tasks, Holm over the family; None if there is no verdict."""
+    judged = [(row, row.verdict) for row in comparison.rows if row.verdict]
+
+    def heading(group: str) -> str:
+        first = next(v for row, v in judged if row.group == group)
+        return f"{group} · {sample_words(first.tasks, first.sources)}, {count(first.seeds, 'seed')}"
+
+    body = sections(
+        comparison.groups,
+        lambda group: [
             (
                 row.design, points(v.difference, 2, True), interval(v.ci_low, v.ci_high), probability(v.p_value),
                 probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable), v.verdict,
             )
-            for row in comparison.rows
-            if row.group == group and (v := row.verdict)
-        ]  # fmt: skip
-        if rows:
-            first = next(row.verdict for row in comparison.rows if row.group == group and row.verdict)
-            sample = sample_words(first.tasks, first.sources)
-            sections.append((f"{group} · {sample}, {count(first.seeds, 'seed')}", tuple(rows)))
-    if not sections:
+            for row, v in judged
+            if row.group == group
+        ],
+        heading,
+    )  # fmt: skip
+    if not body:
         return None
-    noted: dict[str, list[str]] = {}
-    for row in comparison.rows:
-        if row.verdict and row.verdict.note:
-            noted.setdefault(row.verdict.note, []).append(f"{row.design} ({row.group})")
-    notes = "".join(f" Own run variance, as {why}: {', '.join(who)}." for why, who in noted.items())
+    unpooled: dict[str, list[str]] = {}
+    for row, verdict in judged:
+        if verdict.note:
+            unpooled.setdefault(verdict.note, []).append(f"{row.design} ({row.group})")
+    notes = "".join(f" Run variance not pooled, as {why}: {', '.join(who)}." for why, who in unpooled.items())
     note = (
-        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over {comparison.family} "
-        "contrasts. Run effect: sd of one run. Detectable: true difference found with 80 % power at Holm's first step. "
-        f"Equivalent: {inner_percent(comparison)} % interval inside ±{points(comparison.margin, 1)}.{notes}"
+        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over "
+        f"{count(comparison.family, 'contrast')}. Run effect: sd of one run. Detectable: the true difference that is "
+        f"detected with 80 % power at Holm's first step. Equivalent: {comparison.inner_percent} % interval inside "
+        f"±{points(comparison.margin, 1)}.{notes}"
     )
     columns = (
         "Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Run effect", "Detectable",
         "Verdict",
     )  # fmt: skip
-    return Table("Differences between designs", columns, tuple(sections), note)
+    return Table("Differences between designs", columns, body, note)
 
 
 def checkpoints(comparison: Comparison) -> Table | None:
-    """Contrasts of checkpoints: exact Wilcoxon over tasks on seed means, the field's usual test; only differences and
-    wins/ties/losses while runs are missing."""
-    if comparison.interim:
-        return _so_far(comparison)
-    sections = []
-    for group in comparison.groups:
-        if comparison.of_items(group):
-            continue
-        rows = [row for row in comparison.rows if row.group == group]
-        title = f"{group} · {count(rows[0].n, 'task')}, smallest reachable p {probability(rows[0].min_reachable_p)}"
-        sections.append((title, tuple(_checkpoint_row(row) for row in rows)))
-    if not sections:
+    """Contrasts of checkpoints: exact Wilcoxon test over tasks on seed means, the usual test of the field; while runs
+    are missing only differences and wins/ties/losses."""
+    groups = [group for group in comparison.groups if comparison.interim or not comparison.of_items(group)]
+    tipping = any(row.tipping_run_sd is not None for row in comparison.rows)
+
+    def cells(row: Row) -> Cells:
+        difference, counts = points(row.difference, 2, True), f"{row.wins}/{row.ties}/{row.losses}"
+        if comparison.interim:
+            return row.design, difference, counts
+        effect = "–" if row.effect_size is None else number(row.effect_size, 2, True)
+        tip = ("–" if row.tipping_run_sd is None else points(row.tipping_run_sd),) if tipping else ()
+        span = interval(row.ci_low, row.ci_high)
+        return row.design, difference, span, probability(row.p_value), probability(row.p_holm), effect, counts, *tip
+
+    def heading(group: str) -> str:
+        if comparison.interim:
+            return f"{group} · {count(len(comparison.arm(group, comparison.baseline).tasks), 'task')}"
+        first = next(row for row in comparison.rows if row.group == group)
+        return f"{group} · {count(first.n, 'task')}, smallest reachable p {probability(first.min_reachable_p)}"
+
+    body = sections(groups, lambda group: [cells(row) for row in comparison.rows if row.group == group], heading)
+    if not body:
         return None
+    start = f"Points against {comparison.baseline}"
+    if comparison.interim:
+        note = f"{start} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
+        return Table("Differences so far", ("Design", "Difference", "W/T/L"), body, note)
     note = (
-        f"Points against {comparison.baseline}; seeds averaged, tasks as the sample: this speaks about these "
-        "checkpoints. Hodges–Lehmann difference with exact interval, exact Wilcoxon p, Holm over "
-        f"{len(comparison.rows)} contrasts, matched-pairs rank-biserial effect size, wins/ties/losses."
+        f"{start}; seeds averaged, tasks as the sample: the claims are about these checkpoints. Hodges–Lehmann "
+        f"difference with exact interval, exact Wilcoxon p, Holm over {count(len(comparison.rows), 'contrast')}, "
+        "matched-pairs rank-biserial effect size, wins/ties/losses."
     )
     columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
-    if any(row.tipping_run_sd is not None for row in comparison.rows):
+    if tipping:
         columns.append("Tipping point")
-        note += " Tipping point: the largest run effect at which the mean difference would still stand."
-    sections = [(head, tuple(row[: len(columns)] for row in rows)) for head, rows in sections]
-    return Table("Differences between checkpoints", tuple(columns), tuple(sections), note)
-
-
-def _so_far(comparison: Comparison) -> Table:
-    sections = tuple(
-        (
-            f"{group} · {count(len(comparison.arm(group, comparison.baseline).tasks), 'task')}",
-            tuple(
-                (row.design, points(row.difference, 2, True), f"{row.wins}/{row.ties}/{row.losses}")
-                for row in comparison.rows
-                if row.group == group
-            ),
-        )
-        for group in comparison.groups
-    )
-    note = f"Points against {comparison.baseline} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
-    return Table("Differences so far", ("Design", "Difference", "W/T/L"), sections, note)
-
-
-def _checkpoint_row(row: Row) -> tuple[str, ...]:
-    return (
-        row.design, points(row.difference, 2, True), interval(row.ci_low, row.ci_high), probability(row.p_value),
-        probability(row.p_holm), "–" if row.effect_size is None else number(row.effect_size, 2, True),
-        f"{row.wins}/{row.ties}/{row.losses}", "–" if row.tipping_run_sd is None else points(row.tipping_run_sd),
-    )  # fmt: skip
+        note += " Tipping point: the largest run effect at which the mean difference would still hold."
+    return Table("Differences between checkpoints", tuple(columns), body, note)
 
 
 def task_scores(comparison: Comparison) -> Table:
     """Score of each design on each task, seeds averaged."""
-    sections = []
-    for group in comparison.groups:
+
+    def rows(group: str) -> list[Cells]:
         arms = [comparison.arm(group, design).whole() for design in comparison.designs]
-        rows = [(task, *(points(float(arm.task_means[i])) for arm in arms)) for i, task in enumerate(arms[0].tasks)]
-        sections.append((group, tuple(rows)))
-    return Table("Scores on each task", ("Task", *comparison.designs), tuple(sections), "×100, seeds averaged.")
+        return [(task, *(points(float(arm.task_means[i])) for arm in arms)) for i, task in enumerate(arms[0].tasks)]
+
+    body = sections(comparison.groups, rows)
+    return Table("Scores on each task", ("Task", *comparison.designs), body, "×100, seeds averaged.")
 
 
 def run_scores(comparison: Comparison) -> Table:
     """Mean score of each run by group."""
     seeds = sorted({seed for arm in comparison.arms if arm.design in comparison.designs for seed in arm.seeds})
-    sections = []
-    for group in comparison.groups:
-        rows = []
-        for design in comparison.designs:
-            arm = comparison.arm(group, design)
-            found = dict(zip(arm.seeds, arm.run_means.tolist(), strict=True))
-            rows.append((design, *(points(found[seed]) if seed in found else "–" for seed in seeds)))
-        sections.append((group, tuple(rows)))
-    return Table(
-        "Scores of each run", ("Design", *(f"Seed {seed}" for seed in seeds)), tuple(sections), "Mean over tasks, ×100."
-    )
+
+    def cells(group: str, design: str) -> Cells:
+        arm = comparison.arm(group, design)
+        means = dict(zip(arm.seeds, arm.run_means.tolist(), strict=True))
+        return design, *(points(means[seed]) if seed in means else "–" for seed in seeds)
+
+    body = sections(comparison.groups, lambda group: [cells(group, design) for design in comparison.designs])
+    columns = ("Design", *(f"Seed {seed}" for seed in seeds))
+    return Table("Scores of each run", columns, body, "Mean over tasks, ×100.")
 
 
 def over_steps(frame: pl.DataFrame, comparison: Comparison) -> Table | None:
-    """Mean score of each design after a part of the training; None where only the end was scored."""
+    """Mean score of each design after a part of the training; None if only the end was scored."""
     import polars as pl
 
     scored = frame.filter(pl.col("item_id").is_null() & pl.col("design").is_in(list(comparison.designs)))
     scored = by_mechanism(scored, scored)
-    steps = sorted(scored["step"].drop_nulls().unique().to_list()) if "step" in scored.columns else []
+    steps = sorted(scored["step"].drop_nulls().unique().to_list())
     if len(steps) < 2:
         return None
     by = pl.coalesce("mechanism", pl.lit("all") if comparison.by == "all" else pl.col(comparison.by))
@@ -227,79 +226,59 @@ def over_steps(frame: pl.DataFrame, comparison: Comparison) -> Table | None:
         .agg(pl.col("score").mean())
         .iter_rows()
     }
-    sections = []
-    for group in comparison.groups:
-        rows = [
-            (design, *(points(means[key]) if (key := (group, design, step)) in means else "–" for step in steps))
-            for design in comparison.designs
-        ]
-        sections.append((group, tuple(rows)))
-    note = "Mean over tasks and runs, ×100, after so many steps: an order that still moves at the end is not settled."
-    return Table("Scores while training", ("Design", *(str(step) for step in steps)), tuple(sections), note)
+
+    def cells(group: str, design: str) -> Cells:
+        return design, *(points(means[key]) if (key := (group, design, step)) in means else "–" for step in steps)
+
+    body = sections(comparison.groups, lambda group: [cells(group, design) for design in comparison.designs])
+    note = "Mean over tasks and runs, ×100, by step: an order that still changes at the end is not settled."
+    return Table("Scores during training", ("Design", *(str(step) for step in steps)), body, note)
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What each design costs: parameters, FLOPs, seconds, as far as the rows know."""
-    keys = [key for key in COST_COLUMNS if any(row.get(key) is not None for row in rows)]
-    body = tuple((str(row["design"]), *(_amount(key, row.get(key)) for key in keys)) for row in rows)
-    note = f"FLOPs: forward pass of base and head, one text of {ENCODE_TOKENS} tokens, a multiply-add as two."
-    words = 1 + sum(key in ("attention", "pooling") for key in keys)
-    return Table(
-        "Cost",
-        ("Design", *(COST_COLUMNS[key] for key in keys)),
-        (("", body),),
-        note if "encode_flops" in keys else "",
-        words,
-    )
-
-
-def priced(rows: Iterable[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
-    """Cost rows with `encode_flops` (base and head at `ENCODE_TOKENS`) and `relative_cost` against the baseline."""
-    out = [dict(row) for row in rows]
-    for row in out:
-        parts = [row.get(f"{part}_flops_{ENCODE_TOKENS}") for part in ("base", "head")]
-        if "encode_flops" not in row and all(part is not None for part in parts):
-            row["encode_flops"] = sum(parts)
-    key = next((key for key in ("encode_seconds", "encode_flops") if any(row.get(key) for row in out)), None)
-    base = next((row for row in out if row.get("design") == baseline), None)
-    if key and base and base.get(key):
-        for row in out:
-            row["relative_cost"] = row[key] / base[key] if row.get(key) else None
-    return out
-
-
-def controls(comparison: Comparison, roles: Mapping[str, str]) -> Table | None:
-    """Designs outside the family: what each is, its mean and its difference to the baseline by group."""
-    if not comparison.control_rows:
+def costs(rows: Sequence[Mapping[str, Any]]) -> Table | None:
+    """The cost of each design: parameters and FLOPs, as far as the rows have them; None without rows."""
+    if not rows:
         return None
-    sections = []
-    for design in comparison.control_designs:
-        if design in RUNGS:
-            continue
-        rows = []
-        for row in (row for row in comparison.control_rows if row.design == design):
-            shown = row.verdict or row
-            scope = "designs" if row.verdict else "checkpoints"
-            mean = points(comparison.arm(row.group, design).mean)
-            difference = points(shown.difference, 2, True)
-            rows.append(
-                (row.group, mean, difference, interval(shown.ci_low, shown.ci_high), probability(shown.p_value), scope)
+    keys = [key for key in COST_COLUMNS if any(row.get(key) is not None for row in rows)]
+
+    def cell(key: str, value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or "–"
+        return f"{value:.3f}" if key == "relative_cost" else magnitude(value)
+
+    body = tuple((str(row["design"]), *(cell(key, row.get(key)) for key in keys)) for row in rows)
+    note = f"FLOPs: forward pass of base and head, one text of {PRICED_TOKENS} tokens, a multiply-add counted as two."
+    words = 1 + sum(key in ("attention", "pooling") for key in keys)
+    columns = ("Design", *(COST_COLUMNS[key] for key in keys))
+    return Table("Cost", columns, (("", body),), note if "encode_flops" in keys else "", words)
+
+
+def controls(comparison: Comparison) -> Table | None:
+    """Designs outside the family: the role of each, its mean and its difference to the baseline by group."""
+    roles = dict(comparison.roles)
+
+    def rows(design: str) -> list[Cells]:
+        return [
+            (
+                row.group, points(comparison.arm(row.group, design).mean), points(shown.difference, 2, True),
+                interval(shown.ci_low, shown.ci_high), probability(shown.p_value),
+                "designs" if row.verdict else "checkpoints",
             )
+            for row in comparison.control_rows
+            if row.design == design and (shown := row.verdict or row)
+        ]  # fmt: skip
+
+    def heading(design: str) -> str:
         role = roles.get(design)
-        sections.append((f"{design} · {ROLES.get(role, role)}" if role else design, tuple(rows)))
+        return f"{design} · {ROLES.get(role, role)}" if role else design
+
+    body = sections([name for name in comparison.control_designs if name not in RUNGS], rows, heading)
     note = (
-        f"Points against {comparison.baseline}, outside the family, uncorrected; means over the tasks each was given."
+        f"Points against {comparison.baseline}, outside the family, uncorrected; means over the tasks that each was "
+        "scored on."
     )
     columns = ("Group", "Mean", "Difference", "95 % interval", "p", "Scope")
-    return Table("Controls and references", columns, tuple(sections), note)
-
-
-def roles(frame: pl.DataFrame, given: Mapping[str, str] | None) -> dict[str, str]:
-    """The role of each control: from `given`, else from the table's column `role`."""
-    found: dict[str, str] = {}
-    if "role" in frame.columns:
-        found = dict(frame.select("design", "role").unique().drop_nulls().iter_rows())
-    return {**found, **(given or {})}
+    return Table("Controls and references", columns, body, note) if comparison.control_rows else None
 
 
 def tasks(frame: pl.DataFrame, comparison: Comparison) -> Table:
@@ -311,15 +290,15 @@ def tasks(frame: pl.DataFrame, comparison: Comparison) -> Table:
         *(pl.col(name).drop_nulls().unique().sort() for name in ("source", "split", "subset"))
     )
     body = tuple(
-        (task, group_words(kind), metric, *(", ".join(found) or "–" for found in lists))
+        (task, group_words(kind), metric, *(", ".join(values) or "–" for values in lists))
         for task, kind, metric, *lists in rows.sort("task_type", "task").iter_rows()
     )
     return Table("Tasks", ("Task", "Type", "Metric", "Source", "Split", "Subset"), (("", body),), text=6)
 
 
-def recipe(info: Mapping[str, Any]) -> Table | None:
-    """The recipe that all designs share, nested keys joined by dots."""
-    flat: list[tuple[str, str]] = []
+def recipe(fields: Mapping[str, Any]) -> Table | None:
+    """The recipe that all designs share, nested keys joined by dots; None without one."""
+    flat: list[Cells] = []
 
     def walk(value: Any, name: str) -> None:
         if isinstance(value, Mapping):
@@ -329,21 +308,5 @@ def recipe(info: Mapping[str, Any]) -> Table | None:
             shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             flat.append((name, "–" if shown in (None, "") else str(shown)))
 
-    walk(info.get("recipe") or {}, "")
+    walk(fields, "")
     return Table("Recipe", ("Field", "Value"), (("", tuple(flat)),), "The same for every design.", 2) if flat else None
-
-
-def _amount(key: str, value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or "–"
-    if key.endswith("seconds"):
-        return f"{value:,.1f}"
-    return f"{value:.3f}" if key == "relative_cost" else magnitude(value)
-
-
-def magnitude(value: float) -> str:
-    """`2.6 M`, `1.28 G`, `640`: three significant digits and a metric prefix."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g}"

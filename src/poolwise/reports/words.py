@@ -1,26 +1,22 @@
-"""Results in words, by a fixed grammar: what was found, its interval, its n, its scope; never more than was tested.
+"""Results in words, by a fixed grammar: difference, interval, sample and scope; never more than was tested.
 
 Scores are 0–1 in the data and ×100 ("points") in words. Numbers drop the leading zero and use a true minus sign.
-Absence of evidence is called inconclusive and given as a range; equality is claimed only inside a margin, by test.
+A contrast without evidence is called inconclusive and given as a range; equality is claimed only within a margin, by a
+test.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import statistics
+from collections.abc import Sequence
 
+from poolwise.study.catalogue import TASK_TYPES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Given, Row, Verdict
-from poolwise.verdicts.findings import BASELINE, BETTER, Recommendation
-
-MTEB_TYPES = (
-    "Classification", "Clustering", "InstructionRetrieval", "MultilabelClassification", "PairClassification",
-    "Reranking", "Retrieval", "Summarization", "BitextMining",
-)  # fmt: skip
-NO_VERDICT = "No verdict on designs is possible here"
-MISSING_RUNS = "these are checkpoints, and no verdict on designs is possible"
-ENCODE_COSTS = ("encode_seconds", "encode_flops")  # keys of a cost row, the measured one first
+from poolwise.verdicts.contrasts import Given, Overall, Row, Verdict
+from poolwise.verdicts.costs import encode_flops
+from poolwise.verdicts.findings import Findings
+from poolwise.verdicts.recommendations import BASELINE, BETTER, Recommendation
 
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
@@ -29,7 +25,7 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
         return "∞"
     text = f"{abs(value):.{digits}f}"
     text = text[1:] if text.startswith("0.") else text
-    if not text.strip(".0"):
+    if not text.strip(".0"):  # a value that rounds to zero has no sign
         return text
     return ("−" if value < 0 else "+" if sign else "") + text
 
@@ -39,18 +35,32 @@ def points(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return number(None if value is None else 100 * value, digits, sign)
 
 
+def mean_and_sd(values: Sequence[float], digits: int = 2) -> str:
+    """`67.95 ±.28`: mean and standard deviation of several runs; only the mean of a single one."""
+    mean = number(statistics.fmean(values), digits)
+    return f"{mean} ±{number(statistics.stdev(values), digits)}" if len(values) > 1 else mean
+
+
 def interval(low: float | None, high: float | None, digits: int = 2) -> str:
-    """`−.40 to 1.30` from two ends in 0–1; `unbounded` where either is None."""
+    """`−.40 to 1.30` from two ends in 0–1; `unbounded` if either is None."""
     return "unbounded" if low is None or high is None else f"{points(low, digits)} to {points(high, digits)}"
 
 
 def probability(p: float | None) -> str:
-    """`.031`, `<.001`, `–` where nothing was tested."""
+    """`.031`, `<.001`; `–` if nothing was tested."""
     if p is None:
         return "–"
     if p < 0.001 or p > 0.9995:
         return "<.001" if p < 0.001 else "1"
     return number(p, 3 if round(p, 3) != 0.05 else 4)  # .0498 must not read as .050
+
+
+def magnitude(value: float) -> str:
+    """`2.6 M`, `1.28 G`, `640`: three significant digits and a metric prefix."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
 
 
 def count(n: int, noun: str) -> str:
@@ -59,15 +69,17 @@ def count(n: int, noun: str) -> str:
 
 
 def sample_words(tasks: int, sources: int) -> str:
-    """`10 tasks`, `10 tasks from 7 sources`; of a planted mechanism (items are sources) `152 items of 4 tasks`."""
+    """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`."""
     if sources > tasks:
         return f"{count(sources, 'item')} of {count(tasks, 'task')}"
     return count(tasks, "task") + (f" from {count(sources, 'source')}" if sources < tasks else "")
 
 
 def group_words(group: str) -> str:
-    """mteb's type words as prose: `PairClassification` is `pair classification`; other names stay as they are."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() if group in MTEB_TYPES else group
+    """mteb's task types as prose (`PairClassification` becomes `pair classification`); other names are unchanged."""
+    if group == "all":
+        return "all tasks"
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", group).lower() if group in TASK_TYPES and group != "STS" else group
 
 
 def listing(names: Sequence[str]) -> str:
@@ -75,8 +87,27 @@ def listing(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def decimals(*values: float | None) -> int:
+    """One decimal of a point, or more if a number other than zero would read as zero."""
+    known = [abs(100 * value) for value in values if value]
+    return next((digits for digits in (1, 2) if all(round(value, digits) > 0 for value in known)), 3)
+
+
+def above_or_below(difference: float, digits: int) -> str:
+    """`2.0 points above`, `.4 points below`, `level with`."""
+    size = points(abs(difference), digits)
+    if not size.strip(".0"):
+        return "level with"
+    return f"{size} points {'above' if difference > 0 else 'below'}"
+
+
+def detectable_words(value: float) -> str:
+    """A detectable difference in points; none is larger than 100."""
+    return ">100" if value >= 1 else points(value)
+
+
 def outcome(comparison: Comparison, row: Row) -> str:
-    """`better`, `worse`, `equivalent`, `inconclusive` or `untested` (one task); of checkpoints without a verdict."""
+    """`better`, `worse`, `equivalent`, `inconclusive` or `untested`; of the checkpoints if there is no verdict."""
     if row.verdict:
         return row.verdict.verdict
     if row.p_holm is None:
@@ -86,166 +117,136 @@ def outcome(comparison: Comparison, row: Row) -> str:
     return "better" if row.difference > 0 else "worse"
 
 
-def headline(comparison: Comparison, group: str) -> str:
-    """The answer for one group of tasks in one line, e.g. "m4 scores above m1; m2 and m3 are inconclusive."."""
+def strongest(comparison: Comparison, group: str) -> Row:
+    """The contrast that answers for a group: the best design if one is better, else the largest difference."""
     rows = [row for row in comparison.rows if row.group == group]
-    rows.sort(key=lambda row: -abs(row.verdict.difference if row.verdict else row.difference))
-    if comparison.interim:
-        shifts = [f"{row.design} {points(row.difference, 1, True)}" for row in rows]
-        return f"So far, in points against {comparison.baseline}: {', '.join(shifts)}. Nothing is tested yet."
-    if all(outcome(comparison, row) == "untested" for row in rows):
-        if comparison.of_items(group):
-            return "One run only: no verdict on designs is possible."
-        return f"One task only, {comparison.arm(group, comparison.baseline).tasks[0]}: nothing to test over tasks."
-    found = [(row.design, outcome(comparison, row)) for row in rows]
-    parts = outcomes(comparison, found)
-    scope = "" if any(row.verdict for row in rows) else "Checkpoints only: "
-    return opened(f"{'Exploratory: ' if comparison.exploratory else ''}{scope}{parts}.")
+    better = [row for row in rows if outcome(comparison, row) == "better"]
+    if better:
+        return max(better, key=lambda row: (row.verdict or row).difference)
+    return max(rows, key=lambda row: abs((row.verdict or row).difference))
 
 
-def opened(sentence: str) -> str:
-    """A sentence with a capital where it begins with a word of its own, and not with the name of a design."""
-    return re.sub("^no design", "No design", sentence)
-
-
-def outcomes(comparison: Comparison, found: Sequence[tuple[str, str]]) -> str:
-    """`m4 scores above m1; m2 and m3 are inconclusive`, from (design, word), the largest difference first."""
-    base, parts = comparison.baseline, list[str]()
-    for word, one, many in (
-        ("better", f"scores above {base}", f"score above {base}"),
-        ("worse", f"scores below {base}", f"score below {base}"),
-        ("equivalent", f"is equivalent to {base}", f"are equivalent to {base}"),
-        ("inconclusive", "is inconclusive", "are inconclusive"),
-    ):
-        chosen = [design for design, said in found if said == word]
-        if word not in ("better", "worse"):
-            chosen.sort(key=comparison.designs.index)
-        elif len(chosen) > 8:  # the largest differences stand for them
-            chosen = [*chosen[:3], f"{len(chosen) - 3} others"]
-        if word == "inconclusive" and len(chosen) > 2:
-            alone = f"no design is shown to differ from {base}: all {len(chosen)}"
-            parts.append(f"{f'the other {len(chosen)}' if parts else alone} are inconclusive")
-        elif chosen:
-            parts.append(f"{listing(chosen)} {one if len(chosen) == 1 else many}")
-    return "; ".join(parts)
-
-
-def advice(comparison: Comparison, found: Recommendation) -> str:
-    """Which design to use for a group, why, and how far to trust it."""
-    base = comparison.baseline
-    if found.design is None:
+def advice(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Which design to use for a group, why, and how far to trust that."""
+    base, design = comparison.baseline, recommendation.design
+    if design is None:
         return (
-            f"No recommendation: every design stays below {found.reference} ({points(found.reference_score, 1)} "
-            f"against {points(found.best_score, 1)} for the best of them)."
+            f"No recommendation: every design scores below {recommendation.reference} "
+            f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
+            "design)."
         )
-    cheapest = "the cheapest to encode of those not shown worse"
-    if not found.judged:
-        why = "the baseline, stays the choice" if found.basis == BASELINE else f"{cheapest}, is the choice"
-        why_not = "Exploratory verdicts carry no recommendation" if comparison.exploratory else NO_VERDICT
-        return f"{why_not}: {found.design}, {why} for want of evidence."
-    if found.basis == BETTER:
-        said = f"Recommended: {found.design}, the best of what scores above {base} after Holm."
-    elif found.basis == BASELINE:
-        said = f"Recommended: {base}, as no design is shown to score above it; costs are not known."
+    cheapest = "the cheapest to encode of those not shown to be worse"
+    if not recommendation.judged:
+        why = "the baseline" if recommendation.basis == BASELINE else cheapest
+        return f"No verdict on designs is possible here; without evidence, the choice is {design}, {why}."
+    if recommendation.basis == BETTER:
+        text = f"Recommended: {design}, the best of the designs that score above {base} after Holm."
+    elif recommendation.basis == BASELINE:
+        text = f"Recommended: {base}, as no design is shown to score above it; costs are unknown."
     else:
-        said = f"Recommended: {found.design}, {cheapest}, as no design is shown to score above {base}."
-    if found.basis == BETTER and found.relative_cost:
-        said += f" It encodes at {number(found.relative_cost)} × the cost of {base}."
-    if found.stays is not None:
-        said += (
-            f" Leaving out one source at a time keeps it in {round(found.stays * found.folds)} of {found.folds} folds; "
-            f"expected regret {points(found.expected_regret)} points."
+        text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
+    if recommendation.basis == BETTER and recommendation.relative_cost:
+        text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
+    if recommendation.stays is not None:
+        same = round(recommendation.stays * recommendation.folds)
+        text += (
+            f" Leaving out one source at a time gives the same choice in {same} of {recommendation.folds} folds; "
+            f"expected regret {points(recommendation.expected_regret)} points."
         )
-    return said
+    return text
 
 
-def sentences(
-    comparison: Comparison,
-    base: str | None = None,
-    recipe: str | None = None,
-    costs: Iterable[Mapping[str, Any]] | None = None,
-) -> list[str]:
-    """One sentence for each contrast of the family, in the order of `comparison.rows`.
+def sentences(findings: Findings, base: str | None = None) -> list[str]:
+    """One sentence for each contrast of the family, in the order of `findings.rows`.
 
-    Args:
-        base, recipe: names of what all designs shared, repeated in every claim.
-        costs: rows with `design` and `encode_seconds` or `encode_flops`; adds what the design costs to encode.
+    base: name of the base model, repeated in every claim.
     """
-    tail = "".join(f"; {word} {name}" for word, name in (("recipe", recipe), ("base", base)) if name)
-    priced = list(costs or ())
-    return [_sentence(comparison, row, tail, priced) for row in comparison.rows]
+    costs = encode_flops(findings.costs)
+    prices = {design: cost / costs[findings.baseline] for design, cost in costs.items() if findings.baseline in costs}
+    return [
+        f"{answer(findings, row, base)}{_power(findings, row)}{_price(row, prices.get(row.design))}"
+        for row in findings.rows
+    ]
 
 
-def _sentence(comparison: Comparison, row: Row, tail: str, costs: Sequence[Mapping[str, Any]]) -> str:
+def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
+    """The sentence of a contrast without its power and its price."""
+    tail = f"; base {base}" if base else ""
     where = f"On {group_words(row.group)}"
     if comparison.interim:
         return (
-            f"{where}, {row.design} lies {above_or_below(row.difference, 1)} {row.baseline} so far "
-            f"({count(row.n, 'task')}; "
-            f"wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing: nothing is tested."
+            f"{where}, {row.design} is {above_or_below(row.difference, 1)} {row.baseline} so far "
+            f"({count(row.n, 'task')}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing, "
+            "so nothing is tested."
         )
     if row.verdict:
-        return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}{_cost(row, costs)}"
+        return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}"
     if row.p_value is None and comparison.of_items(row.group):
-        return f"{where}, {row.design} scores {above_or_below(row.difference, 2)} {row.baseline}: {MISSING_RUNS}."
+        return (
+            f"{where}, {row.design} scores {above_or_below(row.difference, 2)} {row.baseline}: these are checkpoints, "
+            "and no verdict on designs is possible."
+        )
     if row.p_value is None:
-        task, size = comparison.arm(row.group, row.design).tasks[0], above_or_below(row.difference, 2)
+        task = comparison.arm(row.group, row.design).tasks[0]
         seeds = count(min(comparison.seeds[row.design], comparison.seeds[row.baseline]), "seed")
         return (
-            f"{where} there is one task, {task}: {row.design} scores {size} {row.baseline} there "
-            f"({seeds}{tail}). One task has no spread over tasks to test against."
+            f"{where}, there is one task, {task}: {row.design} scores {above_or_below(row.difference, 2)} "
+            f"{row.baseline} ({seeds}{tail}). A single task leaves nothing to test over tasks."
         )
-    known = f" {_given_claim(comparison, row, row.given)}" if row.given else ""
-    return f"{where}, {_checkpoint_claim(comparison, row, tail)}{known}"
+    given = f" {_given_claim(comparison, row, row.given)}" if row.given else ""
+    return f"{where}, {_checkpoint_claim(comparison, row, tail)}{given}"
 
 
-def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
-    sample = sample_words(verdict.tasks, verdict.sources)
-    seeds = count(verdict.seeds, "seed")
-    if verdict.seeds != verdict.baseline_seeds:
-        seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
-    context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
+def verdict_claim(comparison: Comparison, pair: tuple[str, str], verdict: Verdict, context: str) -> str:
+    """`m2 scores 2.0 points above m1 (95 % interval 1.2 to 2.8; context).` for a (design, baseline) and its verdict."""
+    design, baseline = pair
     digits = decimals(verdict.difference, verdict.ci_low, verdict.ci_high)
     span = interval(verdict.ci_low, verdict.ci_high, digits)
     if verdict.verdict in ("better", "worse"):
         return (
-            f"{row.design} scores {above_or_below(verdict.difference, digits)} {row.baseline} "
+            f"{design} scores {above_or_below(verdict.difference, digits)} {baseline} "
             f"({comparison.percent} % interval {span}; {context})."
         )
     if verdict.verdict == "equivalent":
         low, high = verdict.equivalence_low, verdict.equivalence_high
-        ends = (low, high, comparison.margin - max(-low, high))  # an end inside the margin must not read as on it
-        inner = interval(low, high, decimals(*ends))
-        margin = points(comparison.margin, 1)
-        pair = f"{row.design} and {row.baseline}"
-        level = inner_percent(comparison)
-        return f"{pair} are equivalent within ±{margin} points ({level} % interval {inner}; {context})."
-    pair = f"{row.design} against {row.baseline}"
-    claim = f"{pair} is inconclusive: differences from {span} points are compatible ({context})."
+        # An end just inside the margin must not be rounded onto it.
+        inner = interval(low, high, decimals(low, high, comparison.margin - max(-low, high)))
+        return (
+            f"{design} and {baseline} are equivalent within ±{points(comparison.margin, 1)} points "
+            f"({comparison.inner_percent} % interval {inner}; {context})."
+        )
+    return f"{design} against {baseline} is inconclusive: differences from {span} points are compatible ({context})."
+
+
+def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
+    seeds = count(verdict.seeds, "seed")
+    if verdict.seeds != verdict.baseline_seeds:
+        seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
+    sample = sample_words(verdict.tasks, verdict.sources)
+    context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
+    return verdict_claim(comparison, (row.design, row.baseline), verdict, context)
+
+
+def _power(comparison: Comparison, row: Row) -> str:
+    """For an inconclusive verdict, what this study could have detected and what it would need."""
+    verdict, text = row.verdict, ""
+    if verdict is None or verdict.verdict != "inconclusive":
+        return ""
     if verdict.ci_low > 0 or verdict.ci_high < 0:
-        claim += (
-            f" The interval leaves out 0, but not after Holm over {comparison.family} contrasts "
+        text = (
+            f" The interval excludes 0, but not after Holm over {comparison.family} contrasts "
             f"(p {probability(verdict.p_holm)})."
         )
-    margin = points(comparison.margin, 1)
     units = "items" if comparison.of_items(row.group) else "tasks"
-    needed = f"more {units}, as no number of seeds up to 50 would do"
+    needed = f"more {units}, as no number of seeds up to 50 would be enough"
     if verdict.settle_low is not None:
         fewest, most = verdict.settle_low, verdict.settle_high
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
         needed = count(fewest, "seed") if fewest == most else needed
-    return f"{claim} {_power(verdict.detectable)}; one of {margin} points would need {needed}."
-
-
-def _power(detectable: float) -> str:
-    if detectable >= 1:
-        return "No true difference would be found with 80 % power"
-    return f"A true difference of {points(detectable, 1)} points would be found with 80 % power"
-
-
-def detectable_words(value: float) -> str:
-    """A detectable difference in points; none is larger than 100."""
-    return ">100" if value >= 1 else points(value)
+    power = f"A true difference of {points(verdict.detectable, 1)} points would be detected with 80 % power"
+    if verdict.detectable >= 1:
+        power = "No true difference would be detected with 80 % power"
+    return f"{text} {power}; one of {points(comparison.margin, 1)} points would need {needed}."
 
 
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
@@ -257,18 +258,14 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
         f"{count(row.n, 'task')}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
         f"Holm p {probability(row.p_holm)}, rank-biserial {number(row.effect_size)}{tail}"
     )
-    why = (
-        "These are checkpoints, not designs: " + ("one run each" if max(runs) == 1 else "too few runs or sources") + "."
-    )
+    why = f"These are checkpoints, not designs: {'one run each' if max(runs) == 1 else 'too few runs or sources'}."
     if row.p_holm is not None and row.p_holm <= comparison.alpha:
         claim = f"the checkpoint of {row.design} scores {above_or_below(row.difference, digits)} that of {row.baseline}"
         tipping = ""
-        if row.tipping_run_sd is not None:
-            tipping = (
-                f" It would stand up to a run effect of {points(row.tipping_run_sd)} points."
-                if row.tipping_run_sd
-                else " By the mean over tasks it would not stand even without a run effect."
-            )
+        if row.tipping_run_sd:
+            tipping = f" It would hold up to a run effect of {points(row.tipping_run_sd)} points."
+        elif row.tipping_run_sd is not None:
+            tipping = " The difference of the means would not hold even without a run effect."
         return f"{claim} (Hodges–Lehmann, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
     compatible = f"{count(row.n, 'task')} rule out no size of difference"
     if span != "unbounded":
@@ -277,47 +274,38 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     return f"{pair} is inconclusive: {compatible} ({context}). {why}"
 
 
-def _given_claim(comparison: Comparison, row: Row, found: Given) -> str:
-    """What single runs say of the designs, if the run effect is what the user was told elsewhere."""
-    digits = decimals(found.difference, found.ci_low, found.ci_high)
-    span = interval(found.ci_low, found.ci_high, digits)
-    df = "known exactly" if found.run_df == float("inf") else f"{found.run_df:g} df"
-    start = f"Given a run effect of {points(found.run_sd)} points from elsewhere ({df})"
-    sample = f"{count(found.sources, 'source')}, 1 seed each; Holm p {probability(found.p_holm)}"
-    if found.verdict == "inconclusive":
+def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
+    """The claim about the designs that single runs support under a run effect from another study."""
+    digits = decimals(given.difference, given.ci_low, given.ci_high)
+    span = interval(given.ci_low, given.ci_high, digits)
+    df = "known exactly" if given.run_df == float("inf") else f"{given.run_df:g} df"
+    start = f"Given a run effect of {points(given.run_sd)} points from another study ({df})"
+    sample = f"{count(given.sources, 'source')}, 1 seed each; Holm p {probability(given.p_holm)}"
+    if given.verdict == "inconclusive":
         return f"{start}, the designs are inconclusive: differences from {span} points are compatible ({sample})."
     return (
-        f"{start}, the design {row.design} scores {above_or_below(found.difference, digits)} {row.baseline} "
-        f"({comparison.percent} % interval {span}; {sample}); the runs here do not show that effect themselves."
+        f"{start}, the design {row.design} scores {above_or_below(given.difference, digits)} {row.baseline} "
+        f"({comparison.percent} % interval {span}; {sample}); these runs do not measure that effect."
     )
 
 
-def inner_percent(comparison: Comparison) -> int:
-    """Level of the interval of the two one-sided tests, in percent: 90, or 94 at each of two looks."""
-    return round(100 * (1 - 2 * comparison.alpha))
+def overall_sentence(comparison: Comparison, overall: Overall) -> str:
+    """One sentence for a contrast over all task types with declared weights."""
+    verdict = overall.verdict
+    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
+    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
+    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
 
 
-def above_or_below(difference: float, digits: int) -> str:
-    size = points(abs(difference), digits)
-    if not size.strip(".0"):
-        return "level with"
-    return f"{size} points {'above' if difference > 0 else 'below'}"
+def weight_words(overall: Overall) -> str:
+    """`retrieval .75, STS .25`."""
+    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
 
 
-def decimals(*values: float | None) -> int:
-    """One decimal of a point, more where a number that is not zero would read as zero."""
-    known = [abs(100 * value) for value in values if value]
-    return next((digits for digits in (1, 2) if all(round(value, digits) > 0 for value in known)), 3)
-
-
-def _cost(row: Row, costs: Sequence[Mapping[str, Any]]) -> str:
-    by_design = {cost.get("design"): cost for cost in costs}
-    mine, base = by_design.get(row.design), by_design.get(row.baseline)
-    for key in ENCODE_COSTS:
-        if mine and base and mine.get(key) and base.get(key):
-            change = mine[key] / base[key] - 1
-            unit = ", in FLOPs" if key.endswith("flops") else ""
-            if abs(change) < 0.005:
-                return f" It costs the same to encode{unit}."
-            return f" It costs {abs(100 * change):.0f} % {'more' if change > 0 else 'less'} to encode{unit}."
-    return ""
+def _price(row: Row, relative: float | None) -> str:
+    """What a design costs to encode, relative to the baseline; only beside a verdict on designs."""
+    if row.verdict is None or relative is None:
+        return ""
+    if abs(relative - 1) < 0.005:
+        return " It costs the same to encode, in FLOPs."
+    return f" It costs {abs(100 * (relative - 1)):.0f} % {'more' if relative > 1 else 'less'} to encode, in FLOPs."
