@@ -18,8 +18,8 @@ from typing import Any
 from transformers import MistralConfig, Qwen2Config
 
 from poolwise.pooling.cost import head_cost, resolve_args
-from poolwise.reports.tables import magnitude
-from poolwise.runs.check import LENGTHS, base_costs
+from poolwise.reports.words import magnitude
+from poolwise.runs.costs import LENGTHS, base_costs
 from poolwise.study.catalogue import POOLINGS, PRESETS, REFERENCES
 from poolwise.study.pooling_spec import Arg, PoolingSpec
 from poolwise.study.study import Study

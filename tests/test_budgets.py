@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import stats
+from poolwise import api, stats
+from poolwise.pooling.cost import training_flops
 from poolwise.reports import secondary
+from poolwise.runs import costs as stored
+from poolwise.runs.check import check
+from poolwise.study.recipe import Recipe
+from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.findings import equal_budgets, training_flops
+from poolwise.verdicts.costs import equal_budgets
+from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.table import table
 from test_comparison import rows
 
@@ -19,12 +26,11 @@ TASKS, SEEDS = 6, 3
 
 
 def costs(**heads: float) -> list[dict]:
-    """Cost rows of designs whose heads cost so much on a base of 100 under LoRA."""
+    """Cost rows of designs with the given forward FLOPs of the head, on a base of 100 under LoRA."""
     return [
-        {"design": name, "base_flops_128": 100, "head_flops_128": head, "base_parameters": 10,
-         "tuned_base_parameters": 1, "encode_flops": 100 + head}
+        {"design": name, "encode_flops": 100 + head, "training_flops": 2 * 100 + 3 * head}
         for name, head in heads.items()
-    ]  # fmt: skip
+    ]
 
 
 def history(*designs: str) -> pl.DataFrame:
@@ -47,15 +53,47 @@ def array(frame: pl.DataFrame, design: str, step: int) -> np.ndarray:
     return part["score"].to_numpy().reshape(SEEDS, TASKS)
 
 
-def test_training_flops_count_the_passes():
-    row = costs(m1=10)[0]
-    assert training_flops(row) == 2 * 100 + 3 * 10
-    assert training_flops({**row, "tuned_base_parameters": 10}) == 3 * 100 + 3 * 10
-    assert training_flops({**row, "tuned_base_parameters": 0}) == 100 + 3 * 10
-    assert training_flops({"design": "m1"}) is None
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ({}, 2 * 100 + 3 * 10),  # LoRA: forward, gradients of the activations; the head has those of its weights too
+        ({"lora": "full"}, 3 * 100 + 3 * 10),
+        ({"lora": False}, 100 + 3 * 10),  # nothing below the head needs gradients
+        ({"gradient_checkpointing": True}, 3 * 100 + 3 * 10),
+        ({"lora": False, "gradient_checkpointing": True}, 100 + 3 * 10),  # no backward pass, nothing to recompute
+        ({"mini_batch_size": 4}, 3 * 100 + 4 * 10),
+    ],
+)
+def test_training_flops_count_the_passes(recipe, expected):
+    assert training_flops(100, 10, Recipe(**recipe), 1.0) == expected
 
 
-def test_the_dearer_design_is_stopped_where_the_baseline_ends():
+def test_layers_above_the_one_that_is_read_get_no_gradients():
+    assert training_flops(100, 0, Recipe(lora="full"), 0.25) == 100 + 2 * 25
+
+
+def test_check_and_the_equal_cost_table_count_the_same_training_flops(tmp_path: Path):
+    """The share at which the more expensive design is stopped is the ratio of the FLOPs that `check` shows."""
+    raw = {
+        "name": "equal", "baseline": "m1", "tasks": ["demo/late-sts"], "references": [], "controls": False,
+        "output": str(tmp_path), "recipe": {"base_model": "nano", "dataset": "demo", "steps": 100, "batch_size": 8},
+        "designs": [
+            {"preset": "m1"},
+            {"name": "m2", "attention": "causal", "pooling": "cross_attention", "pooling_args": {"latents": 64}},
+        ],
+    }  # fmt: skip
+    study = Study.parse(raw)
+    history("m1", "m2").with_columns(role=pl.lit("design")).write_parquet(tmp_path / "results.parquet")
+    stored.store(study, study.folder)
+    flops = {row["design"]: row["training_flops"] for row in check(study)["designs"]}
+    (row,) = api.compare(study).budgets.rows
+    assert row.stopped == "m2"
+    assert row.at == flops["m1"] / flops["m2"]
+    priced = {row["design"]: row["training_flops"] for row in api.compare(study).costs}
+    assert priced == flops
+
+
+def test_the_more_expensive_design_is_stopped_where_the_baseline_ends():
     """m2 costs 200 + 3 · 20 = 260 a text against 200: it has spent as much at 76.9 % of its steps."""
     frame = history("m1", "m2")
     found = equal_budgets(compared(frame), frame, costs(m1=0, m2=20))
@@ -70,7 +108,7 @@ def test_the_dearer_design_is_stopped_where_the_baseline_ends():
     assert row.p_value == pytest.approx(expected.p_value, abs=1e-12)
 
 
-def test_a_dearer_baseline_is_stopped_instead():
+def test_a_more_expensive_baseline_is_stopped_instead():
     frame = history("m1", "m2")
     (row,) = equal_budgets(compared(frame), frame, costs(m1=20, m2=0)).rows
     assert row.stopped == "m1"
@@ -85,9 +123,9 @@ def test_what_needs_no_contrast_or_allows_none_is_said():
     found = equal_budgets(compared(frame), frame, costs(m1=0, m2=0.1, m3=700))
     assert found.rows == ()
     assert "Training costs the same FLOPs as m1 within 0.5 %: m2." in found.notes
-    assert "Equal training FLOPs lie before the first evaluated step: m3 (9 % of the steps of m3)." in found.notes
+    assert any(note.endswith("before the first evaluated one for m3 (9 % of the steps of m3).") for note in found.notes)
     assert "No other design costs the same to encode within 5 %: m3." in found.notes
-    assert [note for note in found.notes if note.endswith("one at equal encode cost: m2.")]
+    assert [note for note in found.notes if note.endswith("already at equal encode cost: m2.")]
 
 
 def test_designs_of_one_encode_cost_are_held_against_each_other():
@@ -108,13 +146,12 @@ def test_p_values_are_corrected_together_and_carry_no_star():
     found = equal_budgets(comparison, frame, costs(m1=0, m2=20, m3=21))
     assert len(found.rows) == 3
     assert [row.p_bh for row in found.rows] == stats.bh([row.p_value for row in found.rows]).tolist()
-    shown = secondary.equal_cost(found, comparison)
+    findings = Findings.of(comparison, budgets=found)
+    shown = secondary.equal_cost(findings)
     assert "exploratory" in shown.note
     assert not [cell for cells in shown.rows for cell in cells if cell in ("better", "worse")]
     assert comparison.family == 2
-    from dataclasses import replace
-
-    out = json.loads(json.dumps(replace(comparison, budgets=found).to_json(), allow_nan=False))["equal_budget"]
+    out = json.loads(json.dumps(findings.to_json(), allow_nan=False))["equal_budget"]
     assert [row["kind"] for row in out["rows"]] == ["training FLOPs", "training FLOPs", "encode cost"]
 
 

@@ -189,7 +189,7 @@ def test_an_output_that_cannot_be_made(output: str, here: Path, invoke: Invoke) 
 def test_a_folder_where_a_file_belongs(here: Path, invoke: Invoke) -> None:
     (here / "runs" / "tiny" / "study.json").mkdir(parents=True)
     err = refused(invoke, here, "run", write_study(here))
-    assert "'runs/tiny/study.json': Is a directory; name a place that is free and can be read and written" in err
+    assert "'runs/tiny/study.json': Is a directory; name another path that can be read and written" in err
 
 
 # --- training data that is wrong -------------------------------------------------------------------------------------
@@ -357,9 +357,9 @@ def test_one_seed_prints_the_banner(here: Path, invoke: Invoke) -> None:
         ("task_type", "taks_type", ["'task_type' is missing; did you mean 'taks_type'?"]),
         ("0.52", "83.2", ["score must lie between 0 and 1", "line 8 ('83.2')"]),
         ("0.52", "", ["score is empty: line 8"]),
-        ("0.52", "high", ["score is no number: line 8 ('high')"]),
-        ("task 1", "task 0", ["stand there more than once", "line 2 ('task 0'), line 3 ('task 0')"]),
-        ("m5", "m1", ["stand there more than once"]),
+        ("0.52", "high", ["score is not a number: line 8 ('high')"]),
+        ("task 1", "task 0", ["are listed more than once", "line 2 ('task 0'), line 3 ('task 0')"]),
+        ("m5", "m1", ["are listed more than once"]),
     ],
 )
 def test_bad_scores(old: str, new: str, words: list[str], here: Path, invoke: Invoke) -> None:
@@ -390,7 +390,7 @@ def test_what_compare_cannot_do(here: Path, invoke: Invoke) -> None:
     assert "dropp" in refused(invoke, here, "compare", path, "--missing", "dropp")
     assert "did you mean 'scores.csv'?" in refused(invoke, here, "compare", "score.csv")
     one = scores(here / "one.csv", designs=("m1",))
-    assert "a comparison needs two designs; the scores hold m1" in refused(invoke, here, "compare", one)
+    assert "a comparison needs two designs; the scores contain m1" in refused(invoke, here, "compare", one)
     text = path.read_text().splitlines()
     path.write_text("\n".join(line for line in text if not line.startswith("m5,1,task 3")) + "\n")
     assert "task 3" in refused(invoke, here, "compare", path)
@@ -508,7 +508,7 @@ def test_export_and_load(study: Path, invoke: Invoke, tmp_path: Path) -> None:
 def test_bad_exports(study: Path, invoke: Invoke, tmp_path: Path) -> None:
     for arguments, words in (
         (("m5",), "design 'm5' is not in this study; it has m1, m4"),
-        (("m4", "--seed", 7), "--seed 7 is not in this study; it has 0, 1"),
+        (("m4", "--seed", 7), "--seed 7 is not in this study; allowed: 0, 1"),
         (("tfidf",), "design 'tfidf' is not in this study"),
     ):
         assert words in refused(invoke, study.parent, "export", study, *arguments, "--to", tmp_path / "out")

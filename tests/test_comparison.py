@@ -11,8 +11,10 @@ import pytest
 
 from poolwise import stats
 from poolwise.errors import StatisticsError
-from poolwise.reports.words import headline, number, points, probability, sentences
-from poolwise.verdicts.comparison import JSON_FIELDS, Comparison, compare
+from poolwise.reports.summary import summary
+from poolwise.reports.words import answer, number, points, probability, sentences, strongest
+from poolwise.verdicts.comparison import Comparison, compare
+from poolwise.verdicts.findings import JSON_FIELDS, Findings
 from poolwise.verdicts.table import table
 
 TYPES = {"STS": 6, "Retrieval": 10, "Reranking": 1}
@@ -48,6 +50,12 @@ def study(designs: dict[str, float], seeds: int = 3, run_sd: float = 0.001, seed
     return table(found)
 
 
+def found(frame: pl.DataFrame, *arguments, costs=(), treatments=(), **options) -> Findings:
+    """The findings of a comparison; `costs`: encode FLOPs by design."""
+    rows = tuple({"design": name, "encode_flops": cost} for name, cost in dict(costs).items())
+    return Findings.of(compare(frame, *arguments, **options), costs=rows, treatments=tuple(treatments))
+
+
 def test_checkpoint_contrast_by_hand():
     base = [0.50, 0.50, 0.50, 0.50, 0.50, 0.50]
     better = [0.51, 0.52, 0.53, 0.54, 0.55, 0.49]  # differences 1..5 and −1 points: ranks 1.5, 3, 4, 5, 6 and −1.5
@@ -68,7 +76,7 @@ def test_checkpoint_contrast_by_hand():
 
 
 def test_json_has_exactly_the_published_fields_and_no_nan():
-    c = compare(study({"m1": 0, "m2": 0.01}), "m1")
+    c = found(study({"m1": 0, "m2": 0.01}), "m1")
     out = json.loads(json.dumps(c.to_json(), allow_nan=False))
     assert all(tuple(row) == JSON_FIELDS for row in out["comparisons"])
     assert [row["group"] for row in out["comparisons"]] == ["Reranking", "Retrieval", "STS"]
@@ -76,7 +84,7 @@ def test_json_has_exactly_the_published_fields_and_no_nan():
     assert one["n"] == 1
     assert [one[name] for name in ("ci_low", "ci_high", "p_value", "p_holm", "effect_size")] == [None] * 5
     assert {v["group"] for v in out["verdicts"]} == {"Retrieval", "STS"}
-    assert any("Reranking: one task leaves nothing to test" in note for note in out["notes"])
+    assert any("Reranking: there is one task" in note for note in out["notes"])
 
 
 def test_design_verdict_is_the_crossed_test_of_the_pooled_study_and_holm_spans_the_family():
@@ -165,17 +173,17 @@ def test_few_sources_are_said():
 
 
 def test_one_run_has_no_verdict_but_a_banner_and_a_tipping_point():
-    c = compare(study({"a": 0, "b": 0.02}, seeds=1, types={"R": 10}), "a")
+    c = found(study({"a": 0, "b": 0.02}, seeds=1, types={"R": 10}), "a")
     row = c.rows[0]
     assert row.verdict is None
     assert "One run only" in c.banner
     d = c.arm("R", "b").task_means - c.arm("R", "a").task_means
     assert stats.one_seed(d, row.tipping_run_sd).p_value == pytest.approx(0.05, abs=1e-6)
     text = sentences(c)[0]
-    assert f"It would stand up to a run effect of {points(row.tipping_run_sd)} points." in text
+    assert f"It would hold up to a run effect of {points(row.tipping_run_sd)} points." in text
     assert "checkpoints, not designs" in text
-    assert headline(c, "R") == "Checkpoints only: b scores above a."
-    assert compare(study({"a": 0, "b": 0.02}, seeds=2), "a").banner is None
+    assert summary(c) == "Checkpoints only: Above a: b on R."
+    assert compare(study({"a": 0, "b": 0.02}, seeds=2), "a").banner == ""
 
 
 def test_gaps_are_refused_or_listed():
@@ -184,7 +192,7 @@ def test_gaps_are_refused_or_listed():
     )
     with pytest.raises(StatisticsError, match=r"1 scores are missing: b seed 1 on STS03"):
         compare(frame, "a")
-    c = compare(frame, "a", missing="drop")
+    c = found(frame, "a", missing="drop")
     assert c.excluded == ("STS03 is left out of every design: no score of b seed 1.",)
     assert c.row("STS", "b").n == 5
     assert "STS03" in c.to_json()["notes"][-1]
@@ -192,7 +200,7 @@ def test_gaps_are_refused_or_listed():
 
 def test_designs_may_have_different_numbers_of_seeds():
     frame = study({"a": 0, "b": 0.01}).filter(~((pl.col("design") == "b") & (pl.col("seed") == 2)))
-    c = compare(frame, "a")
+    c = found(frame, "a")
     assert (c.row("STS", "b").verdict.seeds, c.row("STS", "b").verdict.baseline_seeds) == (2, 3)
     assert "2 and 3 seeds" in " ".join(sentences(c))
 
@@ -236,21 +244,21 @@ def test_default_baseline_is_the_first_and_said_and_by_all_makes_one_group():
     frame = study({"z": 0, "a": 0.01})
     c = compare(frame, by="all")
     assert (c.baseline, c.groups, c.rows[0].n) == ("z", ("all",), 17)
-    assert "No baseline was named: z" in c.notes[0]
+    assert "No baseline was named, so z" in c.notes[0]
     assert compare(study({"m1": 0, "m10": 0, "m2": 0}), "m1").designs == ("m1", "m2", "m10")
     assert compare(study({"m1": 0, "m10": 0, "m2": 0}), "m1", order=["m10"]).designs == ("m1", "m10", "m2")
 
 
 GRAMMAR = {
     "better": r"On [\w ]+, \S+ scores \d*\.\d+ points above m1 \(95 % interval −?\d*\.\d+ to −?\d*\.\d+; \d+ tasks?"
-    r"( from \d+ sources?)?, \d+ seeds; run effect \d*\.\d+; recipe R; base B\)\.",
+    r"( from \d+ sources?)?, \d+ seeds; run effect \d*\.\d+; base B\)\.",
     "worse": r"On [\w ]+, \S+ scores \d*\.\d+ points below m1 \(95 % interval −\d*\.\d+ to −\d*\.\d+; .*\)\.",
     "equivalent": r"On [\w ]+, \S+ and m1 are equivalent within ±\.5 points \(90 % interval .*\)\.",
     "inconclusive": r"On [\w ]+, \S+ against m1 is inconclusive: differences from \S+ to \S+ points are compatible "
     r"\(.*\)\."
-    r"( The interval leaves out 0, but not after Holm over \d+ contrasts \(p \.\d+\)\.)?"
-    r" A true difference of \d*\.\d+ points would be found with 80 % power; one of \.5 points would need "
-    r"(\d+( to \d+)? seeds( or more)?|more tasks, as no number of seeds up to 50 would do)\.",
+    r"( The interval excludes 0, but not after Holm over \d+ contrasts \(p \.\d+\)\.)?"
+    r" A true difference of \d*\.\d+ points would be detected with 80 % power; one of \.5 points would need "
+    r"(\d+( to \d+)? seeds( or more)?|more tasks, as no number of seeds up to 50 would be enough)\.",
 }
 
 
@@ -260,31 +268,31 @@ def test_sentences_follow_the_grammar_and_claim_nothing_else():
         rng = np.random.default_rng(seed)
         shifts = {"m1": 0.0, **{f"m{i}": float(rng.choice([0, 0, 0.004, 0.02, -0.02])) for i in range(2, 5)}}
         frame = study(shifts, seeds=int(rng.integers(1, 4)), run_sd=float(rng.choice([0.0003, 0.003])), seed=seed)
-        c = compare(frame, "m1")
-        for row, text in zip(c.rows, sentences(c, base="B", recipe="R"), strict=True):
+        c = found(frame, "m1")
+        for row, text in zip(c.rows, sentences(c, "B"), strict=True):
             assert not re.search(r"no difference|significan|not different|proves?\b", text)
             assert re.search(r"\d seeds?\b", text)
             assert "base B" in text
             if row.verdict:
                 seen.add(row.verdict.verdict)
                 assert re.fullmatch(GRAMMAR[row.verdict.verdict], text), text
-        for group in c.groups:
-            assert not re.search(r"no difference|significan", headline(c, group))
+            assert text.startswith(answer(c, row, "B"))
+        assert not re.search(r"no difference|significan", summary(c))
     assert seen == {"better", "worse", "equivalent", "inconclusive"}
 
 
 def test_sentence_prices_the_design():
-    c = compare(study({"m1": 0, "m2": 0.02}, types={"Retrieval": 10}), "m1")
-    costs = [{"design": "m1", "encode_seconds": 1.0}, {"design": "m2", "encode_seconds": 1.12}]
-    assert sentences(c, costs=costs)[0].endswith("It costs 12 % more to encode.")
-    assert sentences(c, costs=[{"design": "m1"}])[0].endswith(").")
+    frame = study({"m1": 0, "m2": 0.02}, types={"Retrieval": 10})
+    c = found(frame, "m1", costs={"m1": 1.0, "m2": 1.12})
+    assert sentences(c)[0].endswith("It costs 12 % more to encode, in FLOPs.")
+    assert sentences(found(frame, "m1", costs={"m1": 1.0}))[0].endswith(").")
 
 
 def test_an_interval_end_inside_the_margin_does_not_read_as_on_it():
     frame = study({"m1": 0, "m2": 0.0}, types={"R": 12}, run_sd=0.0003)
     v = compare(frame, "m1").rows[0].verdict
     margin = round(max(-v.equivalence_low, v.equivalence_high) + 5e-5, 4)
-    tight = compare(frame, "m1", margin=margin)
+    tight = found(frame, "m1", margin=margin)
     assert tight.rows[0].verdict.verdict == "equivalent"
     low, high = re.search(r"90 % interval (\S+) to (\S+);", sentences(tight)[0]).groups()
     assert max(abs(float(end.replace("−", "-"))) for end in (low, high)) < 100 * margin
@@ -312,7 +320,16 @@ def test_a_table_that_says_what_each_row_is(tmp_path):
     lexical = study({"tfidf": 0.3}, seeds=1).with_columns(role=pl.lit("reference"), step=pl.lit(0))
     path = tmp_path / "scores.csv"
     pl.concat([frame, lexical], how="diagonal_relaxed").write_csv(path)
-    found = compare_source(path, baseline="m1")
-    assert found.designs == ("m1", "m2")
-    assert found.control_designs == ("tfidf",)
-    assert {row.design for row in found.rows} == {"m2"}
+    findings = compare_source(path, baseline="m1")
+    assert findings.designs == ("m1", "m2")
+    assert findings.control_designs == ("tfidf",)
+    assert {row.design for row in findings.rows} == {"m2"}
+
+
+def test_the_strongest_contrast_answers_for_its_group():
+    """The best design if one is better, else the largest difference; without power, which the full sentence has."""
+    c = found(study({"m1": 0, "up": 0.02, "down": -0.05}, types={"R": 12}, run_sd=0.0003), "m1")
+    assert answer(c, strongest(c, "R")).startswith("On R, up scores ")
+    nothing = found(study({"m1": 0, "m2": 0.0, "m3": 0.03}, types={"R": 4}, run_sd=0.02), "m1", margin=1e-6)
+    assert answer(nothing, strongest(nothing, "R")).startswith("On R, m3 against m1 is inconclusive: ")
+    assert "would be detected" not in answer(nothing, strongest(nothing, "R"))

@@ -15,8 +15,9 @@ from poolwise.reports import analyses, pages, secondary
 from poolwise.study.design import Design
 from poolwise.study.starters import TEMPLATES
 from poolwise.study.study import Study
-from poolwise.verdicts.comparison import compare
+from poolwise.verdicts import costs as priced
 from poolwise.verdicts.table import table
+from test_comparison import found as compare
 from test_comparison import rows
 from test_report import Page
 
@@ -116,9 +117,9 @@ def test_nothing_is_found_in_nothing():
 def test_the_papers_designs_confound_attention_and_pooling():
     factors = compare(planted(FIVE, lambda d: 0.0, twins=False), "m1", treatments=FIVE).factorial
     said = " ".join(factors.confounded)
-    assert "layer_cross_attention (tokens mean) against last_token, cannot be told apart from attention: m5" in said
+    assert "layer_cross_attention (tokens mean) against last_token, is confounded with attention: m5" in said
     assert "interaction of attention and pooling cannot be estimated" in said
-    assert "Tokens of layer_cross_attention, mean against last, cannot be told apart from attention" in said
+    assert "Tokens of layer_cross_attention, mean against last, is confounded with attention" in said
     assert {(e.kind, e.levels, e.at) for e in factors.effects} == {
         ("main", ("bidirectional",), ("cross_attention",)),  # m4 − m2, and nothing else, is clean
         ("main", ("cross_attention",), ("causal",)),
@@ -157,7 +158,7 @@ def test_studies_without_factors_have_none():
     assert compare(two, "m1", treatments=FIVE[:2]).factorial is None
     single = compare(planted(FACTORIAL, lambda d: 0.0, seeds=1), "last-ca", treatments=FACTORIAL).factorial
     assert single.effects == ()
-    assert single.notes == ("STS: factors need two or more seeds, the same of every design, and two or more sources.",)
+    assert single.notes == ("STS: factors need two or more seeds, the same for each design, and two or more sources.",)
     assert analyses.factor_table(single, 0.05) is None
 
 
@@ -168,35 +169,34 @@ def test_factors_are_in_the_json():
     assert {"factors", "levels", "references", "difference", "ci_low", "ci_high", "p_bh"} <= out["effects"][0].keys()
 
 
-COSTS = [{"design": "m1", "encode_flops": 1e9}, {"design": "m2", "encode_flops": 2e9},
-         {"design": "m3", "encode_flops": 1e9}, {"design": "m4", "encode_flops": 1.5e9}]  # fmt: skip
+COSTS = {"m1": 1e9, "m2": 2e9, "m3": 1e9, "m4": 1.5e9}
 
 
 def test_the_front_is_what_no_other_design_beats_at_its_price():
     scores = {"m1": [[0.5] * 6, [0.52] * 6], "m2": [[0.6] * 6, [0.62] * 6], "m3": [[0.4] * 6, [0.42] * 6],
               "m4": [[0.50] * 6, [0.51] * 6]}  # fmt: skip
     c = compare(table(rows(scores)), "m1")
-    front = secondary.fronts(c, COSTS)["Retrieval"]
+    front = priced.fronts(c, COSTS)["Retrieval"]
     assert [(p.design, p.front) for p in front] == [("m1", True), ("m3", False), ("m4", False), ("m2", True)]
     # run means 1 point off the mean in three designs, half a point in m4: pooled variance (3·2·1 + 2·.25)/4 points²
     half = 2.7764451051977987 * np.sqrt((3 * 2 * 1 + 2 * 0.25) / 4 / 2) / 100
     assert (front[0].low, front[0].high) == pytest.approx((0.51 - half, 0.51 + half))
-    shown = secondary.table({"Retrieval": front}, "m1")
+    shown = secondary.front_table({"Retrieval": front}, "m1")
     assert shown.rows[0][:4] == ("m1", "1 G", "1.000", "51.00")
     assert [row[-1] for row in shown.rows] == ["on the front", "–", "–", "on the front"]
-    svg = secondary.panels({"Retrieval": front}, "m1")[0].svg
+    svg = secondary.front_panels({"Retrieval": front}, "m1")[0].svg
     assert "m2" in svg
     assert "1.5 G" in svg
-    assert secondary.fronts(c, COSTS[:1]) == {}
+    assert priced.fronts(c, {"m1": 1e9}) == {}
     one = compare(table(rows({"m1": [[0.5] * 6], "m2": [[0.6] * 6]})), "m1")
-    assert {p.low for p in secondary.fronts(one, COSTS)["Retrieval"]} == {None}
+    assert {p.low for p in priced.fronts(one, COSTS)["Retrieval"]} == {None}
 
 
 def test_the_report_shows_factors_front_and_recommendation(tmp_path):
     frame = planted(FACTORIAL, lambda d: 0.02 * (d.attention == "bidirectional"))
-    c = compare(frame, "last-ca", treatments=FACTORIAL)
-    costs = [{"design": d.name, "base_flops_128": 1e9, "head_flops_128": 1e8 * i} for i, d in enumerate(FACTORIAL)]
-    pages.render({}, frame, c, costs, None, tmp_path)
+    costs = {design.name: 1e9 + 1e8 * i for i, design in enumerate(FACTORIAL)}
+    c = compare(frame, "last-ca", treatments=FACTORIAL, costs=costs)
+    pages.render({}, frame, c, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(html)
     text = " ".join(page.text)
@@ -205,7 +205,7 @@ def test_the_report_shows_factors_front_and_recommendation(tmp_path):
     assert "on the front" in page.cells
     alts = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert any(alt.startswith("Effects with 95 % interval, STS") for alt in alts)
-    assert any(alt.startswith("Mean score over FLOPs a text, STS") for alt in alts)
+    assert any(alt.startswith("Mean score over FLOPs per text, STS") for alt in alts)
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "What each factor does" in markdown
     assert "What each factor does" in (tmp_path / "report.tex").read_text(encoding="utf-8")

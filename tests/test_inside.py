@@ -102,10 +102,10 @@ def test_a_trial_leaves_it_behind_and_a_report_finds_it(encoder, tmp_path):
     assert list(found["runs"]) == ["layers"]
     expected = layer_attention(encoder, [*SENTENCES, *SENTENCES[:2]])
     assert found["runs"]["layers"][1] == pytest.approx(expected.tolist(), abs=1e-9)
-    table = layers_report.table(found["runs"], found["texts"])
+    table = layers_report.attention_table(found["runs"], found["texts"])
     assert [row[0] for row in table.rows] == ["1", "2", "3"]
     assert sum(float(row[1].split(" ")[0]) for row in table.rows) == pytest.approx(100, abs=0.2)
-    (panel,) = layers_report.panel(found["runs"])
+    (panel,) = layers_report.attention_panel(found["runs"])
     assert "layers · 1 most on layer" in panel.alt
-    assert layers_report.table({}, 0) is None
-    assert layers_report.panel({}) == []
+    assert layers_report.attention_table({}, 0) is None
+    assert layers_report.attention_panel({}) == []

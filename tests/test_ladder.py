@@ -22,7 +22,7 @@ from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.controls import RUNGS, rungs, smallest_seen
-from poolwise.verdicts.controls import rungs_to_json as ladder_json
+from poolwise.verdicts.findings import Findings
 from tiny import tiny_folder
 
 WORDS = ("cat", "dog", "river", "book", "water", "morning", "people", "home", "mat", "walk", "heron", "ferry")
@@ -260,10 +260,9 @@ def test_the_ladder_says_which_loss_the_studys_test_sees() -> None:
     assert read[1].p_value == by_hand.p_value
     assert read[1].p_adjusted == pytest.approx(min(1, 2 * by_hand.p_value))  # a family of two contrasts
     assert smallest_seen(read, "STS") == read[1]
-    said = ladder_json(found)
-    assert said is not None
-    assert said["smallest_seen"] == {"STS": -read[1].difference}
-    assert found.to_json()["controls"]["ladder"] == said
+    ladder = Findings.of(found).to_json()["controls"]["ladder"]
+    assert ladder["smallest_seen"] == {"STS": -read[1].difference}
+    assert [rung["design"] for rung in ladder["rungs"]] == list(RUNGS)
 
 
 def test_a_rung_seen_below_one_that_is_not_does_not_count() -> None:
@@ -277,7 +276,7 @@ def test_the_ladder_lends_nothing_and_is_no_claim() -> None:
     with_ladder = compare(frame, "m1", controls=list(RUNGS))
     without = compare(frame.filter(pl.col("role") == "design"), "m1")
     assert with_ladder.rows == without.rows
-    assert with_ladder.lenders == without.lenders == ("m1", "m2", "m3")
+    assert with_ladder.designs == without.designs == ("m1", "m2", "m3")
 
 
 def test_one_run_has_rungs_without_a_test() -> None:

@@ -13,13 +13,15 @@ import pytest
 
 from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
-from poolwise.reports import pages, secondary, tables
-from poolwise.reports.words import headline, sentences
+from poolwise.reports import pages, tables
+from poolwise.reports.summary import summary
+from poolwise.reports.words import overall_sentence, sentences
 from poolwise.runs import layout, looks
+from poolwise.runs.run import results, run, trials, unfinished
 from poolwise.stats.many import TWO_LOOK_ALPHA
 from poolwise.study.study import Study
 from poolwise.verdicts import readers
-from poolwise.verdicts.comparison import compare
+from test_comparison import found as compare
 from test_comparison import study as table_of
 
 DESIGNS = [{"preset": "m1"}, {"preset": "m2"}, {"preset": "m5"}]
@@ -40,7 +42,7 @@ def scored(study: Study, seeds: int, without: tuple[str, int] | None = None) -> 
     for design in SHIFTS:
         for seed in range(seeds):
             done = (design, seed) != without
-            rows.append({"name": f"{design}-s{seed}", "label": design, "role": "design", "seed": seed})
+            rows.append({"name": f"{design}-s{seed}", "label": design, "role": "design", "seed": seed, "base": "nano"})
             folder = study.folder / "trials" / rows[-1]["name"]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "done").touch() if done else (folder / "done").unlink(missing_ok=True)
@@ -51,11 +53,9 @@ def scored(study: Study, seeds: int, without: tuple[str, int] | None = None) -> 
     frame.write_parquet(study.folder / "results.parquet")
 
 
-@pytest.fixture
-def compared(monkeypatch):
-    """`api.compare` of a study without its base model: costs are not asked for."""
-    monkeypatch.setattr(api, "known_costs", lambda study: [])
-    return api.compare
+def take(study: Study) -> None:
+    """What `poolwise run` does at its end."""
+    looks.take(study, results(study), trials(study))
 
 
 def test_the_field(tmp_path):
@@ -76,11 +76,12 @@ def test_the_field(tmp_path):
         declared(tmp_path, type_weights={"STS": 0.0})
 
 
-def test_the_first_look_is_at_three_percent_and_recorded_once(tmp_path, compared):
+def test_the_first_look_is_at_three_percent_and_recorded_once(tmp_path):
     study = declared(tmp_path, extend_to=5)
     scored(study, 3)
     looks.begin(study)
-    found = compared(study)
+    take(study)
+    found = api.compare(study)
     assert (found.alpha, found.percent) == (TWO_LOOK_ALPHA, 97)
     verdict = found.row("Retrieval", "m2").verdict
     base, arm, other = (found.arm("Retrieval", name).by_source for name in ("m1", "m2", "m5"))
@@ -93,7 +94,7 @@ def test_the_first_look_is_at_three_percent_and_recorded_once(tmp_path, compared
     first = json.loads((study.folder / layout.LOOKS).read_text())
     assert [look["look"] for look in first["looks"]] == [1]
     assert len(first["looks"][0]["verdicts"]) == 4
-    compared(study)
+    take(study)
     assert json.loads((study.folder / layout.LOOKS).read_text()) == first
 
 
@@ -104,11 +105,11 @@ def test_three_percent_decides():
     assert compare(frame, "a", alpha=TWO_LOOK_ALPHA).rows[0].verdict.verdict != "better"
 
 
-def test_while_runs_are_missing_differences_have_no_p(tmp_path, compared):
+def test_while_runs_are_missing_differences_have_no_p(tmp_path):
     study = declared(tmp_path)
     scored(study, 3, without=("m2", 1))
     looks.begin(study)
-    found = compared(study)
+    found = api.compare(study)
     assert found.interim.startswith("Interim: runs are missing (m2 seed 1).")
     out = found.to_json()
     assert out["status"] == "interim"
@@ -116,8 +117,9 @@ def test_while_runs_are_missing_differences_have_no_p(tmp_path, compared):
     assert all(row["ci_low"] is None and row["effect_size"] is None for row in out["comparisons"])
     assert (out["verdicts"], out["recommendations"], out["factors"]) == ([], [], None)
     assert found.row("STS", "m2").difference == pytest.approx(0.02, abs=0.01)
-    assert headline(found, "STS").endswith("Nothing is tested yet.")
-    pages.render({}, readers.read(study.folder / "results.parquet"), found, None, None, tmp_path / "out")
+    assert summary(found) == ""
+    assert sentences(found)[0].endswith("Runs are missing, so nothing is tested.")
+    pages.render({}, readers.read(study.folder / "results.parquet"), found, tmp_path / "out")
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "Interim: runs are missing" in text
@@ -125,22 +127,24 @@ def test_while_runs_are_missing_differences_have_no_p(tmp_path, compared):
         assert not re.search(r"(above|below) m1\.|% interval", text)
 
 
-def test_the_extension_is_looked_at_when_it_is_complete(tmp_path, compared):
+def test_the_extension_is_looked_at_when_it_is_complete(tmp_path):
     study = declared(tmp_path, extend_to=5)
     scored(study, 3)
     looks.begin(study)
-    first = compared(study)
+    take(study)
+    first = api.compare(study)
     looks.begin(study, extend=True)
     scored(study, 5, without=("m5", 4))
-    under_way = compared(study)
+    under_way = api.compare(study)
     assert {len(arm.seeds) for arm in under_way.arms} == {3}
     assert asdict(under_way.rows[0]) == asdict(first.rows[0])
-    assert "the extension still runs" in under_way.plan
+    assert "the extension is still running" in under_way.plan
     scored(study, 5)
-    second = compared(study)
+    take(study)
+    second = api.compare(study)
     assert {len(arm.seeds) for arm in second.arms} == {5}
     assert "Look 2 of 2 (seeds 0 to 4)" in second.plan
-    assert re.search(r"The first look \(seeds 0 to 2, \d{4}-\d\d-\d\d\) said: .*m2 better", second.plan)
+    assert re.search(r"Result of the first look \(seeds 0 to 2, \d{4}-\d\d-\d\d\): .*m2 better", second.plan)
     assert [look["look"] for look in second.to_json()["looks"]] == [1, 2]
 
 
@@ -148,8 +152,6 @@ def test_an_extension_comes_after_the_first_look_and_stays(tmp_path):
     study = declared(tmp_path, extend_to=5)
     scored(study, 3, without=("m1", 2))
     looks.begin(study)
-    from poolwise.runs.run import run, unfinished
-
     assert unfinished(study) == ["m1-s2"]
     with pytest.raises(CheckpointError, match=r"after the first look.*m1-s2"):
         run(study, extend=True)
@@ -162,27 +164,27 @@ def test_an_extension_comes_after_the_first_look_and_stays(tmp_path):
     assert looks.plan(study).planned == (0, 1, 2)
 
 
-def test_seeds_that_were_not_planned_make_verdicts_exploratory(tmp_path, compared):
+def test_seeds_that_were_not_planned_make_verdicts_exploratory(tmp_path):
     study = declared(tmp_path)
     scored(study, 3)
     looks.begin(study)
-    assert not compared(study).exploratory
+    assert not api.compare(study).exploratory
     more = declared(tmp_path, seeds=5)
     scored(more, 5)
-    found = compared(more)
+    found = api.compare(more)
     assert "planned with seeds 0 to 2 and now has seeds 0 to 4" in found.exploratory
-    assert headline(found, "STS").startswith("Exploratory: ")
+    assert summary(found).startswith("Exploratory: ")
     assert not [cell for row in tables.means(found).rows for cell in row if cell[0] in "▲▼≈"]
     assert {choice.basis for choice in found.recommendations} <= {"baseline", "cheapest"}
     assert found.to_json()["status"] == "exploratory"
 
 
-def test_another_baseline_than_the_declared_one_is_exploratory(tmp_path, compared):
+def test_another_baseline_than_the_declared_one_is_exploratory(tmp_path):
     study = declared(tmp_path)
     scored(study, 3)
-    assert compared(study).exploratory == ""
-    assert compared(study, baseline="m2").exploratory
-    assert compared(study, by="all").exploratory
+    assert api.compare(study).exploratory == ""
+    assert api.compare(study, baseline="m2").exploratory
+    assert api.compare(study, by="all").exploratory
 
 
 def test_overall_is_the_weighted_contrast_in_the_family(tmp_path):
@@ -205,7 +207,7 @@ def test_overall_is_the_weighted_contrast_in_the_family(tmp_path):
     assert re.fullmatch(
         r"Overall, by the declared weights \(retrieval \.75, STS \.25\), m2 scores [\d.]+ points above m1 "
         r"\(95 % interval .*; 14 tasks from 14 sources, 3 seeds\)\.",
-        secondary.overall_sentence(found, m2),
+        overall_sentence(found, m2),
     )
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["overall"][0]["design"] == "m2"
 
@@ -233,12 +235,12 @@ def test_single_runs_with_a_run_effect_from_elsewhere():
     assert row.verdict is None
     assert compare(frame, "m1", run_sd=0.03, run_df=8).row("Retrieval", "m2").given.verdict == "inconclusive"
     text = sentences(found)[0]
-    assert "Given a run effect of .20 points from elsewhere (8 df), the design m2 scores" in text
+    assert "Given a run effect of .20 points from another study (8 df), the design m2 scores" in text
     assert "checkpoints, not designs" in text
     assert found.to_json()["given_run_effect"][0]["run_df"] == 8
-    with pytest.raises(StatisticsError, match="it is measured"):
+    with pytest.raises(StatisticsError, match="it is measured here"):
         compare(table_of(SHIFTS), "m1", run_sd=0.002, run_df=8)
-    with pytest.raises(StatisticsError, match="give both or none"):
+    with pytest.raises(StatisticsError, match="give both"):
         api._run_effect(0.2, None)
 
 
@@ -255,3 +257,41 @@ def test_the_command_line_takes_a_run_effect(tmp_path):
     out = CliRunner().invoke(app, ["compare", str(path), "--json", "--run-sd", "0.2", "--run-df", "8"])
     assert json.loads(out.output)["given_run_effect"][0]["run_sd"] == pytest.approx(0.002)
     assert isinstance(CliRunner().invoke(app, ["compare", str(path), "--run-sd", "0.2"]).exception, StatisticsError)
+
+
+def test_comparing_and_reporting_write_nothing_but_the_report(tmp_path):
+    """The folder of a study whose first look is complete may be read-only: only `poolwise run` records the look."""
+    study = declared(tmp_path, extend_to=5)
+    scored(study, 3)
+    looks.begin(study)
+    before = {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()}
+    for path in [study.folder, *study.folder.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert "Look 1 of 2" in api.compare(study).plan
+    written = api.report(study, out=tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
+    for path in [study.folder, *study.folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    assert {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()} == before
+
+
+def test_unknown_costs_are_noted_with_the_reason(tmp_path):
+    study = declared(tmp_path)
+    scored(study, 3)
+    found = api.compare(study)
+    assert found.costs == ()
+    (note,) = [note for note in found.notes if "Costs are unknown" in note]
+    assert str(study.folder / layout.COSTS) in note
+    assert "`poolwise run` writes it" in note
+
+
+def test_a_look_is_recorded_only_if_two_are_declared(tmp_path):
+    study = declared(tmp_path)
+    scored(study, 3)
+    assert not looks.due(study)
+    extended = declared(tmp_path, extend_to=5)
+    assert looks.due(extended)
+    scored(extended, 3, without=("m2", 1))
+    looks.begin(extended)
+    take(extended)
+    assert looks.plan(extended).looks == ()

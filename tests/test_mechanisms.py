@@ -18,14 +18,15 @@ from poolwise import demo, stats
 from poolwise.demo.mechanisms import item_count, records
 from poolwise.reports.analyses import control_sentences as sentences
 from poolwise.reports.analyses import predictions_table
-from poolwise.reports.pages import opening, render, show
+from poolwise.reports.pages import opening, render
 from poolwise.reports.summary import designs
 from poolwise.runs.check import check
-from poolwise.screen import show_check, show_end, terminal
+from poolwise.screen import show_check, show_end, show_findings
 from poolwise.study.starters import QUICK, demo_study
-from poolwise.verdicts.comparison import Comparison, compare
-from poolwise.verdicts.controls import noise_bands, scored, unsound
-from poolwise.verdicts.mechanisms import WORDINGS, by_mechanism, whole_task
+from poolwise.verdicts.arms import WORDINGS, by_mechanism, whole_task
+from poolwise.verdicts.controls import scored
+from poolwise.verdicts.findings import Findings
+from test_comparison import found as compare
 
 ROOT = Path(__file__).parents[1]
 FORMS = {"sts": ("STS", "cosine_spearman"), "retrieval": ("Retrieval", "ndcg_at_10")}
@@ -77,11 +78,11 @@ def frame() -> pl.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def found(frame: pl.DataFrame) -> Comparison:
+def found(frame: pl.DataFrame) -> Findings:
     return compare(frame, "m1", controls=["m1-aa", "broken"])
 
 
-def test_items_average_to_the_main_scores_of_their_tasks(frame: pl.DataFrame, found: Comparison) -> None:
+def test_items_average_to_the_main_scores_of_their_tasks(frame: pl.DataFrame, found: Findings) -> None:
     main = frame.filter(pl.col("item_id").is_null()).group_by("design", "task").agg(pl.col("score").mean())
     expected = {(design, task): score for design, task, score in main.iter_rows()}
     for arm in found.arms:
@@ -145,7 +146,7 @@ def test_wordings_of_one_meaning_are_one_item() -> None:
     assert whole_task("my#task") == "my#task"
 
 
-def test_a_mechanism_is_judged_over_seeds_and_items(found: Comparison) -> None:
+def test_a_mechanism_is_judged_over_seeds_and_items(found: Findings) -> None:
     assert found.groups == ("roles", "topic")
     row = found.row("roles", "m5")
     arms = {arm.design: arm.by_source for arm in found.arms if arm.group == "roles"}
@@ -169,17 +170,16 @@ TYPES = re.compile(r"\b(STS|Classification|Clustering|Retrieval|classification|c
 
 
 @pytest.mark.parametrize("by", ["task_type", "all"])
-def test_no_claim_about_task_types_or_overall(by: str, frame: pl.DataFrame, tmp_path: Path) -> None:
+def test_no_claim_about_task_types_or_overall(
+    by: str, frame: pl.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = compare(frame, "m1", by, controls=["m1-aa", "broken"])
     assert found.groups == ("roles", "topic")
     assert not found.recommendations
     assert not found.overall
-    console = terminal()
-    with console.capture() as captured:
-        show(found, console=console)
-    assert not TYPES.search(captured.get())
-    assert "On roles, " not in captured.get() or not TYPES.search(captured.get())
-    render({"name": "x", "predictions": demo.predictions()}, frame, found, None, None, tmp_path)
+    show_findings(found)
+    assert not TYPES.search(capsys.readouterr().out)
+    render({"name": "x", "predictions": demo.predictions()}, frame, found, tmp_path)
     answers = (tmp_path / "report.md").read_text().split("### Scores on each task")[0]
     assert not TYPES.search(answers)
     assert not TYPES.search(json.dumps([found.to_json()[key] for key in ("comparisons", "verdicts", "notes")]))
@@ -216,15 +216,15 @@ def test_one_run_claims_nothing(frame: pl.DataFrame, tmp_path: Path) -> None:
     found = compare(one, "m1", controls=["m1-aa", "broken"])
     assert found.banner
     assert not any(row.verdict or row.p_value is not None for row in found.rows)
-    render({}, one, found, None, None, tmp_path)
+    render({}, one, found, tmp_path)
     assert "no verdict on designs is possible" in (tmp_path / "report.md").read_text()
 
 
 # ---------------------------------------------------------------- the A/A arm
 
 
-def test_the_noise_band_is_the_largest_difference_tested_as_a_design(found: Comparison) -> None:
-    (band,) = noise_bands(found)
+def test_the_noise_band_is_the_largest_difference_tested_as_a_design(found: Findings) -> None:
+    (band,) = found.bands
     arms = {(arm.group, arm.design): arm.by_source for arm in found.arms}
     by_hand = {
         group: stats.crossed(arms[group, "m1"], arms[group, "m1-aa"], pool=[arms[group, "m2"], arms[group, "m5"]])
@@ -236,28 +236,28 @@ def test_the_noise_band_is_the_largest_difference_tested_as_a_design(found: Comp
     p = stats.holm([by_hand[group].p_value for group in found.groups]).tolist()
     assert [q for _, q in band.p_holm] == p
     assert not band.differs
-    assert unsound(found) == found.exploratory == ""
+    assert found.unsound == found.exploratory == ""
     said = " ".join(sentences(found))
     assert "Noise band: m1-aa" in said
-    assert "Broken arm: broken is found below m1 in 2 of 2 groups" in said
+    assert "Broken arm: broken is shown to score below m1 in 2 of 2 groups" in said
     assert found.to_json()["controls"]["noise_bands"][0]["differs"] == []
 
 
 def test_an_a_a_arm_that_differs_takes_the_stars_away(frame: pl.DataFrame, tmp_path: Path) -> None:
     other = study(("m1-aa", "aa", {"roles": 0.0, "topic": 0.15}))
     bad = compare(pl.concat([frame.filter(pl.col("design") != "m1-aa"), other]), "m1", controls=["m1-aa", "broken"])
-    assert noise_bands(bad)[0].differs == ("topic",)
+    assert bad.bands[0].differs == ("topic",)
     assert bad.exploratory.startswith("Exploratory: the A/A arm")
     assert bad.to_json()["status"] == "exploratory"
-    render({}, frame, bad, None, None, tmp_path)
+    render({}, frame, bad, tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "read every claim here as exploratory" in text
+    assert "treat every claim here as exploratory" in text
     assert "▲" not in text.split("## In full")[0]
 
 
-def test_between_one_and_five_percent_or_with_two_runs_the_claims_stand(frame: pl.DataFrame, found: Comparison) -> None:
+def test_between_one_and_five_percent_or_with_two_runs_the_claims_stand(frame: pl.DataFrame, found: Findings) -> None:
     """Holm p of .02 is no alarm, .009 is; with two runs a side nothing is."""
-    (band,) = noise_bands(found)
+    (band,) = found.bands
     assert band.runs == 3
     assert replace(band, p_holm=(("roles", 0.02), ("topic", 1.0))).differs == ()
     assert replace(band, p_holm=(("roles", 0.009), ("topic", 1.0))).differs == ("roles",)
@@ -276,7 +276,7 @@ def test_the_packaged_predictions_are_the_committed_ones() -> None:
     assert said["mechanisms"].keys() == demo.MECHANISMS.keys()
 
 
-def test_predictions_are_scored_right_wrong_undecided(found: Comparison) -> None:
+def test_predictions_are_scored_right_wrong_undecided(found: Findings) -> None:
     predictions = {
         "roles": {"favoured": "m5", "over": "m1"},
         "topic": {"favoured": "m2", "over": "m1"},
@@ -297,27 +297,24 @@ def test_predictions_are_scored_right_wrong_undecided(found: Comparison) -> None
     assert "Right 1, wrong 0, undecided 1" in table.note
 
 
-def test_the_hash_of_the_predictions_stands_in_the_report(
-    frame: pl.DataFrame, found: Comparison, tmp_path: Path
-) -> None:
-    render({"name": "demo", "predictions": demo.predictions()}, frame, found, None, None, tmp_path)
+def test_the_hash_of_the_predictions_stands_in_the_report(frame: pl.DataFrame, found: Findings, tmp_path: Path) -> None:
+    render({"name": "demo", "predictions": demo.predictions()}, frame, found, tmp_path)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert demo.predictions()["sha256"][:16] in text
         assert "Predicted: m5 above m1" in text  # topic
 
 
-def test_the_demo_ends_with_the_answer(found: Comparison) -> None:
-    console = terminal()
-    with console.capture() as captured:
-        show_end("Base model nano, 3.84 M parameters.", found, demo.predictions(), console)
-    lines = captured.get().splitlines()
-    assert lines[1] == "Base model nano, 3.84 M parameters."
+def test_the_demo_ends_with_the_answer(found: Findings, capsys: pytest.CaptureFixture[str]) -> None:
+    priced = replace(found, costs=({"design": "m1", "base_parameters": 3_840_000},))
+    show_end({"base_model": "nano", "predictions": demo.predictions()}, priced)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("Base model nano, 3.84 M parameters; 3 designs, 3 seeds")
     answer = next(line for line in lines if line.startswith("Above m1: m5 on roles."))
     assert "2 predictions written before the runs" not in answer  # m3, favoured for roles, is not in this study
     assert "Of 1 prediction written before the runs" in " ".join(lines)
     assert any(line.startswith("topic") and "m5 over m1" in line for line in lines)
-    assert any(line.startswith("Broken arm: broken is found below m1 in 2 of 2 groups") for line in lines)
+    assert any(line.startswith("Broken arm: broken is shown to score below m1 in 2 of 2 groups") for line in lines)
     assert not any("contrasts of checkpoints" in line or "Run effect" in line for line in lines)
     assert designs(found) == ""  # no study, so nothing is known of them
     assert designs(replace(found, treatments=demo_study(Path("demo"), quick=True).designs)).startswith(
@@ -325,8 +322,8 @@ def test_the_demo_ends_with_the_answer(found: Comparison) -> None:
     )
 
 
-def test_the_report_says_what_a_mechanism_plants(frame: pl.DataFrame, found: Comparison, tmp_path: Path) -> None:
-    render({"name": "demo", "predictions": demo.predictions()}, frame, found, None, None, tmp_path)
+def test_the_report_says_what_a_mechanism_plants(frame: pl.DataFrame, found: Findings, tmp_path: Path) -> None:
+    render({"name": "demo", "predictions": demo.predictions()}, frame, found, tmp_path)
     assert f"<span>{demo.MECHANISMS['topic'].plants}</span>" in (tmp_path / "report.html").read_text()
     markdown = (tmp_path / "report.md").read_text()
     assert "random runs and random items of each mechanism" in markdown

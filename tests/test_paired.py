@@ -18,7 +18,6 @@ from poolwise.api import compare_runs
 from poolwise.cli import app
 from poolwise.errors import DataError, PoolwiseError, StatisticsError
 from poolwise.verdicts.items import CROSSED, Paired, compare_items, to_json
-from poolwise.verdicts.readers import write
 from poolwise.verdicts.table import table
 
 METRICS = {"Retrieval": "ndcg_at_10", "Classification": "accuracy", "Clustering": "v_measure"}
@@ -66,7 +65,7 @@ def test_mcnemar_by_hand():
 def test_shares_of_experiments_are_no_mcnemar():
     line = only(compare_items(frame({"a": [[0.1, 0.2, 1.0]], "b": [[0.3, 0.2, 0.0]]}, "Classification"), "T"))
     assert line.test == "paired permutation"
-    assert "share of experiments" in line.note
+    assert "a mean over experiments" in line.note
 
 
 def test_spearman_by_hand():
@@ -104,7 +103,7 @@ def test_clustering_is_paired_over_its_sets_and_says_how_few():
     assert line.n == 3
     assert line.difference == pytest.approx(0.1)
     assert line.p_value == pytest.approx(2 / 8, abs=0.015)
-    assert "sets drawn again" in line.note
+    assert "sets that were drawn repeatedly" in line.note
     assert "few sets" in line.note
 
 
@@ -180,7 +179,7 @@ def test_earlier_steps_are_ignored():
     late = frame({"a": [[0.1, 0.2]], "b": [[0.2, 0.3]]}, step=10)
     assert only(compare_items(pl.concat([early, late]), "T")).difference == pytest.approx(0.1)
     short = pl.concat([early.filter(pl.col("design") == "a"), late.filter(pl.col("design") == "b")])
-    assert "other numbers of steps: b 10, a 5" in only(compare_items(short, "T")).note
+    assert "different numbers of steps: b 10, a 5" in only(compare_items(short, "T")).note
     again = early.filter(pl.col("design") == "a").with_columns(seed=pl.lit(1, pl.Int64))
     with pytest.raises(StatisticsError, match=r"runs of 'a' stopped at different steps \(10, and 5 with seed 1\)"):
         compare_items(pl.concat([late, again]), "T")
@@ -202,7 +201,7 @@ def test_mistakes_name_what_is_wrong_and_what_is_there():
     both = pl.concat([scores, main], how="diagonal_relaxed")
     with pytest.raises(StatisticsError, match=r"'U' has no per-item scores"):
         compare_items(both, "U")
-    with pytest.raises(StatisticsError, match="hold no items"):
+    with pytest.raises(StatisticsError, match="contain no items"):
         compare_items(main, "U")
     with pytest.raises(StatisticsError, match="column 'gold'"):
         compare_items(frame({"a": [[0.1]], "b": [[0.2]]}, "STS"), "T")
@@ -220,8 +219,8 @@ def test_gaps_are_refused_or_left_out_and_named():
         compare_items(scores, "T")
     line = only(compare_items(scores, "T", missing="drop"))
     assert (line.n, line.difference) == (2, pytest.approx(0.15))
-    assert "left out, as some run lacks them: 1 of 3 queries (i2)" in line.note
-    assert "with 0 for those the difference is 0.0000" in line.note
+    assert "left out because some run lacks them: 1 of 3 queries (i2)" in line.note
+    assert "with a score of 0 for those the difference is 0.0000" in line.note
     apart = pl.concat([frame({"a": [[0.1]]}), frame({"b": [[0.1]]}).with_columns(item_id=pl.lit("z"))])
     with pytest.raises(StatisticsError, match=r"no queries that all runs have; a seed 0 has i0; b seed 0 has z"):
         compare_items(apart, "T", missing="drop")
@@ -269,7 +268,7 @@ def test_runs_are_compared_on_the_queries_that_all_hold(tmp_path):
     line = only(compare_runs([a, b], tmp_path / "q.tsv"))
     assert (line.n, line.difference, line.p_value) == (3, pytest.approx(0), 1)  # + and − (1 − 1/log2 3), and 0
     assert "1 of 4 queries (q4)" in line.note
-    assert "with 0 for those the difference is 0.2500" in line.note
+    assert "with a score of 0 for those the difference is 0.2500" in line.note
     lines = compare_runs([a, b, c], tmp_path / "q.tsv", metric="recall_at_1")
     assert [(x.design, x.n, x.difference) for x in lines] == [("b", 2, 0.0), ("c", 2, 0.0)]
     assert only(compare_runs([a, b], tmp_path / "q.tsv", baseline="b")).baseline == "b"
@@ -304,7 +303,8 @@ def test_command_line_compares_runs(tmp_path):
 
 
 def test_command_line_compares_the_items_of_one_task(tmp_path):
-    path = write(frame({"a": [[0.1, 0.2]], "b": [[0.3, 0.5]]}), tmp_path / "scores.parquet")
+    path = tmp_path / "scores.parquet"
+    frame({"a": [[0.1, 0.2]], "b": [[0.3, 0.5]]}).write_parquet(path)
     arguments = ["compare", str(path), "--task", "T", "--design", "a", "--baseline", "b", "--json"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert json.loads(done.stdout) == to_json(compare_source(path, "T", design="a", baseline="b"))

@@ -16,7 +16,8 @@ from poolwise.cli import app
 from poolwise.data.tasks import resolve_tasks
 from poolwise.errors import CheckpointError
 from poolwise.model.encoder import build
-from poolwise.reports.layers import mean, page, tables
+from poolwise.reports.layers import mean, tables
+from poolwise.reports.pages import layers_page
 from poolwise.runs.run import run, trials
 from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.layers import EveryLayer, OneLayer, probe_layers
@@ -122,9 +123,9 @@ def test_a_look_at_a_study(study: Study, tmp_path: Path) -> None:
     assert second.columns == ("Layer", "STS", "Attention, %", "Norm of weights")
     assert [row[0] for row in second.rows] == ["1", "2", "3", "the design"]
     assert "±" in second.rows[0][1]
-    text = page(found)
+    text = layers_page(found)
     assert text.count("<svg") == 2
-    assert "http" not in text.replace("http://www.w3.org", "")
+    assert "://" not in text.replace("http://www.w3.org", "")
     # by its trial's folder, on the command line
     name = next(row["name"] for row in trials(study) if row["label"] == "layers" and row["seed"] == 1)
     trial = study.folder / "trials" / name

@@ -10,17 +10,18 @@ import pytest
 
 from poolwise import api, stats
 from poolwise.reports.words import advice
+from poolwise.runs.costs import store
 from poolwise.study.starters import TEMPLATES
 from poolwise.study.study import Study
-from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.table import table
+from test_comparison import found as compared
 from test_comparison import rows, study
 
 KINDS = {"STS": 8}
 
 
 def test_the_best_of_what_is_better_after_holm_is_recommended():
-    c = compare(
+    c = compared(
         study({"m1": 0, "m2": 0.02, "m3": 0.01, "m4": 0.0}, types=KINDS),
         "m1",
         costs={"m1": 1, "m2": 3, "m3": 2, "m4": 0.5},
@@ -30,27 +31,27 @@ def test_the_best_of_what_is_better_after_holm_is_recommended():
     assert (found.cost, found.relative_cost) == (3, 3)
     assert (found.folds, found.stays) == (8, 1.0)
     assert advice(c, found).startswith(
-        "Recommended: m2, the best of what scores above m1 after Holm. It encodes at 3.00 × the cost of m1. Leaving "
-        "out one source at a time keeps it in 8 of 8 folds; expected regret "
+        "Recommended: m2, the best of the designs that score above m1 after Holm. It encodes at 3.00 × the cost of m1. "
+        "Leaving out one source at a time gives the same choice in 8 of 8 folds; expected regret "
     )
 
 
 def test_else_the_cheapest_that_is_not_worse():
     frame = study({"m1": 0, "m2": 0.0, "m3": -0.02}, types=KINDS)
-    found = compare(frame, "m1", costs={"m1": 2.0, "m2": 1.0, "m3": 0.5}).recommendations[0]
+    found = compared(frame, "m1", costs={"m1": 2.0, "m2": 1.0, "m3": 0.5}).recommendations[0]
     assert (found.design, found.basis) == ("m2", "cheapest")  # m3 is cheaper, and worse
-    tie = compare(frame, "m1", costs={"m1": 1.0, "m2": 1.0, "m3": 1.0}).recommendations[0]
+    tie = compared(frame, "m1", costs={"m1": 1.0, "m2": 1.0, "m3": 1.0}).recommendations[0]
     assert tie.design == "m1"
-    c = compare(frame, "m1")
+    c = compared(frame, "m1")
     assert (c.recommendations[0].design, c.recommendations[0].basis) == ("m1", "baseline")
-    assert "costs are not known" in advice(c, c.recommendations[0])
+    assert "costs are unknown" in advice(c, c.recommendations[0])
 
 
 def test_a_design_that_holm_does_not_confirm_is_not_preferred():
     names = [f"d{i}" for i in range(5)]
     for seed in range(40):
         frame = study({"a": 0, **dict.fromkeys(names, 0.0)}, types=KINDS, run_sd=0.002, seed=seed)
-        c = compare(frame, "a", costs=dict.fromkeys(["a", *names], 1.0))
+        c = compared(frame, "a", costs=dict.fromkeys(["a", *names], 1.0))
         verdicts = [row.verdict for row in c.rows]
         if any(v.p_value < 0.05 and v.difference > 0 for v in verdicts) and all(v.p_holm > 0.05 for v in verdicts):
             assert c.recommendations[0].design == "a"
@@ -62,26 +63,28 @@ def test_below_tfidf_nothing_is_recommended():
     frame = study({"m1": 0, "m2": 0.02}, types={"STS": 8, "R": 6})
     high = table(rows({"tfidf": [[0.9] * 8]}, "STS") + rows({"tfidf": [[0.1] * 6]}, "R"))
     both = pl.concat([frame, high], how="diagonal_relaxed")
-    c = compare(both, "m1", controls=["tfidf"])
+    c = compared(both, "m1", controls=["tfidf"])
     by_group = {found.group: found for found in c.recommendations}
     assert (by_group["STS"].design, by_group["STS"].basis) == (None, "below_reference")
     assert by_group["STS"].reference_score == pytest.approx(0.9)
     assert by_group["STS"].best_score == pytest.approx(c.arm("STS", "m2").mean)
     assert by_group["R"].design == "m2"
-    assert advice(c, by_group["STS"]).startswith("No recommendation: every design stays below tfidf (90.0 against ")
+    assert advice(c, by_group["STS"]).startswith("No recommendation: every design scores below tfidf (90.0 against ")
 
 
 def test_a_reference_within_the_family_is_not_recommended():
-    c = compare(study({"m1": 0, "m2": 0.01, "bm25": 0.05}, types=KINDS), "m1")
+    c = compared(study({"m1": 0, "m2": 0.01, "bm25": 0.05}, types=KINDS), "m1")
     assert c.recommendations[0].design == "m2"
 
 
 def test_without_verdicts_the_choice_is_said_to_want_evidence():
-    one_run = compare(study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 1.0, "m2": 2.0})
+    one_run = compared(study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 1.0, "m2": 2.0})
     found = one_run.recommendations[0]
     assert (found.design, found.judged, found.stays, found.expected_regret) == ("m1", False, None, None)
-    assert advice(one_run, found).startswith("No verdict on designs is possible here: m1, the cheapest")
-    worse = compare(study({"m1": 0, "m2": -0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 2.0, "m2": 1.0})
+    assert advice(one_run, found).startswith(
+        "No verdict on designs is possible here; without evidence, the choice is m1, the cheapest"
+    )
+    worse = compared(study({"m1": 0, "m2": -0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 2.0, "m2": 1.0})
     assert worse.recommendations[0].design == "m1"  # its checkpoint is worse: cheap does not make up for it
 
 
@@ -89,7 +92,7 @@ def test_folds_leave_out_one_source_and_repeat_the_whole_rule():
     """Each fold by hand: on this study both Holm over the other group and the pooled runs decide some of them."""
     frame = study({"m1": 0, "m2": 0.006, "m3": 0.005}, types={"STS": 6}, seed=23, run_sd=0.0015)
     other = study({"m1": 0, "m2": 0.0, "m3": 0.0}, types={"R": 7}, seed=23)
-    c = compare(pl.concat([frame, other]), "m1")
+    c = compared(pl.concat([frame, other]), "m1")
     y = {d: c.arm("STS", d).array for d in c.designs}
 
     def choices(elsewhere: list[float], pooled: bool) -> list[str]:
@@ -119,7 +122,7 @@ def test_folds_leave_out_one_source_and_repeat_the_whole_rule():
 def test_sources_not_tasks_are_left_out():
     frame = study({"m1": 0, "m2": 0.02}, types={"STS": 12})
     grouped = frame.with_columns((pl.col("task").str.slice(-2).cast(pl.Int64) // 2).cast(pl.String).alias("source"))
-    assert compare(grouped, "m1").recommendations[0].folds == 6
+    assert compared(grouped, "m1").recommendations[0].folds == 6
 
 
 def test_a_verdict_is_withheld_below_five_sources():
@@ -127,7 +130,7 @@ def test_a_verdict_is_withheld_below_five_sources():
     sources = lambda n: frame.with_columns(  # noqa: E731
         (pl.col("task").str.slice(-2).cast(pl.Int64) % n).cast(pl.String).alias("source")
     )
-    few, enough = compare(sources(4), "m1"), compare(sources(5), "m1")
+    few, enough = compared(sources(4), "m1"), compared(sources(5), "m1")
     assert few.rows[0].verdict.p_holm < 0.01  # the p is shown, the word is not
     assert few.rows[0].verdict.verdict == "inconclusive"
     assert enough.rows[0].verdict.verdict == "better"
@@ -136,13 +139,13 @@ def test_a_verdict_is_withheld_below_five_sources():
     equal = study({"m1": 0, "m2": 0.0}, types={"STS": 8}, run_sd=0.0001).with_columns(
         (pl.col("task").str.slice(-2).cast(pl.Int64) % 4).cast(pl.String).alias("source")
     )
-    verdict = compare(equal, "m1").rows[0].verdict
+    verdict = compared(equal, "m1").rows[0].verdict
     assert verdict.p_equivalence < 0.05
     assert verdict.verdict == "inconclusive"
 
 
 def test_recommendations_are_in_the_json_beside_what_was_there():
-    c = compare(study({"m1": 0, "m2": 0.02}), "m1", costs={"m1": 1.0, "m2": 2.0})
+    c = compared(study({"m1": 0, "m2": 0.02}), "m1", costs={"m1": 1.0, "m2": 2.0})
     out = json.loads(json.dumps(c.to_json(), allow_nan=False))
     assert list(out)[:3] == ["comparisons", "scope", "verdicts"]
     by_group = {r["group"]: r for r in out["recommendations"]}
@@ -159,13 +162,14 @@ def test_a_study_brings_its_own_costs_and_factors(tmp_path):
     frame = study({design.name: 0.0 for design in declared.designs}, types=KINDS)
     scores = frame.with_columns(pl.lit("design").alias("role"), pl.lit(declared.recipe.steps).alias("step"))
     scores.write_parquet(tmp_path / "results.parquet")
+    store(declared, declared.folder)
     c = api.compare(declared)
-    costs = dict(c.costs)
+    costs = {row["design"]: row["encode_flops"] for row in c.costs}
     assert costs["m1"] == min(costs.values())
     assert costs["m2"] == costs["m4"] > costs["m1"]
     assert (c.recommendations[0].design, c.recommendations[0].basis) == ("m1", "cheapest")
     assert any("m5 differs from m1 in both" in sentence for sentence in c.factorial.confounded)
     html = api.report(declared)[1].read_text(encoding="utf-8")
-    assert "Recommended: m1, the cheapest to encode of those not shown worse" in html
+    assert "Recommended: m1, the cheapest to encode of those not shown to be worse" in html
     assert "What each factor does" in html
     assert "Quality and cost" in html

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from html.parser import HTMLParser
@@ -10,33 +9,30 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
-from rich.console import Console
 
 from poolwise.reports import pages, tables
 from poolwise.reports.summary import summary
-from poolwise.reports.words import headline
-from poolwise.verdicts.comparison import compare
+from poolwise.reports.words import magnitude
+from poolwise.screen import show_findings
+from poolwise.verdicts.comparison import compare as compare_scores
+from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.table import table
+from test_comparison import found as compare
 from test_comparison import rows, study
 
 INFO = {
     "name": "my study",
     "base_model": "nano",
-    "base_parameters": 2_560_000,
     "recipe": {"steps": 1000, "lora": {"rank": 16}},
     "versions": {"poolwise": "0.1.0"},
     "command": "poolwise run my-study.toml",
 }
-COSTS = [
-    {
-        "design": "m1",
-        "pooling": "last_token",
-        "trainable_parameters": 10_000,
-        "base_flops_128": 1e9,
-        "head_flops_128": 0,
-    },
-    {"design": "m2", "pooling": "mean", "trainable_parameters": 20_000, "base_flops_128": 1e9, "head_flops_128": 1.2e8},
-]
+COSTS = (
+    {"design": "m1", "pooling": "last_token", "base_parameters": 2_560_000, "trainable_parameters": 10_000,
+     "encode_flops": 1e9, "relative_cost": 1.0},
+    {"design": "m2", "pooling": "mean", "base_parameters": 2_560_000, "trainable_parameters": 20_000,
+     "encode_flops": 1.12e9, "relative_cost": 1.12},
+)  # fmt: skip
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -78,9 +74,9 @@ def full():
     return pl.concat([frame.with_columns(pl.lit("design").alias("role")), aa], how="diagonal_relaxed")
 
 
-def written(folder, frame, info=None, costs=None, controls=(), **options) -> tuple[str, str, str]:
-    comparison = compare(frame, controls=controls, **options)
-    paths = pages.render(info or {}, frame, comparison, costs, None, folder)
+def written(folder, frame, info=None, costs=(), controls=(), **options) -> tuple[str, str, str]:
+    findings = Findings.of(compare_scores(frame, controls=controls, **options), costs=costs)
+    paths = pages.render(info or {}, frame, findings, folder)
     assert [path.name for path in paths] == ["report.md", "report.html", "report.tex"]
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "report.md", "report.tex"]
     markdown, html, tex = (path.read_text(encoding="utf-8") for path in paths)
@@ -94,7 +90,8 @@ def test_a_full_report_has_every_part_in_order(tmp_path, full):
     places = [
         text.index(words)
         for words in (
-            first, "m2 scores above m1.", "Every claim stops at", "Mean scores", "Differences between designs",
+            first, "Above m1: m2 on", "On retrieval, m2 scores", "Every claim is limited to", "Mean scores",
+            "Differences between designs",
             "Task by task", "Run by run", "Differences between checkpoints", "Cost", "A/A arm", "Recipe", "lora.rank",
             "poolwise run my-study.toml",
         )
@@ -148,7 +145,7 @@ def test_a_bare_csv_gives_a_report_too(tmp_path):
     assert "no verdict on designs is possible" in text
     assert "<h2>Cost</h2>" not in html
     assert "± is the sd" not in markdown  # one run has no spread
-    assert "Checkpoints only: m2 is inconclusive." in text
+    assert "Checkpoints only: m2 is not shown to differ from m1 on retrieval: the only contrast is inc" in text
     assert ".094" in Page(html).cells  # p = 6/64, as in test_comparison
 
 
@@ -186,24 +183,24 @@ def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_pa
     (tmp_path / "paper.csv").write_text("\n".join(lines))
     markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv"), baseline="m1")
     assert "One run only." in markdown
-    assert markdown.count("nothing to test over tasks") >= 4
-    assert "On STS there is one task, mean of STS: m5 scores 1.66 points above m1 there (1 seed)." in markdown
+    assert markdown.count("leaves nothing to test over tasks") >= 4
+    assert "On STS, there is one task, mean of STS: m5 scores 1.66 points above m1 (1 seed)." in markdown
+    assert "Nothing can be tested on classification, clustering, retrieval and STS." in markdown
     assert not re.search(r"significan|scores above m1\.", markdown)
 
 
-def test_the_terminal_shows_the_same_numbers(full):
+def test_the_terminal_shows_the_same_numbers(full, capsys):
     comparison = compare(full, "m1", controls=["m1-aa"])
-    console = Console(file=io.StringIO(), width=100, highlight=False)
-    pages.show(comparison, COSTS, console)
-    text = console.file.getvalue()
+    show_findings(comparison)
+    text = capsys.readouterr().out
     means = tables.means(comparison)
     for row in [*means.rows, *tables.checkpoints(comparison).rows, *tables.verdicts(comparison).rows]:
         assert all(cell in text for cell in row)
     assert "STS · 6 tasks, smallest reachable p .031" in text
-    one = Console(file=io.StringIO(), width=100)
-    pages.show(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"), console=one)
-    assert "One run only." in one.file.getvalue()
-    assert "[red]m1" in one.file.getvalue()
+    show_findings(compare(study({"[red]m1": 0, "m2": 0.01}, seeds=1), "[red]m1"))
+    one = capsys.readouterr().out
+    assert "One run only." in one
+    assert "[red]m1" in one
 
 
 def test_controls_that_speak_against_the_study_are_heard(tmp_path):
@@ -213,8 +210,8 @@ def test_controls_that_speak_against_the_study_are_heard(tmp_path):
     _, html, _ = written(tmp_path, frame, controls=["m1-aa", "broken"], baseline="m1")
     text = " ".join(Page(html).text)
     assert "The A/A arm m1-aa differs from m1 on retrieval" in text
-    assert "read every claim here as exploratory" in text
-    assert "The broken arm broken is not found below m1 anywhere" in text
+    assert "treat every claim here as exploratory" in text
+    assert "The broken arm broken is not shown to score below m1 anywhere" in text
 
 
 def test_controls_that_behave_raise_no_alarm(tmp_path, full):
@@ -223,18 +220,16 @@ def test_controls_that_behave_raise_no_alarm(tmp_path, full):
     markdown, _, _ = written(tmp_path, frame, controls=["m1-aa", "broken"], baseline="m1")
     assert "A/A arm: the baseline again" in markdown
     assert "exploratory" not in markdown
-    assert "would not notice" not in markdown
+    assert "would not detect" not in markdown
 
 
-def test_cost_rows_are_completed_and_priced():
-    found = tables.priced(COSTS, "m1")
-    assert [row["encode_flops"] for row in found] == [1e9, 1.12e9]
-    assert [row["relative_cost"] for row in found] == [1.0, pytest.approx(1.12)]
-    assert tables.costs(found).rows == [
+def test_costs_are_shown_with_a_prefix():
+    assert tables.costs(COSTS).rows == [
         ("m1", "last_token", "10 k", "1 G", "1.000"),
         ("m2", "mean", "20 k", "1.12 G", "1.120"),
     ]
-    assert tables.magnitude(2_560_000) == "2.56 M"
+    assert tables.costs(()) is None
+    assert magnitude(2_560_000) == "2.56 M"
 
 
 def test_a_million_item_scores_do_not_slow_the_report(tmp_path):
@@ -271,8 +266,8 @@ def test_scores_while_training(tmp_path):
     assert found.columns == ("Design", "50", "100")
     assert found.sections == (("STS", (("m1", "55.00", "75.00"), ("m2", "60.00", "65.00"))),)
     assert tables.over_steps(frame.filter(pl.col("step") == 100), comparison) is None
-    paths = pages.render(INFO, frame, comparison, None, None, tmp_path)
-    assert "Scores while training" in next(p for p in paths if p.suffix == ".html").read_text()
+    paths = pages.render(INFO, frame, comparison, tmp_path)
+    assert "Scores during training" in next(p for p in paths if p.suffix == ".html").read_text()
 
 
 def test_the_report_opens_with_the_answer_over_all_groups(tmp_path, full):
@@ -286,9 +281,8 @@ def test_the_report_opens_with_the_answer_over_all_groups(tmp_path, full):
         "No design is shown to differ from m1 on any of 2 task types that can be tested: all 4 contrasts are "
         "inconclusive."
     )
-    assert headline(nothing, "STS") == "m2 and m3 are inconclusive."
     one = compare(full.filter(pl.col("task_type") == "STS"), "m1", controls=["m1-aa"])
-    assert summary(one) == ""  # its headline says it
+    assert summary(one) == "Above m1: m2 on STS."
     unfinished = compare(full, "m1", controls=["m1-aa"], interim="Runs are missing.")
     assert summary(unfinished) == ""
 
@@ -298,9 +292,6 @@ def test_of_many_designs_the_answer_counts(tmp_path):
     found = compare(study(many), "m1")
     answer = "Above m1: 11 of 12 designs on retrieval; 11 of 12 designs on STS. Below m1: m13 on retrieval and STS."
     assert answer in summary(found)
-    assert headline(found, "STS") == "m12, m11, m10 and 8 others score above m1; m13 scores below m1."
-    alike = compare(study({f"m{i}": 0 for i in range(1, 6)}, run_sd=0.01), "m1", margin=1e-6)
-    assert headline(alike, "STS") == "No design is shown to differ from m1: all 4 are inconclusive."
 
 
 def test_an_exploratory_study_says_why_once(tmp_path):
@@ -330,3 +321,16 @@ def test_many_groups_stand_in_rows_and_their_pictures_are_folded(tmp_path):
     assert "<details><summary>Task by task in pictures</summary>" in html
     _, html, _ = written(tmp_path / "few", few, baseline="m1")
     assert "in pictures" not in html
+
+
+def test_the_methods_paragraph_names_the_reason_for_checkpoints():
+    """Three seeds on tasks of one source leave no verdict on designs, but nothing was "trained once"."""
+    one_source = study({"m1": 0, "m2": 0.02}, types={"STS": 6}).with_columns(pl.lit("semeval").alias("source"))
+    text = pages.paragraph({}, compare(one_source, "m1"))
+    assert "trained once" not in text
+    assert "3 seeds" in text
+    assert "in no group do the tasks come from two sources or more" in text
+    single = pages.paragraph({}, compare(study({"m1": 0, "m2": 0.02}, seeds=1), "m1"))
+    assert "As each design was trained once" in single
+    mixed = study({"m1": 0, "m2": 0.02}).filter((pl.col("design") == "m1") | (pl.col("seed") == 0))
+    assert "As m2 was trained once" in pages.paragraph({}, compare(mixed, "m1"))

@@ -12,9 +12,10 @@ import scipy.stats
 
 from poolwise import api
 from poolwise.errors import StatisticsError, StudyError
+from poolwise.runs import looks
 from poolwise.runs.check import check
 from poolwise.runs.prepare import prepare
-from poolwise.runs.run import guard, run, trials
+from poolwise.runs.run import guard, results, run, trials
 from poolwise.study.study import Study
 from poolwise.verdicts import robustness
 from poolwise.verdicts.table import table
@@ -191,7 +192,7 @@ def test_mistakes(changes: dict[str, object], words: str) -> None:
         Study.parse({**STUDY, **changes})
 
 
-def test_one_base_of_several_is_exploratory_and_no_look(tmp_path, monkeypatch):
+def test_one_base_of_several_is_exploratory_and_no_look(tmp_path):
     """What a study of two bases declares is its verdict over both."""
     raw = {
         "name": "s", "seeds": 3, "extend_to": 5, "tasks": ["demo"], "references": [], "controls": False,
@@ -213,14 +214,13 @@ def test_one_base_of_several_is_exploratory_and_no_look(tmp_path, monkeypatch):
         for design in ("m1", "m2") for seed in range(3) for t in range(8)
     ]  # fmt: skip
     pl.DataFrame(rows, infer_schema_length=None).write_parquet(study.folder / "results.parquet")
-    for name in ("known_costs", "priced"):
-        monkeypatch.setattr(api, name, lambda *_: [])
-    monkeypatch.setattr(api, "equal_budgets", lambda *_: None)
     alone = api.compare(study, base="first")
     assert alone.exploratory.endswith("by task type over all its base models.")
-    assert json.loads((study.folder / "looks.json").read_text())["looks"] == []
+    assert alone.looks == ()
     assert abs(alone.rows[0].difference - 0.05) < 0.003
     both = api.compare(study)
     assert not both.exploratory
     assert abs(both.rows[0].difference) < 0.003
-    assert len(json.loads((study.folder / "looks.json").read_text())["looks"]) == 1
+    looks.take(study, results(study), ())
+    (look,) = json.loads((study.folder / "looks.json").read_text())["looks"]
+    assert look["verdicts"][0]["difference"] == both.rows[0].verdict.difference  # type: ignore[union-attr]

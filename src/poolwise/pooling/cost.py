@@ -30,6 +30,7 @@ from poolwise.pooling.heads import CrossAttentionHead, FeedForwardHead
 from poolwise.pooling.poolings import module_class
 from poolwise.study.catalogue import indivisible, spec_of
 from poolwise.study.pooling_spec import AUTO, Cost
+from poolwise.study.recipe import Recipe
 
 SHARE = 0.05
 """A head with automatic latents takes less than this share of the base's FLOPs …"""
@@ -116,6 +117,23 @@ def head_cost(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -
         if vectors:
             head(torch.empty(1, vectors, width), torch.ones(1, vectors, dtype=torch.long))
     return Cost(sum(parameter.numel() for parameter in head.parameters()), counter.get_total_flops())
+
+
+def training_flops(base: int, head: int, recipe: Recipe, depth: float) -> int:
+    """FLOPs of training on one text, from the FLOPs of its forward pass through `base` and `head`.
+
+    A backward pass costs about two forward passes (Kaplan et al. 2020, arXiv 2001.08361): one for the gradients of the
+    activations, one for those of the weights. The head takes 3 forward passes in total, a base that is tuned whole
+    likewise, a base under LoRA 2 (the adapters themselves are small), and a frozen base 1, as nothing below the head
+    needs gradients. Recomputation is added: one forward pass of a trained base for gradient checkpointing, one of base
+    and head for `mini_batch_size` (GradCache embeds each batch once without gradients).
+
+    depth: the share of the base's layers that is trained; gradients stop at the layer that the pooling reads. States of
+    a frozen base that were stored by another trial still count here.
+    """
+    backward = 0 if recipe.lora is False else 1 + (recipe.lora == "full") + recipe.gradient_checkpointing
+    again = recipe.mini_batch_size > 0
+    return round(base * (1 + again + depth * backward)) + head * (3 + again)
 
 
 def folded_flops(pooling: str, args: Mapping[str, Any], config: Any, tokens: int) -> int:

@@ -1,8 +1,7 @@
-"""What a study would do, before it does it: factors, sizes, cost, and what its statistics can reach."""
+"""A study before it runs: its factors, sizes and cost, its data, and what its statistics can detect."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,102 +12,42 @@ from poolwise.data.reading import DEMO, is_hub_name
 from poolwise.data.tasks import resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
-from poolwise.errors import PoolwiseError
-from poolwise.files import write_atomic
-from poolwise.pooling.cost import (
-    base_flops,
-    base_parameters,
-    head_flops,
-    head_parameters,
-    lora_parameters,
-    resolve_args,
-)
-from poolwise.runs import layout
+from poolwise.runs.costs import base_costs
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
-from poolwise.study.catalogue import read_tokens
 from poolwise.study.pooling_spec import AUTO
-from poolwise.study.recipe import Lora, Recipe, settings
+from poolwise.study.recipe import settings
 from poolwise.study.study import Study
 
-LENGTHS = (32, 128, 512)
-"""Tokens a text at which FLOPs are quoted."""
-
-TRAINED_LENGTH = 128
-"""Tokens a text at which a whole training is priced."""
-
 HEAD_SHARE = 0.05
-"""The share of the base's FLOPs at 32 tokens that a head of default size is to stay below."""
-
-
-def costs(study: Study) -> list[dict[str, Any]]:
-    """`base_costs` on every base model of a study."""
-    return [row for name in study.bases for row in base_costs(study.on_base(name), base_config(study.on_base(name))[1])]
-
-
-def base_costs(study: Study, config: Any) -> list[dict[str, Any]]:
-    """Per design: trainable parameters and forward FLOPs of base and head (multiply-add = 2) at `LENGTHS` tokens."""
-    lora = study.recipe.lora
-    base = base_parameters(config)
-    tuned = base if lora == "full" else 0
-    if isinstance(lora, Lora):
-        tuned = lora_parameters(config, lora.rank, lora.target)
-    texts = study.recipe.steps * study.recipe.batch_size * (2 + study.recipe.negatives)
-    rows = []
-    layers = config.get_text_config().num_hidden_layers
-    for design in study.designs:
-        arguments = resolve_args(design.pooling, design.pooling_args, config)
-        read = design.spec.layers_read(arguments, layers)  # what is above is not trained
-        row: dict[str, Any] = {
-            "design": design.name,
-            "base": study.recipe.base_model,
-            "attention": design.attention,
-            "pooling": design.pooling,
-            "pooling_args": arguments,
-            "base_parameters": base,
-            "tuned_base_parameters": tuned * read // layers,
-            "head_parameters": head_parameters(design.pooling, arguments, config),
-        }
-        row["trainable_parameters"] = row["tuned_base_parameters"] + row["head_parameters"]
-        for tokens in LENGTHS:
-            row[f"base_flops_{tokens}"] = base_flops(config, read_tokens(design.template, tokens))
-            row[f"head_flops_{tokens}"] = head_flops(design.pooling, arguments, config, tokens)
-        forward = row[f"base_flops_{TRAINED_LENGTH}"] + row[f"head_flops_{TRAINED_LENGTH}"]
-        row["training_flops"] = forward * _passes(study.recipe) * texts
-        rows.append(row)
-    return rows
-
-
-def _passes(recipe: Recipe) -> int:
-    """Work on a text in training, in forward passes: forward, gradients of the states, those of the base's weights if
-    they are trained, and each forward pass that is made twice to save memory."""
-    return 2 + (recipe.lora == "full") + recipe.gradient_checkpointing + (recipe.mini_batch_size > 0)
+"""A head of default size should cost less than this share of the base's FLOPs at 32 tokens."""
 
 
 def check(study: Study) -> dict[str, Any]:
-    """Validate a study against its base model and tasks, and say what it would do.
+    """Validate a study against its base model and tasks, without training anything.
 
-    Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, parameters, FLOPs), `trials`,
-    `effective_negatives`, `tasks` by type with the smallest two-sided p that a Wilcoxon test over them can reach,
-    before and after Holm's first step, `mechanisms` (the built-in tasks: their unit is the mechanism, over seeds ×
-    items, so that no test over tasks speaks of them), `training_flops` of all trainings together (texts of
-    `TRAINED_LENGTH` tokens; evaluation not counted), `tuning` (what `[tuning]` adds to them), `grid` (what the grid did
-    not make, a line each), `data` (what was counted in the training pairs) and `warnings`. Training pairs on the Hub
-    are left to the run.
+    Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, and the rows of
+    `runs.costs.base_costs`), `trials`, `effective_negatives`, `tasks` by type with the smallest two-sided p that a
+    Wilcoxon test over them can reach, before and after Holm's first step, `mechanisms` (the built-in tasks, which are
+    compared over seeds × items rather than over tasks), `training_flops` of all trainings together (evaluation not
+    counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design), `data`
+    (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when the study runs.
 
-    Raises ModelError (AttentionError where the base ignores a design's mode), DataError, TaskError or StudyError.
+    Raises:
+        ModelError: the base model cannot be loaded (AttentionError: it ignores a design's attention mode).
+        DataError, TaskError, StudyError: the training data, a task or the study itself cannot be used.
     """
-    found = {name: base_config(study.on_base(name)) for name in study.bases}
-    untried = [note for name in found for note in check_base(study.on_base(name), *found[name])]
+    configs = {name: base_config(study.on_base(name)) for name in study.bases}
+    unchecked = [note for name in configs for note in check_base(study.on_base(name), *configs[name])]
     baseline = study.design(study.baseline)
-    designs = [row for name, (_, config) in found.items() for row in base_costs(study.on_base(name), config)]
+    designs = [row for name, (_, config) in configs.items() for row in base_costs(study.on_base(name), config)]
     bases = [
         {
             "name": name,
             "path": path,
             "parameters": next(row["base_parameters"] for row in designs if row["base"] == name),
         }
-        for name, (path, _) in found.items()
+        for name, (path, _) in configs.items()
     ]
     for row in designs:
         row["differs_in"] = study.design(row["design"]).differs_from(baseline)
@@ -153,24 +92,25 @@ def check(study: Study) -> dict[str, Any]:
         "tasks": groups,
         "mechanisms": planted,
         "data": _data(study, [base["path"] for base in bases]),
-        "warnings": untried + list(dict.fromkeys(_warnings(study, designs, groups))),
+        "warnings": unchecked + list(dict.fromkeys(_warnings(study, designs, groups))),
     }
 
 
 def _mechanisms(names: list[str]) -> list[dict[str, Any]]:
-    """Built-in tasks by what they plant: tasks and items, the units that a verdict averages over."""
+    """Built-in tasks by mechanism: the number of tasks, and of items, over which a verdict averages."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         mechanism, _, kind = name.removeprefix(DEMO_TASKS).rpartition("-")
         kinds.setdefault(mechanism, []).append(kind)
     return [
-        {"mechanism": mechanism, "tasks": len(found), "items": sum(item_count(mechanism, kind) for kind in found)}
-        for mechanism, found in kinds.items()
+        {"mechanism": mechanism, "tasks": len(forms), "items": sum(item_count(mechanism, form) for form in forms)}
+        for mechanism, forms in kinds.items()
     ]
 
 
 def _tuning(study: Study, designs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Trainings and FLOPs of the search and of the second arm: at most, as a setting of the recipe is not run again."""
+    """Upper bounds on the trainings and FLOPs of the search and of the tuned designs: the recipe's own setting, if it
+    is among those searched, is not run again."""
     if study.tuning is None:
         return None
     searched = flops = longest = 0
@@ -189,7 +129,7 @@ def _tuning(study: Study, designs: list[dict[str, Any]]) -> dict[str, Any] | Non
 
 
 def _training_flops(study: Study, designs: list[dict[str, Any]]) -> int:
-    """Of all trainings; a control arm costs what the baseline does."""
+    """FLOPs of all trainings; a control arm costs as much as the baseline."""
     arms = 2 * study.controls
     return len(study.seeds) * sum(
         row["training_flops"] * (1 + arms * (row["design"] == study.baseline)) for row in designs
@@ -197,11 +137,11 @@ def _training_flops(study: Study, designs: list[dict[str, Any]]) -> int:
 
 
 def _data(study: Study, paths: list[str]) -> list[str]:
-    """The training pairs read and laid out in batches once, where they lie on this machine."""
+    """Notes on the training pairs, which are read and batched once to find mistakes, if they are on this machine."""
     recipe = study.recipe
     for source in recipe.data_sources:
-        here = source.path == DEMO or Path(study.base_dir, Path(source.path).expanduser()).exists()
-        if not here and is_hub_name(source.path):
+        local = source.path == DEMO or Path(study.base_dir, Path(source.path).expanduser()).exists()
+        if not local and is_hub_name(source.path):
             return [f"training data {source.path!r} is read from the Hub when the study runs"]
     pairs = load_pairs(recipe, study.base_dir)
     plan(pairs, recipe, study.seeds[0])
@@ -211,56 +151,23 @@ def _data(study: Study, paths: list[str]) -> list[str]:
 def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:
     warnings = []
     if len(study.seeds) == 1:
-        warnings.append("One seed: differences between designs cannot be told from luck of the run; give at least two.")
+        warnings.append("One seed: differences between designs cannot be separated from chance; give at least two.")
     if not study.tasks:
         warnings.append("No tasks: the designs are trained but not scored.")
     if study.controls and any(seed >= AA_SEEDS for seed in study.seeds):
-        warnings.append(f"Seeds from {AA_SEEDS} on are used by the A/A arm.")
+        warnings.append(f"Seeds from {AA_SEEDS} on are also used by the A/A arm; choose smaller ones.")
     crowded: dict[str, list[str]] = {}
     for row in designs:
         share = row["head_flops_32"] / row["base_flops_32"]
         design = study.design(row["design"])
         if share > HEAD_SHARE and design.pooling_args.get("latents", AUTO) == AUTO:
             who = f"{row['design']} on {row['base']}" if len(study.bases) > 1 else row["design"]
-            head = "even 4 latents cost" if design.factors().get("latents") == AUTO else f"{design.pooling} costs"
-            crowded.setdefault(f"{head} {share:.1%}", []).append(who)
-    for costs, who in crowded.items():
-        warnings.append(f"{', '.join(who)}: this base is so small that {costs} of its FLOPs.")
+            excess = "even 4 latents cost" if design.factors().get("latents") == AUTO else f"{design.pooling} costs"
+            crowded.setdefault(f"{excess} {share:.1%}", []).append(who)
+    for excess, who in crowded.items():
+        warnings.append(f"{', '.join(who)}: this base is so small that {excess} of its FLOPs.")
     thin = [group for group in groups if group["min_reachable_p_holm"] > 0.05]
     if thin and len(study.designs) > 1:
         where = ", ".join(group["task_type"] for group in thin) if len(thin) < len(groups) else "any task type"
         warnings.append(f"A Wilcoxon test over tasks cannot reach .05 after Holm on {where}: too few tasks.")
     return warnings
-
-
-def known_costs(study: Study) -> list[dict[str, Any]]:
-    """The cost table; empty where the base model cannot be reached any more."""
-    try:
-        return mean_costs(study)
-    except (PoolwiseError, OSError):
-        return []
-
-
-def mean_costs(study: Study) -> list[dict[str, Any]]:
-    """One row a design: its costs averaged over the study's base models."""
-    rows = [row for row in costs_of(study) if row.get("base", study.bases[0]) in study.bases]
-    found = []
-    for design in study.designs:
-        mine = [row for row in rows if row["design"] == design.name]
-        mean = {key: sum(row[key] for row in mine) / len(mine) for key, value in mine[0].items() if type(value) is int}
-        found.append(mine[0] if len(mine) == 1 else {**mine[0], **mean})
-    return found
-
-
-def costs_of(study: Study) -> list[dict[str, Any]]:
-    """The cost table, kept in the study's folder: reading it needs no model library."""
-    path = study.folder / layout.COSTS
-    if path.exists():
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        have = {(row["design"], row.get("base", study.bases[0])) for row in rows}
-        if have >= {(design.name, base) for design in study.designs for base in study.bases}:
-            return rows  # type: ignore[no-any-return]
-
-    rows = costs(study)
-    write_atomic(path, json.dumps(rows))
-    return rows

@@ -1,17 +1,18 @@
-"""How often a study may be looked at: planned seeds, one declared extension, and what was seen when.
+"""Looks at a study: the comparison that it declares, on the runs that a look may use, and how often that may happen.
 
 Testing again whenever a few seeds were added finds differences between equal designs (at 3, 5, 7 and 10 seeds: .15
-instead of .05). So a study is tested when its planned seeds are complete, and once more at `extend_to` seeds if that
-was declared before the first run, at .03 each (`poolwise.stats.TWO_LOOK_ALPHA`). In between, differences are shown and
-nothing is tested; seeds that were never declared make every verdict exploratory.
+instead of .05). A study is therefore tested when its planned seeds are complete, and once more at `extend_to` seeds if
+that was declared before the first run, at .03 each (`stats.many.TWO_LOOK_ALPHA`). In between, differences are shown and
+nothing is tested. Seeds that were never declared make every verdict exploratory.
 
-FOLDER/looks.json holds the plan as it was when the study began, whether it was extended, and the looks taken.
+`looks.json` in the study's folder holds the plan as of the first run, whether the study was extended, and the result of
+each look, which `poolwise run` records when the seeds of that look are complete.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,19 @@ from poolwise.errors import CheckpointError, DataError
 from poolwise.files import write_atomic
 from poolwise.runs import layout
 from poolwise.stats.many import TWO_LOOK_ALPHA
+from poolwise.verdicts import robustness
+from poolwise.verdicts.comparison import Comparison, compare
+from poolwise.verdicts.table import controls_of, first_few
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from poolwise.study.study import Study
-    from poolwise.verdicts.comparison import Comparison
 
 
 ALPHA = 0.05
+RECORDED = ("difference", "ci_low", "ci_high", "p_value", "p_holm", "verdict")
+"""The fields of a verdict that are kept in `looks.json`."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class State:
-    """Which `seeds` to compare, each test at `alpha`, and why it is `interim` or `exploratory` (empty: neither).
+    """The `seeds` to compare, each test at `alpha`, and why that is `interim` or `exploratory` (empty if it is not).
 
-    `look`: 1 or 2 where the seeds of that look are complete, else 0; `note`: what is said of the looks.
+    `look`: 1 or 2 if the seeds of that look are complete, otherwise 0; `note`: a sentence on the looks.
     """
 
     seeds: tuple[int, ...]
@@ -55,9 +62,10 @@ class State:
 
 
 def plan(study: Study) -> Plan:
-    """The plan of a study as it began; as it stands, where it has not begun.
+    """The plan of a study as of its first run; before that, as the study file declares it.
 
-    Raises DataError for a damaged file.
+    Raises:
+        DataError: `looks.json` is damaged.
     """
     path = study.folder / layout.LOOKS
     if not path.exists():
@@ -66,117 +74,185 @@ def plan(study: Study) -> Plan:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return Plan(tuple(raw["planned"]), raw["extend_to"], raw["extended"], tuple(raw["looks"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); restore it, for it says which seeds were planned") from None
+        raise DataError(f"{path} is damaged ({error}); restore it, as it records which seeds were planned") from None
 
 
 def running(study: Study, extend: bool = False) -> Study:
-    """The study with the seeds that are to run now: once extended, it stays so.
+    """The study with the seeds that are to run now: once extended, it stays extended.
 
-    Raises StudyError for an extension that was not declared.
+    Raises:
+        StudyError: an extension that was not declared.
     """
     return study.extended() if extend or plan(study).extended else study
 
 
 def begin(study: Study, extend: bool = False) -> None:
-    """Keep the plan the first time that the study runs, and that it was extended."""
-    found = plan(study)
-    if (extend and not found.extended) or not (study.folder / layout.LOOKS).exists():
-        _write(study, replace(found, extended=extend or found.extended))
+    """Store the plan at the first run of the study, and later that it was extended."""
+    current = plan(study)
+    if (extend and not current.extended) or not (study.folder / layout.LOOKS).exists():
+        _write(study, replace(current, extended=extend or current.extended))
 
 
-def check_extension(study: Study, unfinished: Collection[str]) -> None:
-    """Refuse an extension before the planned seeds are complete; `unfinished` names the trials that are missing.
+def check_extension(study: Study, unfinished: Sequence[str]) -> None:
+    """Refuse an extension before the planned seeds are complete; `unfinished` names the missing trials.
 
-    Raises StudyError where none was declared, CheckpointError where the first look is still to come.
+    Raises:
+        StudyError: no extension was declared.
+        CheckpointError: the first look has not taken place yet.
     """
     study.extended()
     if unfinished and not plan(study).extended:
-        shown = ", ".join(list(unfinished)[:5]) + (", …" if len(unfinished) > 5 else "")
         raise CheckpointError(
-            f"--extend comes after the first look, and runs are missing for that: {shown}; run the study without "
-            "--extend first"
+            f"--extend comes after the first look, which still needs these runs: {first_few(unfinished)}; run the "
+            "study without --extend first"
         )
 
 
 def state(study: Study, done: Collection[tuple[str, int]]) -> State:
-    """What the runs that are `done` (design, seed) allow to say."""
-    found = plan(study)
+    """The comparison that the runs in `done` (design, seed) allow."""
+    current = plan(study)
     alpha = TWO_LOOK_ALPHA if study.extend_to else ALPHA
-    wanted = study.all_seeds if found.extended else study.seeds
+    wanted = study.all_seeds if current.extended else study.seeds
 
     def missing(seeds: Collection[int]) -> list[str]:
-        return [f"{design.name} seed {seed}" for seed in seeds for design in study.designs
-                if (design.name, seed) not in done]  # fmt: skip
+        runs = ((design.name, seed) for seed in seeds for design in study.designs)
+        return [f"{design} seed {seed}" for design, seed in runs if (design, seed) not in done]
 
-    left = missing(wanted)
-    if set(found.planned) != set(study.seeds):
+    absent = missing(wanted)
+    interim = ""
+    if absent:
+        interim = f"Interim: runs are missing ({first_few(absent)}). Differences are shown, but nothing is tested yet."
+    if set(current.planned) != set(study.seeds):
         why = (
-            f"Exploratory: the study was planned with {_named(found.planned)} and now has {_named(study.seeds)}. Seeds "
-            "chosen after a look find differences that are not there; a verdict needs the seeds declared beforehand."
+            f"Exploratory: the study was planned with {_seed_words(current.planned)} and now has "
+            f"{_seed_words(study.seeds)}. Seeds chosen after a look find differences that do not exist; a verdict "
+            "needs seeds that were declared beforehand."
         )
-        return State(tuple(wanted), alpha, interim=_interim(left), exploratory=why)
-    if not left:
-        look, note = 1 + found.extended, ""
+        return State(tuple(wanted), alpha, interim=interim, exploratory=why)
+    at = f"{alpha:.2f}".removeprefix("0")
+    if not absent:
+        note = ""
         if study.extend_to:
-            note = f"Look {look} of 2 ({_named(wanted)}), each tested at {_short(alpha)}."
-            note += "" if found.extended else f" Declared: up to {study.extend_to} seeds, by poolwise run --extend."
-        return State(tuple(wanted), alpha, look=look, note=note)
-    if found.extended and not missing(study.seeds):
-        note = f"Look 1 of 2 ({_named(study.seeds)}), at {_short(alpha)}; the extension still runs and is not shown."
+            note = f"Look {1 + current.extended} of 2 ({_seed_words(wanted)}), each tested at {at}."
+            if not current.extended:
+                note += f" Declared: up to {study.extend_to} seeds, by poolwise run --extend."
+        return State(tuple(wanted), alpha, look=1 + current.extended, note=note)
+    if current.extended and not missing(study.seeds):
+        note = f"Look 1 of 2 ({_seed_words(study.seeds)}), at {at}; the extension is still running and is not shown."
         return State(tuple(study.seeds), alpha, look=1, note=note)
-    return State(tuple(wanted), alpha, interim=_interim(left))
+    return State(tuple(wanted), alpha, interim=interim)
 
 
-def record(study: Study, at: State, comparison: Comparison) -> tuple[dict[str, Any], ...]:
-    """Keep what a declared look showed, the first time that it is taken; returns all looks. Only with `extend_to`."""
-    found = plan(study)
-    if not study.extend_to or not at.look or not (study.folder / layout.LOOKS).exists():
-        return found.looks
-    if all(look["look"] != at.look for look in found.looks):
-        verdicts = [
-            {"group": row.group, "design": row.design, **{k: v for k, v in asdict(row.verdict).items() if k in KEPT}}
-            for row in comparison.rows
-            if row.verdict
-        ]
-        taken = datetime.now(UTC).isoformat(timespec="seconds")
-        look = {"look": at.look, "seeds": list(at.seeds), "alpha": at.alpha, "taken": taken, "verdicts": verdicts}
-        found = replace(found, looks=(*found.looks, look))
-        _write(study, found)
-    return found.looks
+def finished(study: Study, frame: pl.DataFrame, trials: Sequence[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """The (design, seed) that are done: not failed, and scored in as many cells as any other.
+
+    Args:
+        frame: the long table of the study, with all its steps.
+        trials: its trials with their `state`; empty if the table came without a run folder.
+    """
+    last = last_step(study, frame)
+    cells = last.filter((last["role"] == "design") & last["item_id"].is_null()).group_by("design", "seed").len()
+    most = cells["len"].max()
+    done = {(design, seed) for design, seed, size in cells.iter_rows() if size == most}
+    return done - {(row["label"], row["seed"]) for row in trials if row["role"] == "design" and row["state"] != "done"}
 
 
-KEPT = ("difference", "ci_low", "ci_high", "p_value", "p_holm", "verdict")
+def last_step(study: Study, frame: pl.DataFrame) -> pl.DataFrame:
+    """The scores at the end of the training, and those of untrained models at step 0."""
+    import polars as pl
+
+    return frame.filter((pl.col("step") == study.recipe.steps) | pl.col("role").is_in(["untuned", "reference"]))
 
 
-def earlier(looks: Collection[dict[str, Any]], at: State) -> str:
-    """What the first look showed, in one sentence, at the second; empty otherwise."""
+def visible(frame: pl.DataFrame, at: State) -> pl.DataFrame:
+    """The scores that a look may use: of the designs only its seeds, of the controls all."""
+    import polars as pl
+
+    return frame.filter((pl.col("role") != "design") | pl.col("seed").is_in(list(at.seeds)))
+
+
+def compared(
+    study: Study,
+    frame: pl.DataFrame,
+    at: State,
+    baseline: str | None = None,
+    by: str = "task_type",
+    missing: str = "error",
+    exploratory: str = "",
+    run_sd: float | None = None,
+    run_df: float = float("inf"),
+) -> Comparison:
+    """The comparison of a study's scores at their last step, as the study declares it.
+
+    Args:
+        frame: the long table of the study, averaged over base models if there are several.
+        at: the look, which decides the seeds and the level of the tests.
+        baseline, by, missing, run_sd, run_df: as in `verdicts.comparison.compare`; by default as declared.
+        exploratory: why a comparison other than the declared one is not confirmatory.
+    """
+    last = visible(last_step(study, frame), at)
+    return compare(
+        last,
+        baseline or study.baseline,
+        by,
+        controls=controls_of(last),
+        margin=study.margin,
+        alpha=at.alpha,
+        missing="drop" if at.interim else missing,  # an interim picture shows the tasks that all designs have so far
+        order=[design.name for design in study.designs],
+        type_weights=study.type_weights,
+        run_sd=run_sd,
+        run_df=run_df,
+        interim=at.interim,
+        exploratory=at.exploratory or exploratory,
+    )
+
+
+def due(study: Study) -> bool:
+    """Whether a look of this study may have to be recorded: it declares two, and has something to compare."""
+    return bool(study.extend_to and study.tasks and len(study.designs) > 1 and (study.folder / layout.RESULTS).exists())
+
+
+def take(study: Study, frame: pl.DataFrame, trials: Sequence[Mapping[str, Any]]) -> None:
+    """Record a declared look, the first time that its seeds are complete."""
+    at = state(study, finished(study, frame, trials))
+    if not at.look or any(look["look"] == at.look for look in plan(study).looks):
+        return
+    names = robustness.bases(frame)
+    comparison = compared(study, robustness.pooled(frame, names) if len(names) > 1 else frame, at)
+    rows = [
+        {"group": row.group, "design": row.design, **{name: getattr(row.verdict, name) for name in RECORDED}}
+        for row in comparison.rows
+        if row.verdict
+    ]
+    record(study, at, rows)
+
+
+def record(study: Study, at: State, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Store the verdicts of a look: rows with `group`, `design` and the fields of `RECORDED`."""
+    taken = datetime.now(UTC).isoformat(timespec="seconds")
+    look = {"look": at.look, "seeds": list(at.seeds), "alpha": at.alpha, "taken": taken, "verdicts": list(rows)}
+    current = plan(study)
+    _write(study, replace(current, looks=(*current.looks, look)))
+
+
+def earlier(looks: Collection[Mapping[str, Any]], at: State) -> str:
+    """At the second look, the result of the first one in a sentence; empty otherwise."""
     first = next((look for look in looks if look["look"] == 1), None)
     if at.look != 2 or first is None:
         return ""
-    told: dict[tuple[str, str], list[str]] = {}
-    for found in first["verdicts"]:
-        told.setdefault((found["group"], found["verdict"]), []).append(found["design"])
-    parts = [f"{group}: {', '.join(designs)} {word}" for (group, word), designs in told.items()]
-    return f"The first look ({_named(first['seeds'])}, {first['taken'][:10]}) said: {'; '.join(parts)}."
+    designs: dict[tuple[str, str], list[str]] = {}
+    for row in first["verdicts"]:
+        designs.setdefault((row["group"], row["verdict"]), []).append(row["design"])
+    parts = [f"{group}: {', '.join(names)} {word}" for (group, word), names in designs.items()]
+    return f"Result of the first look ({_seed_words(first['seeds'])}, {first['taken'][:10]}): {'; '.join(parts)}."
 
 
-def _interim(left: Collection[str]) -> str:
-    if not left:
-        return ""
-    names = list(left)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"Interim: runs are missing ({shown}). Differences stand as they are; nothing is tested yet."
-
-
-def _named(seeds: Collection[int]) -> str:
-    found = sorted(seeds)
-    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
-        return f"seeds {found[0]} to {found[-1]}"
-    return f"seed{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
-
-
-def _short(alpha: float) -> str:
-    return f"{alpha:.2f}".removeprefix("0")
+def _seed_words(seeds: Collection[int]) -> str:
+    ordered = sorted(seeds)
+    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+        return f"seeds {ordered[0]} to {ordered[-1]}"
+    return f"seed{'s' * (len(ordered) > 1)} {', '.join(map(str, ordered))}"
 
 
 def _write(study: Study, content: Plan) -> None:

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError
 from poolwise.files import atomic_path, write_json
-from poolwise.runs import layout, looks
-from poolwise.runs.check import costs_of
+from poolwise.runs import costs, layout, looks
 from poolwise.runs.engine import Event, run_local
-from poolwise.runs.prepare import check_tuning
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study
+from poolwise.verdicts import readers
 from poolwise.verdicts.robustness import Winner
 from poolwise.verdicts.table import main_scores
 
@@ -61,6 +60,8 @@ def run(
     failed = run_one(looks.running(study, extend), lambda: looks.begin(study, extend))
     if study.tuning and not failed:
         failed = _run_search(looks.running(study, extend), run_one)
+    if looks.due(study):
+        looks.take(study, results(study), trials(study))
     return failed
 
 
@@ -208,9 +209,7 @@ def shared_work(study: Study) -> str | None:
 
 
 def results(study: Study) -> Any:
-    """The long table (polars) of a study's scores so far."""
-    import polars as pl
-
+    """The long table (polars) of a study's scores so far, validated like any other table of scores."""
     path = study.folder / layout.RESULTS
     if not study.tasks:
         raise CheckpointError(
@@ -218,7 +217,7 @@ def results(study: Study) -> Any:
         )
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
-    return pl.read_parquet(path)
+    return readers.read(path)
 
 
 def gather(folder: Path) -> None:
@@ -307,6 +306,8 @@ def tuned(study: Study, chosen: list[Winner]) -> list[Study]:
 
 def _run_search(study: Study, run_one: _Run) -> dict[str, str]:
     """Run what is missing of the search, then of the second arm. Returns why trials failed, by name."""
+    from poolwise.runs.prepare import check_tuning  # it loads torch, which reading a study does not need
+
     check_tuning(study)
     failed: dict[str, str] = {}
 
@@ -375,7 +376,8 @@ def _part(study: Study, base: str, setting: Setting, arm: str, designs: tuple[De
 
 def _headless(study: Study) -> set[tuple[str, str]]:
     """(base model, design) without a trainable pooling."""
-    return {(row["base"], row["design"]) for row in costs_of(study) if not row["head_parameters"]}
+    rows = costs.stored(study) or costs.compute(study)
+    return {(row["base"], row["design"]) for row in rows if not row["head_parameters"]}
 
 
 def _complete(part: Study) -> bool:
