@@ -21,6 +21,7 @@ from poolwise.reports.words import count, interval, points
 from poolwise.verdicts.arms import Arm
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.controls import scored
+from poolwise.verdicts.findings import Findings
 
 DOC = Path(__file__).parents[1] / "docs" / "mechanisms.md"
 BEGIN, END = "<!-- begin of what scripts/mechanisms_table.py wrote -->", "<!-- end -->"
@@ -123,7 +124,7 @@ def page(folder: Path) -> str:
         "items.",
         gained,
         " ".join(said),
-        "Controls. " + " ".join(sentences(found)),
+        "Controls. " + " ".join(sentences(Findings.of(found))),
         END,
     ]
     return "\n\n".join(parts) + "\n"

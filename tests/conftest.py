@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # another order of summation gives other last digits
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+pytest.register_assert_rewrite("cli_study")
 SHARED = Path(__file__).parents[2] / "shared"
 
 

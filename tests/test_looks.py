@@ -259,32 +259,6 @@ def test_the_command_line_takes_a_run_effect(tmp_path):
     assert isinstance(CliRunner().invoke(app, ["compare", str(path), "--run-sd", "0.2"]).exception, StatisticsError)
 
 
-def test_comparing_and_reporting_write_nothing_but_the_report(tmp_path):
-    """The folder of a study whose first look is complete may be read-only: only `poolwise run` records the look."""
-    study = declared(tmp_path, extend_to=5)
-    scored(study, 3)
-    looks.begin(study)
-    before = {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()}
-    for path in [study.folder, *study.folder.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    assert "Look 1 of 2" in api.compare(study).plan
-    written = api.report(study, out=tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in written}
-    for path in [study.folder, *study.folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    assert {path: path.read_bytes() for path in study.folder.rglob("*") if path.is_file()} == before
-
-
-def test_unknown_costs_are_noted_with_the_reason(tmp_path):
-    study = declared(tmp_path)
-    scored(study, 3)
-    found = api.compare(study)
-    assert found.costs == ()
-    (note,) = [note for note in found.notes if "Costs are unknown" in note]
-    assert str(study.folder / layout.COSTS) in note
-    assert "`poolwise run` writes it" in note
-
-
 def test_a_look_is_recorded_only_if_two_are_declared(tmp_path):
     study = declared(tmp_path)
     scored(study, 3)

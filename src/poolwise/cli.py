@@ -82,11 +82,11 @@ def check(study: StudyFile, as_json: Json = False) -> None:
 
     loaded = Study.load(study)
     _quiet()
-    from poolwise.runs.check import check as preview
+    from poolwise.runs.check import check as check_study
 
     with stdout_to_stderr():
-        found = preview(loaded)
-    print(json.dumps(found, indent=1)) if as_json else show_check(found)
+        preview = check_study(loaded)
+    print(json.dumps(preview, indent=1)) if as_json else show_check(preview)
 
 
 @app.command()
@@ -124,8 +124,8 @@ def status(study: StudyFile, as_json: Json = False) -> None:
     from poolwise.screen import show_status
     from poolwise.study.study import Study
 
-    found = trials(Study.load(study))
-    print(json.dumps(found, indent=1)) if as_json else show_status(found)
+    rows = trials(Study.load(study))
+    print(json.dumps(rows, indent=1)) if as_json else show_status(rows)
 
 
 @app.command()
@@ -197,11 +197,11 @@ def probe(
     _quiet()
     from poolwise.model.attention import verdict
     from poolwise.model.base import load_base
-    from poolwise.screen import show_verdict, stdout_to_stderr
+    from poolwise.screen import show_probe, stdout_to_stderr
 
     with stdout_to_stderr():
-        found = verdict(load_base(model))
-    print(json.dumps(found, indent=1)) if as_json else show_verdict(model, found)
+        result = verdict(load_base(model))
+    print(json.dumps(result, indent=1)) if as_json else show_probe(model, result)
 
 
 @app.command()
@@ -269,12 +269,12 @@ def layers(
 ) -> None:
     """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer."""
     _quiet()
-    from poolwise.api import layers as look
+    from poolwise.api import layers as view_layers
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
-        found = look(run, design=design, seed=seed, base=base, progress=lambda n: print(n, file=sys.stderr))
-    print(json.dumps(found, indent=1)) if as_json else show_layers(found, to)
+        view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
+    print(json.dumps(view, indent=1)) if as_json else show_layers(view, to)
 
 
 @app.command()

@@ -204,15 +204,15 @@ def device_lines(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     return text
 
 
-def show_check(found: Mapping[str, Any]) -> None:
+def show_check(preview: Mapping[str, Any]) -> None:
     """Print the result of `poolwise check`."""
     console = terminal()
-    bases = found["base_models"]
+    bases = preview["base_models"]
     on = f" on {len(bases)} base models" if len(bases) > 1 else ""
     named = ", ".join(f"{base['name']} ({magnitude(base['parameters'])} parameters)" for base in bases)
     console.print(
-        f"{found['study']}: base {named}, {found['steps']} steps, "
-        f"{found['effective_negatives']} negatives per query, fingerprint {found['fingerprint']}",
+        f"{preview['study']}: base {named}, {preview['steps']} steps, "
+        f"{preview['effective_negatives']} negatives per query, fingerprint {preview['fingerprint']}",
         markup=False,
     )
 
@@ -221,52 +221,52 @@ def show_check(found: Mapping[str, Any]) -> None:
         factors = f"{count(len(differs), 'factor')}: {', '.join(differs)}" if differs else "-"
         return (
             f"{row['design']} on {row['base']}" if on else row["design"], row["attention"], row["pooling"],
-            "(baseline)" if row["design"] == found["baseline"] else factors, magnitude(row["trainable_parameters"]),
+            "(baseline)" if row["design"] == preview["baseline"] else factors, magnitude(row["trainable_parameters"]),
             magnitude(row["head_parameters"]), magnitude(base + head), f"{head / (base + head):.1%}",
         )  # fmt: skip
 
     heads = ("design", "attention", "pooling", "differs in", "trained", "in head", "FLOPs", "in head")
-    print_table(console, Table("", heads, (("", tuple(map(cells, found["designs"]))),), text=4))
-    trials = found["trials"]
+    print_table(console, Table("", heads, (("", tuple(map(cells, preview["designs"]))),), text=4))
+    trials = preview["trials"]
     console.print(
-        f"\n{count(len({row['design'] for row in found['designs']}), 'design')}{on}: {trials['trained']} trainings "
+        f"\n{count(len({row['design'] for row in preview['designs']}), 'design')}{on}: {trials['trained']} trainings "
         f"({trials['of which controls']} of them controls), {trials['untuned']} untuned and {trials['references']} "
-        f"other reference rows; results in {found['folder']}",
+        f"other reference rows; results in {preview['folder']}",
         markup=False,
     )
     console.print(
         "trained: parameters; FLOPs: forward pass of a text of 32 tokens; each with the share of the head", style="dim"
     )
-    console.print(f"about {magnitude(found['training_flops'])}FLOP of training, at 128 tokens per text", markup=False)
-    if tuning := found["tuning"]:
+    console.print(f"about {magnitude(preview['training_flops'])}FLOP of training, at 128 tokens per text", markup=False)
+    if tuning := preview["tuning"]:
         console.print(
             f"tuning: {tuning['searched']} more trainings on {', '.join(tuning['tasks'])} "
             f"(seed {tuning['seed']}), then up to {tuning['again']} with each design's best setting; up to "
             f"{magnitude(tuning['training_flops'])}FLOP",
             markup=False, soft_wrap=True,
         )  # fmt: skip
-    for note in found["grid"]:
+    for note in preview["grid"]:
         console.print(f"grid, left out: {note}", style="dim", markup=False, soft_wrap=True)
-    if found["tasks"]:
+    if preview["tasks"]:
         body = tuple(
             (
                 group["task_type"], str(group["tasks"]), str(group["sources"]),
                 f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
             )
-            for group in found["tasks"]
+            for group in preview["tasks"]
         )  # fmt: skip
-        columns = ("task type", "tasks", "sources", "smallest p", f"after Holm over {found['contrasts']}")
+        columns = ("task type", "tasks", "sources", "smallest p", f"after Holm over {preview['contrasts']}")
         print_table(console, Table("", columns, (("", body),)))
-    if planted := found["mechanisms"]:
+    if planted := preview["mechanisms"]:
         items = ", ".join(f"{group['mechanism']} {group['items']}" for group in planted)
         console.print(
-            f"built-in tasks are compared by mechanism, over {count(len(found['seeds']), 'seed')} × items: {items} "
-            f"items; Holm over {count(found['contrasts'], 'contrast')}",
+            f"built-in tasks are compared by mechanism, over {count(len(preview['seeds']), 'seed')} × items: {items} "
+            f"items; Holm over {count(preview['contrasts'], 'contrast')}",
             markup=False,
         )
-    for note in found["data"]:
+    for note in preview["data"]:
         console.print(f"data: {note}", style="dim", markup=False)
-    for warning in found["warnings"]:
+    for warning in preview["warnings"]:
         console.print(f"note: {warning}", style="yellow", markup=False)
 
 
@@ -304,11 +304,11 @@ def show_layers(view: Mapping[str, Any], page: Path) -> None:
     console.print(f"pictures: {write_atomic(page, pages.layers_page(view))}", markup=False, soft_wrap=True)
 
 
-def show_verdict(name: str, found: Mapping[str, Any]) -> None:
+def show_probe(name: str, probe: Mapping[str, Any]) -> None:
     """Print the result of `poolwise probe`: whether the model supports each mode, and which token moves which."""
     console = terminal()
-    console.print(f"{name}: {found['model']}, {found['backend']}, {found['dtype']}; as loaded: {found['declared']}")
-    for mode, result in found["modes"].items():
+    console.print(f"{name}: {probe['model']}, {probe['backend']}, {probe['dtype']}; as loaded: {probe['declared']}")
+    for mode, result in probe["modes"].items():
         console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")
         if result["reason"]:
             console.print(result["reason"], markup=False)

@@ -150,7 +150,7 @@ class Null:
         return float((ndtr(shift - critical * self.ratios) + ndtr(-shift - critical * self.ratios)).mean())
 
     def detectable(self, critical: float, power: float) -> float:
-        """The true difference found with probability `power`."""
+        """The true difference that is detected with probability `power`."""
         top = self.se
         while self.power(top, critical) < power:
             top *= 2

@@ -179,7 +179,7 @@ def scored(comparison: Comparison, predictions: Mapping[str, Mapping[str, Any]])
 
 def rungs(comparison: Comparison) -> tuple[Rung, ...]:
     """Every rung of every group, smallest loss first; empty if no ladder was scored."""
-    found = []
+    results = []
     for group in comparison.groups:
         arms = {arm.design: arm for arm in comparison.arms if arm.group == group}
         for label, target in RUNGS.items():
@@ -188,7 +188,7 @@ def rungs(comparison: Comparison) -> tuple[Rung, ...]:
             arm = arms[label]
             base = arms[comparison.baseline].on([task for task in arms[comparison.baseline].tasks if task in arm.tasks])
             if len(base.seeds) < 2 or base.by_source.shape[1] < 2 or base.seeds != arm.seeds:
-                found.append(Rung(group, label, target, arm.mean - base.mean))
+                results.append(Rung(group, label, target, arm.mean - base.mean))
                 continue
             others = [arms[name] for name in comparison.designs[1:]]
             lent = [x.on(base.tasks).by_source for x in others if x.seeds == base.seeds]
@@ -197,8 +197,10 @@ def rungs(comparison: Comparison) -> tuple[Rung, ...]:
             test = stats.crossed(base.by_source, np.roll(arm.by_source, 1, axis=0), pool=lent)
             p = min(1.0, test.p_value * len(comparison.rows))
             seen = p <= comparison.alpha and test.difference < 0 and base.by_source.shape[1] >= FEW_SOURCES
-            found.append(Rung(group, label, target, test.difference, test.ci_low, test.ci_high, test.p_value, p, seen))
-    return tuple(found)
+            results.append(
+                Rung(group, label, target, test.difference, test.ci_low, test.ci_high, test.p_value, p, seen)
+            )
+    return tuple(results)
 
 
 def smallest_seen(rungs: Sequence[Rung], group: str) -> Rung | None:

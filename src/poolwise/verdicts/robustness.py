@@ -4,7 +4,7 @@ Several base models: each run's score is averaged over them, seed by seed (a see
 them), and runs and tasks remain the samples. A pooled verdict is about these base models, which are not a sample. Each
 base model also has a comparison of its own, with its own family for Holm's correction.
 
-Equal tuning: each verdict with the same recipe beside the one with each design's best setting.
+Equal tuning: each verdict with the same recipe, and the one with each design's best setting.
 """
 
 from __future__ import annotations
