@@ -1,6 +1,6 @@
-"""The documents keep to the program: every command and option, every field and default, every study in them.
+"""The documents agree with the program: every command and option, every field and default, every study in them.
 
-`python tests/test_docs.py` writes `docs/cli.md` anew; with `run` it also runs its examples again (some CPU-minutes).
+`python tests/test_docs.py` rewrites `docs/cli.md`; with `run` it also runs its examples again (some CPU-minutes).
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ SCORES = "design,seed,task,task_type,metric,score\n" + "".join(
 INTRO = """\
 # Commands
 
-Every command says what it takes with `--help`. Tables go to stdout, progress and notes to stderr; with `--json` stdout
-holds JSON alone. Exit codes: 0 done, 1 some trials failed, 2 a mistake of yours (with a message, without a traceback),
-130 stopped by Ctrl-C. The outputs on this page are real; `python tests/test_docs.py run` makes them anew. `first.toml`
-is the small study of [study-file.md](study-file.md), and `scores.csv` a table of the form
+Every command lists its arguments with `--help`. Tables go to stdout, progress and notes to stderr; with `--json` stdout
+contains JSON alone. Exit codes: 0 done, 1 some trials failed, 2 a mistake in the input (with a message, without a
+traceback), 130 stopped by Ctrl-C. The outputs on this page are real; `python tests/test_docs.py run` reproduces them.
+`first.toml` is the small study of [study-file.md](study-file.md), and `scores.csv` a table of the form
 
 ```csv
 design,seed,task,task_type,metric,score

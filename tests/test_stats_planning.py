@@ -52,11 +52,8 @@ def test_minimum_detectable_effect_is_found_at_its_power():
         hits += crossed(a, b + effect, pool).p_value <= 0.05
     assert 0.75 < hits / 600 < 0.85
     result = crossed(a, b, pool)
-    assert minimum_detectable_effect(result, power=0.9) > minimum_detectable_effect(result)
     strict = replace(result, level=0.99, critical=result.null.critical(0.99))
     assert minimum_detectable_effect(strict) > minimum_detectable_effect(result)
-    with pytest.raises(StatisticsError, match="power"):
-        minimum_detectable_effect(result, power=1.0)
 
 
 def test_more_seeds_settle_it_unless_the_tasks_do_not():
@@ -72,7 +69,7 @@ def test_more_seeds_settle_it_unless_the_tasks_do_not():
     assert seeds_to_settle(result, 0.00001) == (None, None)
     with pytest.raises(StatisticsError, match="effect=0"):
         seeds_to_settle(result, 0)
-    with pytest.raises(StatisticsError, match="two or more"):
+    with pytest.raises(StatisticsError, match="give two or more"):
         planned_detectable_effect(1, 10, 0.1, 0.1, 0.1)
     with pytest.raises(StatisticsError, match="not all 0"):
         planned_detectable_effect(3, 10, 0.0, 0.0, 0.0)

@@ -131,7 +131,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
 @app.command()
 def compare(
     sources: Sources,
-    baseline: Annotated[str | None, typer.Option(help="Design to compare with; the first of runs by default.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
     missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
     task: Annotated[str | None, typer.Option(help="Compare on the items of this task.")] = None,
@@ -163,7 +163,7 @@ def compare(
 def report(
     source: Source,
     to: Annotated[Path | None, typer.Option(help="Folder to write into; for a study, its own by default.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="Design to compare with.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
 ) -> None:
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
@@ -247,7 +247,7 @@ def encode(
 def serve(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond this machine put a proxy in front.")
+        str, typer.Option(help="Address to listen on; use a proxy for access from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
 ) -> None:

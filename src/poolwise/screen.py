@@ -152,7 +152,7 @@ def run_with_grid(
     console = terminal(stderr=True)
     grid = Grid()
 
-    def lines(event: Event) -> None:
+    def print_line(event: Event) -> None:
         grid.follow(event)
         if event[0] in {"done", "failed"}:
             name = event[1] if event[0] == "done" else event[1][0]
@@ -163,7 +163,7 @@ def run_with_grid(
     live = console.is_terminal
     try:
         with Live(grid, console=console, refresh_per_second=2) if live else contextlib.nullcontext():
-            on_event = grid.follow if live else lines
+            on_event = grid.follow if live else print_line
             failed = run(study, workers=workers, per_gpu=per_gpu, shard=shard, extend=extend, on_event=on_event)
     except KeyboardInterrupt:
         console.print("stopped; finished work is kept, run the same command to continue", soft_wrap=True)

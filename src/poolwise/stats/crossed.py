@@ -32,6 +32,11 @@ from poolwise.stats.variance import (
     null_distribution,
 )
 
+POWER = 0.8
+"""The probability with which a detectable difference is detected."""
+MOST_SEEDS = 50
+"""The largest number of seeds that `seeds_to_settle` recommends."""
+
 
 @dataclass(frozen=True)
 class Crossed:
@@ -150,16 +155,12 @@ def contrast(study: ArrayLike, coefficients: ArrayLike) -> Crossed:
     return _contrast(list(y[c != 0]), tuple(c[c != 0].tolist()), list(y[c == 0]), TaskTypes.one(y.shape[2]), 0.95)
 
 
-def minimum_detectable_effect(result: Crossed, power: float = 0.8) -> float:
-    """The true difference that a study with these variances, runs and tasks detects with probability `power`.
+def minimum_detectable_effect(result: Crossed) -> float:
+    """The true difference that a study with these variances, runs and tasks detects with probability `POWER`.
 
-    Args:
-        result: of `crossed`; its variances are taken as true, its `critical` value decides.
-        power: above the test's own alpha, below 1.
+    result: of `crossed`; its variances are taken as true, its `critical` value decides.
     """
-    if not 1 - result.level < power < 1:
-        raise StatisticsError(f"minimum_detectable_effect: power={power!r} must lie between {1 - result.level:g} and 1")
-    return 0.0 if result.null is None else result.null.detectable(result.critical, power)
+    return 0.0 if result.null is None else result.null.detectable(result.critical, POWER)
 
 
 def equivalence(result: Crossed, margin: float, alpha: float = 0.05) -> Equivalence:
@@ -309,23 +310,20 @@ def planned_detectable_effect(
     task_sd: float,
     designs: int = 2,
     level: float = 0.95,
-    power: float = 0.8,
 ) -> float:
-    """The true difference of two designs that `crossed` detects with probability `power`, planned before any run.
+    """The true difference of two designs that `crossed` detects with probability `POWER`, planned before any run.
 
     Args:
         seeds: runs of each design, 2 or more.
         tasks: number of tasks, above 1.
         run_sd, noise_sd, task_sd: as in `Crossed`; in the unit of the scores, not all 0.
         designs: number of designs that share one run variance; 2 for the two-arm form.
-        level: 1 - alpha of the test.
-        power: above alpha, below 1.
+        level: 1 - alpha of the test, above 1 - `POWER`.
     """
     check_level(level, "planned_detectable_effect")
-    if seeds < 2 or tasks <= 1 or designs < 2 or not 1 - level < power < 1:
+    if seeds < 2 or tasks <= 1 or designs < 2:
         raise StatisticsError(
-            f"planned_detectable_effect: seeds={seeds}, tasks={tasks}, designs={designs}, power={power}; two or more "
-            f"seeds, tasks and designs, and a power between {1 - level:g} and 1"
+            f"planned_detectable_effect: seeds={seeds}, tasks={tasks}, designs={designs}; give two or more of each"
         )
     if min(run_sd, noise_sd, task_sd) < 0 or not run_sd + noise_sd + task_sd > 0:
         raise StatisticsError(
@@ -351,20 +349,15 @@ def planned_detectable_effect(
             unit=2 / (seeds * tasks),
         )
     )
-    return null.detectable(null.critical(level), power)
+    return null.detectable(null.critical(level), POWER)
 
 
-MOST_SEEDS = 50
-"""The largest number of seeds that `seeds_to_settle` recommends."""
-
-
-def seeds_to_settle(result: Crossed, effect: float, power: float = 0.8) -> tuple[int | None, int | None]:
+def seeds_to_settle(result: Crossed, effect: float) -> tuple[int | None, int | None]:
     """Seeds per design that would detect a true difference of `effect`: (fewest, most), as the run effect is uncertain.
 
     Args:
         result: of the study so far; the range covers the interval of its run effect, its other variances are kept.
         effect: in score units, above 0: the margin, or the smallest difference that matters.
-        power: probability of detecting it.
 
     Returns:
         Two numbers of seeds; None instead of one above `MOST_SEEDS`, or if the tasks differ so much that no number
@@ -374,17 +367,17 @@ def seeds_to_settle(result: Crossed, effect: float, power: float = 0.8) -> tuple
         raise StatisticsError(
             f"seeds_to_settle: effect={effect!r}; it is a difference above 0, in the unit of the scores"
         )
-    fewest, most = (_fewest_seeds(result, run_sd, effect, power) for run_sd in (result.run_sd_low, result.run_sd_high))
+    fewest, most = (_fewest_seeds(result, run_sd, effect) for run_sd in (result.run_sd_low, result.run_sd_high))
     return fewest, most
 
 
-def _fewest_seeds(result: Crossed, run_sd: float, effect: float, power: float) -> int | None:
+def _fewest_seeds(result: Crossed, run_sd: float, effect: float) -> int | None:
     if not run_sd + result.noise_sd + result.task_sd > 0:
         return 2
 
     def enough(seeds: int) -> bool:
         detectable = planned_detectable_effect(
-            seeds, result.tasks, run_sd, result.noise_sd, result.task_sd, result.designs, result.level, power
+            seeds, result.tasks, run_sd, result.noise_sd, result.task_sd, result.designs, result.level
         )
         return detectable <= effect or math.isclose(detectable, effect)
 
