@@ -11,8 +11,7 @@ import pytest
 
 from poolwise import stats
 from poolwise.errors import StatisticsError
-from poolwise.reports.summary import summary
-from poolwise.reports.words import answer, number, points, probability, sentences, strongest
+from poolwise.reports.words import answer, number, points, probability, sentences, strongest, summary
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.findings import JSON_FIELDS, Findings
 from poolwise.verdicts.table import table

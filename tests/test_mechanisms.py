@@ -19,7 +19,7 @@ from poolwise.demo.mechanisms import item_count, records
 from poolwise.reports.analyses import control_sentences as sentences
 from poolwise.reports.analyses import predictions_table
 from poolwise.reports.pages import opening, render
-from poolwise.reports.summary import designs
+from poolwise.reports.words import designs
 from poolwise.runs.check import check
 from poolwise.screen import show_check, show_end, show_findings
 from poolwise.study.starters import QUICK, demo_study

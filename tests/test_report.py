@@ -11,8 +11,7 @@ import polars as pl
 import pytest
 
 from poolwise.reports import pages, tables
-from poolwise.reports.summary import summary
-from poolwise.reports.words import magnitude
+from poolwise.reports.words import magnitude, summary
 from poolwise.screen import show_findings
 from poolwise.verdicts.comparison import compare as compare_scores
 from poolwise.verdicts.findings import Findings

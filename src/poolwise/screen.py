@@ -20,9 +20,19 @@ from rich.text import Text
 from poolwise.files import write_atomic
 from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
-from poolwise.reports.summary import designs, recommended, summary
 from poolwise.reports.tables import Cells, Table
-from poolwise.reports.words import advice, count, interval, magnitude, overall_sentence, points, probability
+from poolwise.reports.words import (
+    advice,
+    count,
+    designs,
+    interval,
+    magnitude,
+    overall_sentence,
+    points,
+    probability,
+    recommended,
+    summary,
+)
 from poolwise.runs.engine import Event
 from poolwise.runs.run import run, shared_work
 from poolwise.study.study import Study

@@ -1,7 +1,7 @@
 """Reports: the findings and what is known of their study as Markdown, LaTeX and one HTML file.
 
 Every part is optional, so that a bare CSV of scores gives a report as well. Nothing is computed here: numbers come from
-`verdicts.findings`, words from `words` and `summary`, tables from `tables`, `analyses` and `secondary`, pictures from
+`verdicts.findings`, words from `words`, tables from `tables`, `analyses` and `secondary`, pictures from
 `plots`.
 """
 
@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 from poolwise.files import write_atomic
 from poolwise.reports import analyses, plots, secondary, tables
 from poolwise.reports import layers as layer_report
-from poolwise.reports.summary import designs, recommended, summary
 from poolwise.reports.words import (
     advice,
     answer,
     count,
+    designs,
     group_words,
     listing,
     magnitude,
     number,
     overall_sentence,
     points,
+    recommended,
     sentences,
     strongest,
+    summary,
 )
 from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.findings import Findings
