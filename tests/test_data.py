@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from poolwise.data.batches import plan
-from poolwise.data.pairs import Pairs, decontaminate, load_pairs, normalise
+from poolwise.data.pairs import Pairs, decontaminate, load_pairs
+from poolwise.data.rows import mix, normalise
 from poolwise.errors import DataError
 from poolwise.study.recipe import Recipe, Source
 
@@ -96,6 +97,29 @@ def test_what_is_cleaned_is_counted(tmp_path):
     json.dumps(pairs.report)
 
 
+def test_a_negative_that_is_the_right_answer_but_for_case_and_punctuation_is_left_out(tmp_path):
+    rows = [
+        {"query": "Capital of France?", "positive": "Paris.", "negative": ["paris", "Lyon"]},
+        {"query": "capital of france", "positive": "The city of Paris", "negative": ["PARIS!", "Capital of France"]},
+        {"query": "capital of Spain", "positive": "Madrid", "negative": ["Paris", "the city of paris"]},
+        {"query": "capital of Italy", "positive": "Rome", "negative": ["Turin", "Milan"]},
+    ]
+    pairs = load_rows(tmp_path, rows, negatives=2)
+    assert pairs.report["contradicting_negatives"] == 3
+    assert texts(pairs)[0]["negative_2"] == "Lyon"
+    for row in texts(pairs)[:2]:
+        negatives = {normalise(row["negative_1"]), normalise(row["negative_2"])}
+        assert not negatives & {"paris", "the city of paris", "capital of france"}
+    assert [texts(pairs)[2][f"negative_{i}"] for i in (1, 2)] == ["Paris", "the city of paris"]
+
+
+def test_the_order_of_columns_matters_to_a_mixed_hash():
+    """Else a negative that another row asks as a query would count as known."""
+    hashes = np.array([[1, 2], [2, 1], [1, 2]], dtype=np.uint64)
+    first, turned, again = mix(hashes)
+    assert first == again != turned
+
+
 def test_filled_negatives_are_fair_and_of_the_same_source(tmp_path):
     def rows(word: str) -> list[dict]:
         # five queries, each with several positives; no other row of the source has the text
@@ -132,7 +156,7 @@ def test_no_negatives_asked_for(tmp_path):
 
 def test_a_source_within_another_is_refused(tmp_path):
     write(tmp_path / "pairs.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"'pairs\.jsonl \(2\)': every row stands in an earlier source"):
+    with pytest.raises(DataError, match=r"'pairs\.jsonl \(2\)': every row is in an earlier source"):
         load_pairs(Recipe(sources=(Source(path="pairs.jsonl"), Source(path="pairs.jsonl"))), tmp_path)
 
 
@@ -184,6 +208,7 @@ def test_decontamination_removes_and_counts(tmp_path):
     assert pairs.report["decontaminated_rows"] == 0
     again = decontaminate(clean, ["qa7"])
     assert again.report["decontaminated_by_source"] == {"a.jsonl": 3, "b.jsonl": 2}
+    assert again.report["decontaminated_rows"] == 5
 
 
 def test_a_filled_negative_costs_no_row(tmp_path):
@@ -202,7 +227,7 @@ def test_nothing_to_remove_changes_nothing(tmp_path):
     pairs = load_rows(tmp_path, ROWS)
     for evaluation in ([], ["something else"]):
         assert decontaminate(pairs, evaluation).fingerprint == pairs.fingerprint
-    with pytest.raises(DataError, match=r"'pairs\.jsonl': every row holds a text of an evaluation task"):
+    with pytest.raises(DataError, match=r"'pairs\.jsonl': every row contains a text of an evaluation task"):
         decontaminate(pairs, [row["query"].upper() for row in ROWS])
 
 

@@ -171,7 +171,7 @@ except DataError as error:
 
 BAD = [
     ("p.jsonl", '{"query": "q", "positive": "p"}\n{"query": "q"\n', ["p.jsonl: 1 mistake", "line 2: not valid JSON"]),
-    ("p.jsonl", '[1]\n"x"\n', ["line 1: a JSON list", "line 2: a JSON str", '{"query": …']),
+    ("p.jsonl", '[1]\n"x"\n', ["line 1: a JSON list", "line 2: a JSON str", '{"column": value, …}']),
     (
         "p.jsonl",
         '{"query": "q", "text": "p"}\n',
@@ -189,7 +189,7 @@ BAD = [
         ["line 1: the negative is equal to the positive"],
     ),
     ("p.jsonl", '{"query": "q", "positive": "p", "negative": "q"}\n', ["line 1: the negative is equal to the query"]),
-    ("p.jsonl", '{"query": "\\ud800", "positive": "p"}\n', ["line 1: 'query' holds half a character"]),
+    ("p.jsonl", '{"query": "\\ud800", "positive": "p"}\n', ["line 1: 'query' contains an unpaired surrogate"]),
     ("p.jsonl", b'{"query": "q\xff", "positive": "p"}\n', ["line 1: not UTF-8 text"]),
     ("p.jsonl", "\n", ["'p.jsonl': no rows"]),
     ("p.csv", "query,text\nq,p\n", ["p.csv: no column 'positive' (found: 'query', 'text')"]),
@@ -235,21 +235,30 @@ def test_wrong_parquet_columns(tmp_path):
         load(tmp_path, "p.parquet")
 
 
-def test_all_mistakes_of_a_file_together_but_no_more_than_twenty(tmp_path):
+def test_all_mistakes_of_a_file_together_repeated_ones_in_one_line(tmp_path):
     good = {"query": "q", "positive": "p", "negative": "n"}
     bad = {"query": "q", "positive": "", "negative": "n"}
     with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, [bad, good, bad, good, bad])
+        load_rows(tmp_path, [bad, good, {**good, "query": " "}, bad, good, bad])
     assert str(caught.value).splitlines() == [
-        "pairs.jsonl: 3 mistakes",
-        "  - line 1: 'positive' is empty; give a text",
-        "  - line 3: 'positive' is empty; give a text",
-        "  - line 5: 'positive' is empty; give a text",
+        "pairs.jsonl: 4 mistakes",
+        "  - lines 1, 4 and 6: 'positive' is empty; give a text",
+        "  - line 3: 'query' is empty; give a text",
     ]
     with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, [bad] * 50)
-    assert str(caught.value).startswith("pairs.jsonl: 20 mistakes (stopped after 20; there may be more)")
-    assert len(str(caught.value).splitlines()) == 21
+        load_rows(tmp_path, [bad] * 5000)
+    assert str(caught.value).splitlines() == [
+        "pairs.jsonl: 5,000 mistakes",
+        "  - lines 1, 2, 3, 4, 5 and 4,995 more: 'positive' is empty; give a text",
+    ]
+
+
+def test_no_more_than_twenty_different_mistakes(tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_rows(tmp_path, [{"query": "q", "positive": number} for number in range(50)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "pairs.jsonl: 20 mistakes (stopped there; there may be more)"
+    assert len(lines) == 21
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from poolwise.data.batches import effective_negatives, plan
-from poolwise.data.pairs import load_pairs
-from poolwise.data.reading import DEMO, is_hub_name
+from poolwise.data.pairs import DEMO, is_hub_name, load_pairs
 from poolwise.data.tasks import resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count

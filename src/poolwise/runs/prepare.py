@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from poolwise.data.batches import Plan, plan
-from poolwise.data.pairs import COUNTS, Pairs, Rows, decontaminate, load_pairs, random_stream
+from poolwise.data.pairs import Pairs, decontaminate, load_pairs
+from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
 from poolwise.files import safe_name, write_json
@@ -88,15 +89,7 @@ def _names(designs: Sequence[Design], mode: str) -> str:
 
 def data_notes(pairs: Pairs, recipe: Recipe, path: str) -> list[str]:
     """What was counted, changed or dropped in the training data, and how many of its texts are cut."""
-    report = pairs.report
-    sources = ", ".join(f"{name} {rows:,}" for name, rows in report["rows_by_source"].items())
-    notes = [f"{report['rows']:,} training rows ({sources})"]
-    notes += [f"{report[name]:,} {words}" for name, words in COUNTS.items() if report[name]]
-    if report["evaluation_texts"]:
-        notes.append(
-            f"{report['decontaminated_rows']:,} training rows removed because they contain one of the "
-            f"{report['evaluation_texts']:,} evaluation texts"
-        )
+    notes = pairs.notes()
     cut, texts = cut_texts(pairs, recipe, path)
     if cut:
         notes.append(
