@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -51,12 +51,17 @@ COUNTS = {
     "cut_negatives": "negatives beyond the recipe's number, left out",
     "repeated_negatives": "negatives given twice in one row, left out once",
     "contradicting_negatives": "negatives equal to their query or a positive of it (up to case, punctuation), left out",
-    "filled_negatives": "missing negatives, filled with other positives of the source",
+    "filled_negatives": "negatives filled in, where none is given, with other positives of the source",
     "unusable_rows": "rows of a Hub data set dropped because the query or positive is empty or not a text",
     "unusable_negatives": "negatives of a Hub data set left out because they are empty, not a text, or the query or "
     "positive",
 }
 """What `Pairs.report` counts, in words."""
+KINDS = ("queries", "test texts", "training texts", "documents")
+"""Kinds of evaluation texts: queries and documents of retrieval and reranking; of other tasks the texts that are scored
+and those that classifiers are trained on."""
+REMOVED: Mapping[str | bool, Collection[str]] = {"queries": ("queries", "test texts"), "all": KINDS, False: ()}
+"""Value of `recipe.decontaminate` -> the kinds of evaluation texts whose training rows are removed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +85,17 @@ class Pairs:
         report = self.report
         sources = ", ".join(f"{name} {rows:,}" for name, rows in report["rows_by_source"].items())
         notes = [f"{report['rows']:,} training rows ({sources})", *report["notes"]]
-        notes += [f"{report[name]:,} {words}" for name, words in COUNTS.items() if report[name]]
-        if report["evaluation_texts"]:
-            notes.append(
-                f"{report['decontaminated_rows']:,} training rows removed because they contain one of the "
-                f"{report['evaluation_texts']:,} evaluation texts"
-            )
+        for name, words in COUNTS.items():
+            noun, rest = words.split(" ", 1)
+            notes += [f"{report[name]:,} {noun.removesuffix('s' * (report[name] == 1))} {rest}"] if report[name] else []
+        for removed in (True, False):
+            kinds = {kind: found for kind, found in report["contaminated"].items() if found["removed"] == removed}
+            if any(found["rows"] for found in kinds.values()) or (removed and kinds):
+                counted = ", ".join(f"{kind} {kinds[kind]['rows']:,}" for kind in KINDS if kind in kinds)
+                total = f"{report['decontaminated_rows']:,} training rows" if removed else "training rows"
+                verb = "removed because they contain" if removed else "kept although they contain"
+                texts = sum(found["texts"] for found in kinds.values())
+                notes.append(f"{total} {verb} one of {texts:,} evaluation texts (rows by kind: {counted})")
         return notes
 
 
@@ -125,7 +135,7 @@ def load_pairs(recipe: Recipe, base_dir: Path) -> Pairs:
         "rows": len(rows),
         "rows_by_source": rows.by_source(),
         **{name: counts[name] for name in COUNTS},
-        "evaluation_texts": 0,
+        "contaminated": {},
         "decontaminated_rows": 0,
         "decontaminated_by_source": dict.fromkeys(labels, 0),
         "notes": notes,
@@ -133,29 +143,41 @@ def load_pairs(recipe: Recipe, base_dir: Path) -> Pairs:
     return _pairs(rows, report)
 
 
-def decontaminate(pairs: Pairs, texts: Iterable[str]) -> Pairs:
+def decontaminate(pairs: Pairs, texts: Iterable[tuple[str, str]], remove: Collection[str]) -> Pairs:
     """The pairs without the rows whose query, positive or given negative has the normal form of an evaluation text.
 
-    A filled-in negative that is an evaluation text costs no row: it is drawn again. The report counts the different
-    evaluation texts and the rows removed, in all and by source.
+    texts: (kind, text), kinds as in `KINDS`. remove: kinds whose rows are removed; of the others they are only counted.
+
+    A filled-in negative that is such a text costs no row: it is drawn again. Report: `contaminated`, for each kind the
+    number of different `texts`, of `rows` that contain one, and whether these are `removed`; `decontaminated_rows`, all
+    rows removed, and `decontaminated_by_source`.
 
     Raises DataError if no row of a source is left.
     """
-    hashes = near_hashes(texts)
-    rows = pairs.rows
-    seen = np.isin(rows.near, hashes)
-    clean = ~(seen[:, :2].any(axis=1) | (seen[:, 2:] & ~rows.filled).any(axis=1))
+    rows, old = pairs.rows, pairs.report
+    wrong, contaminated = np.zeros_like(rows.near, dtype=bool), {}
+    for kind, hashes in near_hashes(texts).items():
+        seen = np.isin(rows.near, hashes)
+        given = seen.copy()
+        given[:, 2:] &= ~rows.filled
+        contaminated[kind] = {"texts": len(hashes), "rows": int(given.any(axis=1).sum()), "removed": kind in remove}
+        if kind in remove:
+            wrong |= seen
+    clean = ~(wrong[:, :2].any(axis=1) | (wrong[:, 2:] & ~rows.filled).any(axis=1))
     rows = rows.select(clean)
-    _refuse_empty(rows, "every row contains a text of an evaluation task; train on other data")
-    rows = rows.without_negatives(seen[clean][:, 2:]).fill()
-    old = pairs.report
+    _refuse_empty(
+        rows,
+        "every row contains a text of an evaluation task; train on other data, or keep such rows with "
+        "recipe.decontaminate = false",
+    )
+    rows = rows.without_negatives(wrong[clean][:, 2:]).fill()
     lost = {label: old["rows_by_source"][label] - left for label, left in rows.by_source().items()}
     report = {
         **old,
         "rows": len(rows),
         "rows_by_source": rows.by_source(),
         "filled_negatives": int(rows.filled.sum()),
-        "evaluation_texts": len(hashes),
+        "contaminated": contaminated,
         "decontaminated_rows": old["decontaminated_rows"] + sum(lost.values()),
         "decontaminated_by_source": {k: n + old["decontaminated_by_source"][k] for k, n in lost.items()},
     }

@@ -36,16 +36,24 @@ def near_hash(text: str) -> bytes:
     return hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def near_hashes(texts: Iterable[str]) -> np.ndarray:
-    """(n,) the different near hashes of any number of texts, sorted; whole corpora fit, as no text is kept."""
-    found = np.empty(0, dtype="<u8")
-    chunk: set[bytes] = set()
-    for text in texts:
-        chunk.add(near_hash(text))
-        if len(chunk) == 100 * CHUNK:
-            found = np.union1d(found, np.frombuffer(b"".join(chunk), dtype="<u8"))
-            chunk.clear()
-    return np.union1d(found, np.frombuffer(b"".join(chunk), dtype="<u8"))
+def near_hashes(texts: Iterable[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Kind -> its different near hashes (n,), sorted, of (kind, text) pairs. No text is kept, so whole corpora fit."""
+    found: dict[str, np.ndarray] = {}
+    new: dict[str, set[bytes]] = {}
+
+    def collect(kind: str) -> None:
+        fresh = np.frombuffer(b"".join(new[kind]), dtype="<u8")
+        found[kind] = np.union1d(found[kind], fresh) if kind in found else np.unique(fresh)
+        new[kind] = set()
+
+    for kind, text in texts:
+        hashes = new.setdefault(kind, set())
+        hashes.add(near_hash(text))
+        if len(hashes) == 100 * CHUNK:  # a set takes ten times the memory of an array
+            collect(kind)
+    for kind in new:
+        collect(kind)
+    return found
 
 
 def random_stream(purpose: str, *numbers: int) -> np.random.Generator:

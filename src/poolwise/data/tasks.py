@@ -189,6 +189,8 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "Summarization": ("SummEval",),
 }
 
+SEARCH_TYPES = ("Retrieval", "Reranking")
+"""Task types with queries and a corpus."""
 DEMO_EXPERIMENTS = 4
 """Classifiers trained for a built-in classification task. Another number would change the demo's scores."""
 
@@ -210,11 +212,27 @@ class Task:
     def texts(self) -> Iterator[str]:
         """Every text that this task gives to a model, as the model gets it (without prompts), classification's training
         texts included. Loads the data; raises `TaskError` if that fails."""
+        for part, split, subset in self._loaded_splits():
+            yield from (text for _, text in part.split_texts(split, subset))
+
+    def texts_by_kind(self) -> Iterator[tuple[str, str]]:
+        """(kind of `pairs.KINDS`, text) of every text, to be compared with training data. A document with a title comes
+        twice: as a model reads it, and without the title, as other data sets have it."""
+        for part, split, subset in self._loaded_splits():
+            yield from part.split_texts(split, subset)
+            if self.task_type in SEARCH_TYPES:
+                corpus = part.split_data(split, subset)["corpus"]
+                yield from (("documents", row["text"]) for row in corpus if row.get("title") and row["text"])
+
+    def _loaded_splits(self) -> Iterator[tuple[Task, str, str]]:
         for part in self.parts():
             part.load()
-            for split in self.splits:
-                for subset in self.subsets:
-                    yield from part.split_texts(split, subset)
+            yield from ((part, split, subset) for split in self.splits for subset in self.subsets)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data are here already, as those of a folder and of a built-in task; else they are downloaded."""
+        return self.identity.startswith("sha256:")
 
     def parts(self) -> list[Task]:
         """The tasks of an aggregate (CQADupstackRetrieval); any other task is its own only part."""
@@ -242,17 +260,17 @@ class Task:
         data = self.mteb.dataset
         return data[split] if subset == "default" and subset not in data else data[subset][split]
 
-    def split_texts(self, split: str, subset: str) -> Iterator[str]:
-        """The texts of one loaded split, as a model gets them."""
+    def split_texts(self, split: str, subset: str, kind: str = "test texts") -> Iterator[tuple[str, str]]:
+        """(kind, text) of one loaded split; `kind` is for texts that are neither queries nor documents."""
         data = self.split_data(split, subset)
-        if self.task_type in ("Retrieval", "Reranking"):
-            yield from data["queries"]["text"]
-            yield from map(document_text, data["corpus"])
+        if self.task_type in SEARCH_TYPES:
+            yield from (("queries", text) for text in data["queries"]["text"])
+            yield from (("documents", document_text(document)) for document in data["corpus"])
             return
         if self.task_type == "Classification" and self.mteb.train_split != split:
-            yield from self.split_texts(self.mteb.train_split, subset)
+            yield from self.split_texts(self.mteb.train_split, subset, "training texts")
         for column in self._text_columns():
-            yield from _flat(data[column])
+            yield from ((kind, text) for text in _flat(data[column]))
 
     def _text_columns(self) -> Sequence[str]:
         if self.task_type == "STS":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from poolwise.data.batches import Plan, plan
-from poolwise.data.pairs import Pairs, decontaminate, load_pairs
+from poolwise.data.pairs import REMOVED, Pairs, decontaminate, load_pairs
 from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
@@ -43,7 +43,9 @@ AA_SEEDS = 1000
 """The A/A arm is the baseline trained with each seed plus this."""
 BROKEN = Design(name="broken", attention="causal", pooling="first_token")
 """The arm that must lose: under causal attention the first token sees nothing of the text."""
-NOT_IN_SPEC = {"base_model", "guide", "report_to", "save_steps"}
+NOT_IN_SPEC = {"base_model", "decontaminate", "guide", "report_to", "save_steps"}
+"""Fields of the recipe that are not in a spec: the base model and the guide are there by content, and so are the rows that
+are left of the data."""
 ADDED = {"accumulation": 1, "matryoshka": [], "guide_margin": 0.0}
 """Options of the recipe that are left out of a spec while they have these values, so that names of trials stay the same
 when an option is added."""
@@ -240,7 +242,8 @@ def prepare(study: Study) -> Prepared:
     notes = [note for name in bases for note in check_base(study.on_base(name), *bases[name])]
     tasks = resolve_tasks(study.tasks, study.base_dir)
     pairs = load_pairs(study.recipe, study.base_dir)
-    pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
+    evaluated = (text for task in tasks for text in task.texts_by_kind())
+    pairs = decontaminate(pairs, evaluated, REMOVED[study.recipe.decontaminate])
     plans: dict[int, Plan] = {}
     trials = [trial for name in bases for trial in _trials(study.on_base(name), *bases[name], pairs, plans)]
     trials += [Trial(name, "reference", 0, {"reference": name}) for name in study.references if name != "untuned"]

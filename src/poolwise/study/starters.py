@@ -56,6 +56,7 @@ references = ["untuned", "tfidf", "bm25"]
 [recipe]
 base_model = "mistralai/Mistral-7B-v0.1"
 dataset = "yixuantt/ir_data"
+decontaminate = false
 steps = 1000
 learning_rate = 1e-5
 head_learning_rate = 1e-5
