@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from poolwise.data.own_tasks import TaskData, draw_sets
@@ -23,6 +25,9 @@ LABELLED = [{"text": f"text {i}", "label": i % 3} for i in range(9)]
 def write(path: Path, rows: list[dict]) -> None:
     """Rows in the form that the file's ending asks for."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8", newline="") as file:
         if ".jsonl" in path.name:
@@ -46,7 +51,7 @@ def problems(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "tsv.gz"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "tsv.gz", "parquet"])
 @pytest.mark.parametrize(
     ("task_type", "files"),
     [
@@ -73,6 +78,8 @@ def test_every_kind_is_found_and_every_format_gives_the_same_content(task_type, 
     for form in ("jsonl", ending):
         for stem, rows in files.items():
             write(tmp_path / form / f"{stem}.{form}", rows)
+        if task_type == "Clustering":  # texts with labels are also what classification has
+            (tmp_path / form / "task.toml").write_text('kind = "clustering"')
     reference, task = one("./jsonl", tmp_path), one(f"./{ending}", tmp_path)
     assert task.task_type == task.mteb.metadata.type == task_type
     assert task.identity == reference.identity
@@ -82,6 +89,7 @@ def test_every_kind_is_found_and_every_format_gives_the_same_content(task_type, 
 
 def test_sets_are_preferred_to_drawing(tmp_path):
     write(tmp_path / "f" / "test.jsonl", LABELLED)
+    (tmp_path / "f" / "task.toml").write_text('kind = "clustering"')
     drawn = one("./f", tmp_path)
     drawn.load()
     assert len(drawn.mteb.dataset["test"]) == 10
@@ -212,7 +220,7 @@ def test_retrieval_leaves_out_queries_without_a_relevant_document(tmp_path):
         (
             "task.toml",
             'kind = "sts"\nsplitt = "dev"',
-            "unknown key 'splitt' (allowed: kind, name, source, split); did you mean",
+            "unknown key 'splitt' (allowed: kind, name, source, split, ignore_identical_ids); did you mean 'split'?",
         ),
         ("task.toml", "kind = sts", "task.toml: not valid TOML"),
         ("test.jsonl.gz", "not gzip", "test.jsonl.gz: cannot be read: Not a gzipped file"),
@@ -279,7 +287,8 @@ def test_a_document_graded_twice_differently_is_refused(tmp_path):
     message = problems(tmp_path)
     said = "score 0 for query 'q' and document 'd', but an earlier line says 1; keep one of the lines"
     assert f"qrels/test.tsv, line 5: {said}" in message
-    assert "qrels/test.tsv, line 6: column 'score': expected a whole number from 0 to 1000" in message
+    expected = "column 'score': expected a whole number from -1000 to 1000 (above 0: relevant), got '1000000000'"
+    assert f"qrels/test.tsv, line 6: {expected}" in message
     records = {"corpus": [{"_id": "d", "text": "x"}], "queries": [{"_id": "q", "text": "x"}]}
     qrels = [{"query-id": "q", "corpus-id": "d", "score": score} for score in (1, 0)]
     with pytest.raises(TaskError, match="grade document 'd' for query 'q' twice, differently"):
@@ -328,3 +337,67 @@ def test_real_folders_are_read_as_their_readmes_say(folder, task_type, texts, sh
     if folder == "retrieval/Cranfield":
         relevant = task.split_data("test", "default")["relevant_docs"]
         assert sum(len(documents) for documents in relevant.values()) == 1612
+
+
+# ---------------------------------------------------------------- refused, because a score would be wrong
+
+
+def test_texts_with_labels_alone_are_asked_about(tmp_path):
+    write(tmp_path / "test.csv", LABELLED)
+    message = problems(tmp_path)
+    assert "test.csv: has texts and labels, and there is no train file. For classification add train.jsonl" in message
+    assert 'for clustering write kind = "clustering" in task.toml' in message
+    assert "docs/own-data.md" in message
+    (tmp_path / "task.toml").write_text('kind = "classification"')
+    assert "train: no such file; expected train as one of jsonl, csv" in problems(tmp_path)
+    (tmp_path / "task.toml").write_text('kind = "clustering"')
+    assert one(f"./{tmp_path.name}", tmp_path.parent).task_type == "Clustering"
+
+
+def test_a_label_that_training_never_saw_is_refused(tmp_path):
+    write(tmp_path / "train.csv", [{"text": f"t{i}", "label": label} for i, label in enumerate(["new", "old"] * 2)])
+    write(tmp_path / "test.csv", [{"text": f"u{i}", "label": label} for i, label in enumerate(["old", "odl", "New"])])
+    expected = "test.csv, lines 3 and 4: column 'label': expected a label that the train file has, got 'odl', 'New'"
+    assert expected in problems(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"test.jsonl": '{"sentence1": null, "sentence2": "b", "score": 1}\n'},
+            "test.jsonl, line 1: column 'sentence1': expected a text, got null",
+        ),
+        (
+            {"test.jsonl": '{"sentence1": "\\ud83d", "sentence2": "b", "score": 1}\n'},
+            "column 'sentence1': expected valid Unicode, without unpaired surrogates",
+        ),
+        (
+            {"test.csv": "sentence1,sentence2,score\n\"['a', 'b']\",c,1\n"},
+            "line 2: column 'sentence1': expected one text, not a list; write one text a row, got \"['a', 'b']\"",
+        ),
+        (
+            {"corpus.jsonl": '{"_id": "d", "text": null}\n', "queries.csv": '_id,text\nq,"[""a""]"\n'},
+            "corpus.jsonl, line 1: column 'text': expected a text, got null",
+        ),
+        (
+            {"corpus.jsonl": '{"_id": "d", "text": "t"}\n', "queries.csv": '_id,text\nq,"[""a""]"\n'},
+            "queries.csv, line 2: column 'text': expected one text, not a list",
+        ),
+    ],
+)
+def test_null_and_lists_in_place_of_a_text_are_refused(files, expected, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    assert expected in problems(tmp_path)
+
+
+def test_columns_left_unread_and_the_delimiter_are_noted(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "test.csv").write_text("sentence1;sentence2;score;who\na;b;1;x\nc;d;2,5;x\n", encoding="utf-8")
+    assert "line 3: column 'score': expected a number, got '2,5'" in problems(tmp_path / "f")
+    (tmp_path / "f" / "test.csv").write_text("sentence1;sentence2;score;who\na;b;1;x\nc;d;2;x\n", encoding="utf-8")
+    assert one("./f", tmp_path).notes == (
+        "f: test.csv: cells are separated by semicolons",
+        "f: test.csv: column not read: 'who'",
+    )

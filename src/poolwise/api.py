@@ -237,12 +237,18 @@ def study_info(study: Study) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Any, tasks: Sequence[str], *, base_dir: str | Path | None = None, batch_size: int = 32
+    model: Any,
+    tasks: Sequence[str],
+    *,
+    base_dir: str | Path | None = None,
+    batch_size: int = 32,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
 
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
-    Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
+    Models that poolwise did not build keep their own dtype, length, prompts and normalisation. `note` gets a line for
+    everything unusual about own data (columns not read, empty documents, …).
     """
     from poolwise.data.tasks import resolve_tasks
     from poolwise.scoring.evaluate import evaluate as score
@@ -250,6 +256,9 @@ def evaluate(
     from poolwise.scoring.references import reference
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
+    for task in resolved:
+        for line in task.notes:
+            note(line)
     if isinstance(model, (str, Path)):
         folder = Path(model)
         if (folder / "run.json").exists():

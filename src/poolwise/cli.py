@@ -184,7 +184,7 @@ def evaluate(
     from poolwise.screen import show_scores, stdout_to_stderr
 
     with stdout_to_stderr():  # what libraries print must not mix with the JSON
-        rows = score(model, tasks, batch_size=batch_size)
+        rows = score(model, tasks, batch_size=batch_size, note=lambda line: _say(f"note: {line}"))
     print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
 
 

@@ -75,11 +75,12 @@ class Mistakes:
     """The mistakes in one input (a file, a folder), reported together; and notes on how the input was read.
 
     Equal mistakes share one line: "lines 3, 7 and 12 more: column 'score': expected a number, got 'high', 'low', …".
-    `label` names the input, `error` is what `check` raises.
+    `label` names the input, `error` is what `check` raises, `page` is where the documentation shows the right form.
     """
 
-    def __init__(self, label: str, error: type[PoolwiseError] = DataError):
+    def __init__(self, label: str, error: type[PoolwiseError] = DataError, page: str = ""):
         self.label, self.error = label, error
+        self.ending = f"\nEvery layout that is read, with an example: {page}" if page else ""
         self.notes: list[str] = []
         self._found: dict[tuple[str, str], _Repeated] = {}
         self._file = ""
@@ -123,9 +124,10 @@ class Mistakes:
             return
         lines = [_mistake(where, message, found) for (where, message), found in self._found.items()]
         if len(lines) == 1 and ("", lines[0]) in self._found:  # about the input as a whole
-            raise self.error(f"{self.label}: {lines[0]}")
+            raise self.error(f"{self.label}: {lines[0]}{self.ending}")
         stopped = " (stopped there; there may be more)" if len(lines) == MOST_MISTAKES else ""
-        raise self.error(_listed(self.label, sum(found.count for found in self._found.values()), lines, stopped))
+        count = sum(found.count for found in self._found.values())
+        raise self.error(_listed(self.label, count, lines, stopped) + self.ending)
 
 
 def _mistake(where: str, message: str, found: _Repeated) -> str:
@@ -149,8 +151,8 @@ def enumerate_words(words: Iterable[str], more: int = 0) -> str:
 
 
 def short(value: object, length: int = 60) -> str:
-    """`repr(value)`, cut after `length` characters."""
-    text = repr(value)
+    """`repr(value)` ("null" for None, as in the files it comes from), cut after `length` characters."""
+    text = "null" if value is None else repr(value)
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

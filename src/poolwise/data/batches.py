@@ -192,8 +192,10 @@ class _Queue:
         different = len(np.unique(self.rows))
         queries, positives = (len(np.unique(self.near[self.rows, column])) for column in (0, 1))
         drawn = f"{different} different rows" + (" in this seed's bootstrap" if self.bootstrap else "")
+        whole = '; or leave "data" out of recipe.seed_varies, for a bootstrap drops about a third of the rows'
         raise DataError(
             f"training data {self.label!r}: only {found} of the {count} rows for the batch of step {step + 1} could be "
             f"found without a text occurring in two of them ({drawn}, {queries} queries, {positives} positives). "
             f"Give more rows, a smaller recipe.batch_size or weight, or fewer recipe.negatives"
+            f"{whole if self.bootstrap else ''}"
         )

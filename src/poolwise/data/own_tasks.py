@@ -7,12 +7,12 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poolwise.data.reading import FORMATS, Placed, file_format, read_records, text_problem
+from poolwise.data.reading import FORMATS, PAGE, Placed, file_format, is_delimited, is_list, read_records, text_problem
 from poolwise.errors import Mistakes, TaskError, enumerate_words, suggest
 
 MTEB_TYPES = {
@@ -27,7 +27,9 @@ MTEB_TYPES = {
 KINDS = tuple(MTEB_TYPES)
 HIGHEST_GRADE = 1000
 """The highest relevance grade: trec_eval allocates memory for every grade up to it and crashes on very high ones."""
-TOML_KEYS = ("kind", "name", "source", "split")
+TOML_KEYS = ("kind", "name", "source", "split", "ignore_identical_ids")
+SETS, SET_SIZE = 10, 2000
+"""Clustering sets that are drawn from labelled texts, and the texts of each."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,20 @@ class TaskData:
     reranking        {split: [{"query", "positive": [...], "negative": [...]}]}
     retrieval        {"corpus": [{"_id", "title", "text"}], "queries": [{"_id", "text"}],
                       "qrels": [{"query-id", "corpus-id", "score"}]}
+
+    ignore_identical_ids: a document with the id of the query is not among its results (retrieval)
     """
 
     kind: str
     records: Mapping[str, list[dict[str, Any]]]
     split: str = "test"
+    ignore_identical_ids: bool = False
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The content of a folder: its data, the task's name and the origin it shares with related tasks."""
+    """The content of a folder: its data, the task's name, the origin it shares with related tasks, and what the user
+    should know of how it was read."""
 
     data: TaskData
     name: str
@@ -59,27 +65,28 @@ class Folder:
 
 
 def content_identity(data: TaskData) -> str:
-    """Hash of kind, split, texts and labels, whatever files they came from."""
+    """Hash of all that scores depend on (kind, split, texts, labels), whatever files they came from."""
     content = json.dumps([data.kind, data.split, data.records], sort_keys=True, ensure_ascii=False)
+    content += " ignore_identical_ids" * data.ignore_identical_ids
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:24]}"
 
 
-def draw_sets(rows: list[dict[str, Any]], sets: int = 10, size: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Clustering sets from labelled texts: `sets` seeded random subsets without replacement, of `size` texts or, of
-    fewer than 2 × `size`, of half of the texts, so that the sets differ."""
+def draw_sets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clustering sets from labelled texts: `SETS` seeded random subsets without replacement, each of `SET_SIZE` texts
+    or, of fewer than twice that, of half of the texts, so that the sets differ."""
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    count = min(size, math.ceil(len(rows) / 2))
+    generator = np.random.default_rng(0)
+    count = min(SET_SIZE, math.ceil(len(rows) / 2))
     drawn = []
-    for _ in range(sets if rows else 0):
+    for _ in range(SETS):
         chosen = [rows[i] for i in generator.permutation(len(rows))[:count]]
         drawn.append({"sentences": [row["text"] for row in chosen], "labels": [row["label"] for row in chosen]})
     return drawn
 
 
 def read_folder(path: Path) -> Folder:
-    """Read and check a user's folder. `notes` says what was left unread or counted.
+    """Read and check a user's folder.
 
     Raises TaskError with every mistake found: file, line, column, value and what is allowed.
     """
@@ -97,13 +104,53 @@ def read_folder(path: Path) -> Folder:
     if kind == "clustering" and "text" in records[split][0]:
         records[split] = draw_sets(records[split])
     name = str(settings.get("name", path.resolve().name))
-    return Folder(TaskData(kind, records, split), name, str(settings.get("source", name)), tuple(reader.mistakes.notes))
+    data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
+    notes = [*reader.mistakes.notes, *(_search_notes(data) if kind == "retrieval" else [])]
+    return Folder(data, name, str(settings.get("source", name)), tuple(f"{name}: {note}" for note in notes))
+
+
+def _search_notes(data: TaskData) -> list[str]:
+    """What people trip over in retrieval data, counted."""
+    from poolwise.data.rows import normalise  # with numpy, which is not needed to resolve other tasks
+
+    def same_text(query: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+        titled = f"{document['title']} {document['text']}"
+        return normalise(query["text"]) in (normalise(document["text"]), normalise(titled))
+
+    corpus, queries = ({row["_id"]: row for row in data.records[part]} for part in ("corpus", "queries"))
+    qrels = data.records["qrels"]
+    notes = []
+
+    def note(names: Iterable[str], noun: str, rest: str) -> None:
+        if found := list(dict.fromkeys(names)):
+            nouns = noun if len(found) == 1 else "queries" if noun == "query" else f"{noun}s"
+            shown = enumerate_words(map(repr, found[:3]), max(0, len(found) - 3))
+            notes.append(f"{len(found):,} {nouns}{rest} ({shown})")
+
+    missing = (row["corpus-id"] for row in qrels if row["corpus-id"] not in corpus)
+    note(missing, "judged document", " missing from the corpus, so never found")
+    note((name for name, row in corpus.items() if not row["text"] and not row["title"]), "empty document", "")
+    negative = (row["corpus-id"] for row in qrels if row["score"] < 0)
+    note(negative, "document", " graded below 0, which means judged and not relevant")
+    judged = {row["query-id"] for row in qrels if row["score"] > 0}
+    note((name for name in queries if name not in judged), "query", " without a relevant document, left out")
+    same = {name: row for name, row in queries.items() if name in corpus and same_text(row, corpus[name])}
+    if data.ignore_identical_ids:
+        note(same, "query", " identical to the document of the same id, which is left out of the results")
+        others = (name for name in queries if name in corpus and name not in same)
+        note(others, "query", " with the id of a document of another text, left out of the results; rename one of them")
+    else:
+        advice = "write ignore_identical_ids = true in task.toml to leave it out, as mteb and BEIR do for such data"
+        note(same, "query", f" identical to the document of the same id, which is found first; {advice}")
+    return notes
 
 
 # Values: what a column may hold. Each function returns the value or raises ValueError with what was expected.
 
 
 def _text(value: object) -> str:
+    if value is None:
+        raise ValueError("expected a text")
     problem = text_problem(value)
     if "surrogate" in problem:
         raise ValueError("expected valid Unicode, without unpaired surrogates")
@@ -113,7 +160,11 @@ def _text(value: object) -> str:
 
 
 def _text_or_empty(value: object) -> str:
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else _text(value)
+    return "" if isinstance(value, str) and not value.strip() else _text(value)
+
+
+def _title(value: object) -> str:
+    return "" if value is None else _text_or_empty(value)
 
 
 def _name(value: object) -> str:
@@ -134,8 +185,8 @@ def _number(value: object) -> float:
 
 def _grade(value: object) -> int:
     number = _number(value)
-    if number != int(number) or not 0 <= number <= HIGHEST_GRADE:
-        raise ValueError(f"expected a whole number from 0 to {HIGHEST_GRADE}")
+    if number != int(number) or abs(number) > HIGHEST_GRADE:
+        raise ValueError(f"expected a whole number from -{HIGHEST_GRADE} to {HIGHEST_GRADE} (above 0: relevant)")
     return int(number)
 
 
@@ -166,7 +217,7 @@ COLUMNS: dict[str, Columns] = {
     "classification": {"text": _text, "label": _name},
     "reranking": {"query": _text, "positive": _list_of(_text), "negative": _list_of(_text)},
     "clustering": {"sentences": _list_of(_text), "labels": _list_of(_name)},
-    "corpus": {"_id": _name, "title": _text_or_empty, "text": _text_or_empty},
+    "corpus": {"_id": _name, "title": _title, "text": _text_or_empty},
     "queries": {"_id": _name, "text": _text},
     "qrels": {"query-id": _name, "corpus-id": _name, "score": _grade},
 }
@@ -199,7 +250,7 @@ class _Reader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.mistakes = Mistakes(f"evaluation folder {folder}", TaskError)
+        self.mistakes = Mistakes(f"evaluation folder {folder}", TaskError, PAGE)
 
     def settings(self) -> dict[str, Any]:
         path, mistakes = self.folder / "task.toml", self.mistakes.within("task.toml")
@@ -217,8 +268,12 @@ class _Reader:
             if key not in TOML_KEYS:
                 allowed = f"(allowed: {', '.join(TOML_KEYS)}){suggest(key, TOML_KEYS)}"
                 mistakes.add("", f"unknown key {key!r} {allowed}")
-            elif not isinstance(value, str) or not value.strip():
+            elif key == "ignore_identical_ids" and not isinstance(value, bool):
+                mistakes.add("", f"{key} = {value!r}: expected true or false")
+            elif key != "ignore_identical_ids" and (not isinstance(value, str) or not value.strip()):
                 mistakes.add("", f"{key} = {value!r}: expected a text that is not empty")
+        if "ignore_identical_ids" in settings and settings.get("kind", "retrieval") != "retrieval":
+            mistakes.add("", f"ignore_identical_ids is for retrieval, and kind = {settings['kind']!r}")
         return settings
 
     def find(self, stem: str) -> Path | None:
@@ -251,9 +306,16 @@ class _Reader:
             )
             return ""
         kind = self.kind_by_columns(path)
-        if kind == "labelled":
-            return "classification" if self.find("train") else "clustering"
-        return kind
+        if kind != "labelled":
+            return kind
+        if self.find("train"):
+            return "classification"
+        self.mistakes.within(path.name).add(
+            "",
+            "has texts and labels, and there is no train file. For classification add train.jsonl (or csv, …) with the "
+            'texts to train on; for clustering write kind = "clustering" in task.toml',
+        )
+        return ""
 
     def kind_by_columns(self, path: Path) -> str:
         mistakes = self.mistakes.within(path.name)
@@ -296,11 +358,14 @@ class _Reader:
         where = str(path.relative_to(self.folder))
         mistakes = self.mistakes.within(where)
         rows: list[Placed] = []
+        cells = is_delimited(path)
         for place, record in read_records(path, mistakes, _chooser(columns)):
             clean = {}
             for name, parse in columns.items():
                 value = record.get(name)
                 try:
+                    if cells and parse in (_text, _text_or_empty, _title) and is_list(str(value)):
+                        raise ValueError("expected one text, not a list; write one text a row")
                     clean[name] = parse(value)
                 except ValueError as error:
                     mistakes.add(place, f"column {name!r}: {error}", value)
@@ -317,8 +382,13 @@ class _Reader:
             self.mistakes.add(split, "all scores are equal; a rank correlation needs at least two different ones")
         if kind == "pair_classification" and len({row["labels"] for _, row in rows}) < 2:
             self.mistakes.add(split, "all labels are equal; average precision needs pairs of both labels")
-        if kind == "classification" and len({row["label"] for _, row in records["train"]}) < 2:
-            self.mistakes.add("train", "only one label; classification needs at least two")
+        if kind == "classification":
+            known = {row["label"] for _, row in records["train"]}
+            if len(known) < 2:
+                self.mistakes.add("train", "only one label; classification needs at least two")
+            for place, row in rows:
+                if row["label"] not in known:  # no classifier could ever predict it
+                    self.mistakes.add(place, "column 'label': expected a label that the train file has", row["label"])
         for place, row in rows if kind == "clustering" and "sentences" in rows[0][1] else ():
             if len(row["sentences"]) != len(row["labels"]):
                 self.mistakes.add(place, f"{len(row['sentences'])} sentences but {len(row['labels'])} labels")
@@ -343,7 +413,8 @@ class _Reader:
                 self.mistakes.add(part, f"_id given to more than one row: {', '.join(twice[:5])}")
         for column, part in (("corpus-id", "corpus"), ("query-id", "queries")):
             unknown = sorted({row[column] for _, row in records["qrels"]} - known[part].keys())
-            if unknown:
+            found = any(row[column] in known[part] for _, row in records["qrels"] if row["score"] > 0)
+            if unknown and (part == "queries" or not found):  # some documents may be missing, but not all
                 self.mistakes.add("qrels", f"{len(unknown)} {column}(s) not in {part}, e.g. {', '.join(unknown[:5])}")
         if not any(row["score"] > 0 for _, row in records["qrels"]):
             self.mistakes.add("qrels", "no document is relevant to any query (no score above 0)")

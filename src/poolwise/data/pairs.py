@@ -15,6 +15,7 @@ import numpy as np
 
 from poolwise.data.reading import (
     FORMATS,
+    PAGE,
     Placed,
     Record,
     file_format,
@@ -43,6 +44,7 @@ ROLES = {
 NEGATIVE = re.compile(r"(?:negatives?|neg)(?:_?(\d+))?")
 UNREAD_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(texts?|passages?|docs?|documents?|ctxs?|contexts?|list|\d+))?")
 """Names that other tools give to negatives. Ignoring such a column would train on random negatives in its place."""
+PASSAGES = ("positive_passages", "negative_passages")
 SPLIT_WORDS = {"train", "dev", "valid", "validation", "test", "eval"}
 
 COUNTS = {
@@ -328,6 +330,11 @@ def find_columns(names: tuple[str, ...]) -> Columns:
     by_word: dict[str, str] = {}
     for name in names:
         word = name.strip().lower()
+        if word in PASSAGES:
+            raise ValueError(
+                f"the column {name!r} holds records of a document each (docid, title, text), as Tevatron writes them; "
+                "write their texts as lists, in columns 'positive' and 'negatives'"
+            )
         read = NEGATIVE.fullmatch(word) or any(word in spellings for spellings in ROLES.values())
         if read and word in by_word:
             twice = f"{by_word[word]!r} and {name!r}" if by_word[word] != name else f"two columns {name!r}"
@@ -365,7 +372,7 @@ def _checked_rows(source: PairSource, negatives: int, counts: Counter[str], note
 
     Raises DataError with the mistakes of this source.
     """
-    mistakes = Mistakes(source.label)
+    mistakes = Mistakes(source.label, page=PAGE)
     for place, record in source.records(mistakes):
         columns = find_columns(tuple(record))
         if source.delimited and (lists := [name for name, cell in record.items() if is_list(cell)]):

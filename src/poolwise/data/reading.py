@@ -23,6 +23,8 @@ Placed = tuple[str, Record]
 Choose = Callable[[Sequence[str]], Sequence[str]]
 """Names of a file's columns -> those that are read. Raises ValueError if a needed one is missing or ambiguous."""
 
+PAGE = "docs/own-data.md"
+"""Where every layout that is read has an example."""
 FORMATS = ("jsonl", "csv", "tsv", "parquet")
 SYNONYMS = {"ndjson": "jsonl", "pq": "parquet"}
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}

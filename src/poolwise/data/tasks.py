@@ -39,6 +39,8 @@ def mteb_task(name: str, data: TaskData, identity: str) -> Any:
         ),
         "load_data": _loader(data),
     }
+    if data.kind == "retrieval":
+        attributes["ignore_identical_ids"] = data.ignore_identical_ids
     if data.kind == "sts":
         scores = [row["score"] for row in data.records[data.split]]
         attributes |= {"min_score": min(scores), "max_score": max(scores)}
@@ -76,12 +78,13 @@ def _splits(data: TaskData) -> Any:
 
 
 def _retrieval(data: TaskData) -> Any:
-    """Queries without a relevant document have no score and are left out, as mteb and BEIR do."""
+    """Queries without a relevant document have no score and are left out, as mteb and BEIR do. A grade below 0 means
+    judged, not relevant, for which trec_eval has 0."""
     from datasets import Dataset
 
     relevant: dict[str, dict[str, int]] = {}
     for row in data.records["qrels"]:
-        query, document, score = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
+        query, document, score = str(row["query-id"]), str(row["corpus-id"]), max(0, int(row["score"]))
         if relevant.setdefault(query, {}).setdefault(document, score) != score:
             raise TaskError(f"qrels grade document {document!r} for query {query!r} twice, differently; keep one grade")
     relevant = {query: grades for query, grades in relevant.items() if max(grades.values()) > 0}
@@ -199,7 +202,7 @@ DEMO_EXPERIMENTS = 4
 class Task:
     """A task to evaluate on. `task_type` is mteb's name of the type, `source` the origin it shares with related tasks,
     `identity` determines its data: "path@revision" of an official dataset, else a hash of the texts and labels. `mteb`
-    is the mteb task object, restricted to `splits` and `subsets`."""
+    is the mteb task object, restricted to `splits` and `subsets`. `notes`: how a folder was read."""
 
     name: str
     task_type: str
@@ -208,6 +211,7 @@ class Task:
     mteb: Any
     splits: tuple[str, ...]
     subsets: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def texts(self) -> Iterator[str]:
         """Every text that this task gives to a model, as the model gets it (without prompts), classification's training
@@ -331,7 +335,7 @@ def _resolve(name: str, base_dir: Path) -> list[Task]:
             near = suggest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise TaskError(f"evaluation folder {name!r}: no such folder, seen from {str(base_dir)!r}{near}")
         folder = read_folder(path)
-        return [task_from_data(folder.name, folder.data, folder.source)]
+        return [task_from_data(folder.name, folder.data, folder.source, folder.notes)]
     import mteb
 
     if name == "paper":
@@ -405,11 +409,11 @@ def _built_in(name: str) -> list[Task]:
     return [task]
 
 
-def task_from_data(name: str, data: TaskData, source: str) -> Task:
+def task_from_data(name: str, data: TaskData, source: str, notes: tuple[str, ...] = ()) -> Task:
     """A task from texts in memory. Its identity is the hash of kind, texts and labels."""
     identity = content_identity(data)
     task = mteb_task(name, data, identity)
-    return Task(name, task.metadata.type, source, identity, task, (data.split,), ("default",))
+    return Task(name, task.metadata.type, source, identity, task, (data.split,), ("default",), notes)
 
 
 def _flat(values: Any) -> Iterator[Any]:

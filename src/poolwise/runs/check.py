@@ -151,7 +151,10 @@ def check(study: Study) -> dict[str, Any]:
         "contrasts": contrasts,
         "tasks": groups,
         "mechanisms": planted,
-        "data": _data(study, every_task, [base["path"] for base in bases]),
+        "data": [
+            *(note for task in every_task for note in task.notes),
+            *_data(study, every_task, [base["path"] for base in bases]),
+        ],
         "warnings": untried + list(dict.fromkeys(_warnings(study, designs, groups))),
     }
 

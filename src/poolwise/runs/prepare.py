@@ -247,6 +247,7 @@ def prepare(study: Study) -> Prepared:
     plans: dict[int, Plan] = {}
     trials = [trial for name in bases for trial in _trials(study.on_base(name), *bases[name], pairs, plans)]
     trials += [Trial(name, "reference", 0, {"reference": name}) for name in study.references if name != "untuned"]
+    notes += [note for task in tasks for note in task.notes]
     notes += [note for path, _ in bases.values() for note in data_notes(pairs, study.recipe, path)]
     return Prepared(study, trials, tasks, pairs, list(dict.fromkeys(notes)), plans)
 
