@@ -235,6 +235,13 @@ def test_a_batch_that_cannot_be_filled(tmp_path, rows, size, fragments):
         assert fragment in str(caught.value)
 
 
+def test_a_bootstrap_that_is_too_small_names_the_way_out(tmp_path):
+    write(tmp_path / "a.jsonl", distinct(10))
+    recipe = small(batch_size=10, seed_varies=("order", "data"))
+    with pytest.raises(DataError, match=r'in this seed\'s bootstrap.*or leave "data" out of recipe\.seed_varies'):
+        plan(load_pairs(recipe, tmp_path), recipe, 0)
+
+
 # Several sources
 
 

@@ -237,7 +237,7 @@ def _chooser(columns: Columns) -> Callable[[Sequence[str]], Sequence[str]]:
     return choose
 
 
-def _kind_of(names: Sequence[str]) -> str | None:
+def kind_of(names: Sequence[str]) -> str | None:
     """The kind of task whose columns these are; "labelled" for texts with labels, which two kinds have."""
     for kind in ("reranking", "pair_classification", "sts", "clustering"):
         if set(COLUMNS[kind]) <= set(names):
@@ -280,7 +280,7 @@ class _Reader:
         """The file of that name in any format; a mistake if there are several."""
         place = (self.folder / stem).parent
         files = sorted(place.iterdir()) if place.is_dir() else []
-        found = [f for f in files if f.is_file() and file_format(f) and _stem(f) == Path(stem).name]
+        found = [f for f in files if f.is_file() and file_format(f) and stem_of(f) == Path(stem).name]
         if len(found) > 1:
             self.mistakes.add("", f"{stem}: several files hold it ({enumerate_words(f.name for f in found)}); keep one")
         return found[0] if found else None
@@ -321,13 +321,13 @@ class _Reader:
         mistakes = self.mistakes.within(path.name)
 
         def choose(names: Sequence[str]) -> Sequence[str]:
-            if names and _kind_of(names) is None:
+            if names and kind_of(names) is None:
                 forms = "; ".join(f"{kind}: {', '.join(COLUMNS[kind])}" for kind in KINDS if kind in COLUMNS)
                 raise ValueError(f"columns {sorted(set(names))} fit no kind of task ({forms})")
             return names
 
         for _, record in read_records(path, mistakes, choose):
-            return str(_kind_of(tuple(record)))
+            return str(kind_of(tuple(record)))
         if not self.mistakes:
             mistakes.add("", "holds no row")
         return ""
@@ -420,5 +420,6 @@ class _Reader:
             self.mistakes.add("qrels", "no document is relevant to any query (no score above 0)")
 
 
-def _stem(path: Path) -> str:
+def stem_of(path: Path) -> str:
+    """A file's name without its format and `.gz`: "test" of test.jsonl.gz."""
     return Path(path.name.removesuffix(".gz")).stem

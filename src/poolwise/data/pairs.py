@@ -256,14 +256,16 @@ def _files_of_split(folder: Path, path: str, split: str) -> list[Path]:
         found = ", ".join(file.name for file in files) or f"no {', '.join(FORMATS)} file"
         raise DataError(
             f"training data {path!r}: no file of the split {split!r} (found: {found}); "
-            f"name a file {split}.jsonl or give `split` in [[recipe.sources]]"
+            f"name a file {split}.jsonl or give `split` in [[recipe.sources]]; see {PAGE}"
         )
     return chosen
 
 
 def _open_file(file: Path, label: str) -> PairSource:
     if file_format(file) is None:
-        raise DataError(f"training data {label!r}: cannot read {file.name!r}; allowed: {', '.join(FORMATS)}, or .gz")
+        raise DataError(
+            f"training data {label!r}: cannot read {file.name!r}; allowed: {', '.join(FORMATS)}, or .gz; see {PAGE}"
+        )
     return PairSource(label, lambda mistakes: read_records(file, mistakes, choose), delimited=is_delimited(file))
 
 

@@ -44,8 +44,8 @@ AA_SEEDS = 1000
 BROKEN = Design(name="broken", attention="causal", pooling="first_token")
 """The arm that must lose: under causal attention the first token sees nothing of the text."""
 NOT_IN_SPEC = {"base_model", "decontaminate", "guide", "report_to", "save_steps"}
-"""Fields of the recipe that are not in a spec: the base model and the guide are there by content, and so are the rows that
-are left of the data."""
+"""Fields of the recipe that are not in a spec: the base model and the guide are there by content, and so are the rows
+that are left of the data."""
 ADDED = {"accumulation": 1, "matryoshka": [], "guide_margin": 0.0}
 """Options of the recipe that are left out of a spec while they have these values, so that names of trials stay the same
 when an option is added."""
