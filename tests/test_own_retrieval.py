@@ -71,6 +71,8 @@ def test_a_corpus_without_any_judged_document_is_refused(tmp_path: Path) -> None
 def test_a_grade_below_zero_means_not_relevant(tmp_path: Path) -> None:
     found = task(tmp_path, DOCUMENTS, [*QRELS, {"query-id": "q0", "corpus-id": "d1", "score": -1}])
     assert found.notes == ("notes: 1 document graded below 0, which means judged and not relevant ('d1')",)
+    found.load()
+    assert found.split_data("test", "default")["relevant_docs"]["q0"] == {"d0": 1, "d1": 0}
     assert set(scores(found).values()) == {1.0}
 
 

@@ -79,6 +79,8 @@ def test_a_header_that_fits_under_no_delimiter_is_reported_as_the_file_has_it(tm
     assert wrong(tmp_path, "t.csv", b"x;c;d\n1;2;3\n") == "t.csv: no column 'a'"
     assert wrong(tmp_path, "t.csv", b'"x",c\n1,2\n') == "t.csv: no column 'a'"
     assert wrong(tmp_path, "t.csv", b"") == "t.csv: no column 'a'"
+    (tmp_path / "t.csv").write_text("id;body\n1;x\n")
+    assert "no field 'text', it has 'id', 'body'; name it" in str(missing(tmp_path / "t.csv"))
 
 
 def test_columns_that_are_not_read_are_named_once(tmp_path):
