@@ -117,7 +117,7 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _not_utf8(line: bytes) -> str:
-    """What is said of a line that is not UTF-8, with the encoding that it looks like."""
+    """The message for a line that is not UTF-8: the encoding it looks like, and the fix."""
     if b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
         likely, name = "UTF-16", "UTF-16"
     elif sum(byte > 127 for byte in line) > MANY_HIGH_BYTES * len(line):

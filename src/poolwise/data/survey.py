@@ -12,7 +12,7 @@ from poolwise.data.reading import PAGE, file_format, read_records
 from poolwise.errors import Mistakes, PoolwiseError, TaskError, enumerate_words
 
 TASK_FILES = {"corpus", "queries", "sets", "task", "qrels"}
-"""Names that only evaluation folders have; `test` files are told apart by their columns."""
+"""Names that only evaluation folders have; a `test` file is recognised by its columns."""
 
 
 @dataclass(frozen=True)
