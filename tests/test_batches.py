@@ -21,7 +21,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from poolwise.data.batches import effective_negatives, plan, training_dataset
-from poolwise.data.pairs import Pairs, load_pairs, normalise
+from poolwise.data.pairs import Pairs, load_pairs
+from poolwise.data.rows import normalise
 from poolwise.errors import DataError
 from poolwise.study.recipe import Recipe, Source
 
@@ -80,6 +81,20 @@ def test_data_varies_by_bootstrap(hundred):
     twice = np.concatenate(drawn)
     assert np.mean(twice / 10) == pytest.approx(1)
     assert np.mean((twice >= 15) & (twice < 25)) == pytest.approx(np.exp(-1) / 2, abs=0.04)  # Poisson(1) at 2
+
+
+def test_a_bootstrap_can_draw_every_row(hundred):
+    plans = [plan(hundred, small(seed_varies=("data",), steps=20), seed) for seed in range(20)]
+    assert np.unique(np.concatenate([made.indices.ravel() for made in plans])).tolist() == list(range(100))
+
+
+def test_each_source_has_its_own_order_and_bootstrap(tmp_path):
+    """Equal orders would pair the same rows of two sources in every pass."""
+    pairs, recipe = sources(tmp_path, [100, 100], [1.0, 1.0], steps=20)
+    for varies in (("order",), ("data",)):
+        batches = plan(pairs, recipe.model_copy(update={"seed_varies": varies}), 0).indices
+        taken = [{frozenset(batch[batch // 100 == number] % 100) for batch in batches} for number in (0, 1)]
+        assert len(taken[0] & taken[1]) <= 1, varies
 
 
 def test_each_pass_is_shuffled_anew_and_a_longer_study_goes_on_alike(hundred):
@@ -182,6 +197,16 @@ def test_a_row_put_off_comes_back(tmp_path):
     assert made.report["still_waiting"] <= 6
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_rest_of_a_pass_and_a_whole_one_are_searched(tmp_path, seed):
+    """Three rows share a positive, so every batch of two needs the fourth, which may come last in the next pass."""
+    rows = [{"query": f"q{i}", "positive": "common", "negative": f"n{i}"} for i in range(3)]
+    write(tmp_path / "a.jsonl", [*rows, {"query": "other", "positive": "rare", "negative": "n"}])
+    recipe = small(batch_size=2, steps=10)
+    made = plan(load_pairs(recipe, tmp_path), recipe, seed)
+    assert all(3 in batch for batch in made.indices)
+
+
 def test_a_very_common_text_stays_quick_and_fair(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i % 20}", "negative": f"n{i}"} for i in range(4000)]
     write(tmp_path / "a.jsonl", rows)
@@ -210,6 +235,13 @@ def test_a_batch_that_cannot_be_filled(tmp_path, rows, size, fragments):
         assert fragment in str(caught.value)
 
 
+def test_a_bootstrap_that_is_too_small_names_the_way_out(tmp_path):
+    write(tmp_path / "a.jsonl", distinct(10))
+    recipe = small(batch_size=10, seed_varies=("order", "data"))
+    with pytest.raises(DataError, match=r'in this seed\'s bootstrap.*or leave "data" out of recipe\.seed_varies'):
+        plan(load_pairs(recipe, tmp_path), recipe, 0)
+
+
 # Several sources
 
 
@@ -232,6 +264,13 @@ def test_weights_are_shares_of_every_batch(tmp_path, weights):
     assert np.abs(drawn.sum(axis=0) - 200 * 24 * share).max() <= 3
     assert list(made.report["rows_by_source"].values()) == drawn.sum(axis=0).tolist()
     assert made.report["passes_by_source"]["1.jsonl"] == pytest.approx(drawn[:, 1].sum() / 300, abs=1e-3)
+
+
+def test_weights_whose_sum_rounds_up_fill_every_batch_exactly(tmp_path):
+    weights = [0.03, 0.58, 0.8, 0.08, 0.33, 0.39, 0.91, 0.66]
+    assert (np.cumsum(weights) / np.sum(weights))[-1] > 1
+    pairs, recipe = sources(tmp_path, [40] * len(weights), weights)
+    assert plan(pairs, recipe, 0).indices.shape == (30, 10)
 
 
 def test_sources_are_mixed_within_a_batch(tmp_path):
@@ -267,5 +306,15 @@ def test_no_text_in_two_rows_across_sources(tmp_path):
 def test_effective_negatives():
     assert effective_negatives(Recipe(batch_size=64, negatives=1)) == 127
     assert effective_negatives(Recipe(batch_size=16, negatives=0), world_size=4) == 15
-    with pytest.raises(DataError, match=r"batch_size = 64 cannot be dealt out evenly to 3 processes.*such as 66"):
+    with pytest.raises(DataError, match=r"batch_size = 64 cannot be split evenly over 3 processes.*such as 66"):
         effective_negatives(Recipe(batch_size=64), world_size=3)
+
+
+def test_the_parts_of_an_accumulated_batch_are_split_over_the_processes():
+    recipe = Recipe(batch_size=64, accumulation=4)  # 16 queries at a time
+    assert effective_negatives(recipe, world_size=16) == 31
+    expected = (
+        r"batch_size = 64 in 4 parts .* cannot be split evenly over 32 processes; give a multiple of 128, such as"
+    )
+    with pytest.raises(DataError, match=expected):
+        effective_negatives(recipe, world_size=32)

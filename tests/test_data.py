@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from poolwise.data.batches import plan
-from poolwise.data.pairs import Pairs, decontaminate, load_pairs, normalise
+from poolwise.data.pairs import Pairs, decontaminate, load_pairs
+from poolwise.data.rows import mix, normalise
 from poolwise.errors import DataError
 from poolwise.study.recipe import Recipe, Source
 
@@ -33,6 +35,10 @@ def load(folder: Path, name: str = "pairs.jsonl", negatives: int = 1, **more: ob
 def load_rows(folder: Path, rows: list[dict], negatives: int = 1) -> Pairs:
     write(folder / "pairs.jsonl", rows)
     return load(folder, negatives=negatives)
+
+
+def cleaned(pairs: Pairs, evaluation: Iterable[str]) -> Pairs:
+    return decontaminate(pairs, (("queries", text) for text in evaluation), ["queries"])
 
 
 def texts(pairs: Pairs) -> list[dict]:
@@ -96,6 +102,29 @@ def test_what_is_cleaned_is_counted(tmp_path):
     json.dumps(pairs.report)
 
 
+def test_a_negative_that_is_the_right_answer_but_for_case_and_punctuation_is_left_out(tmp_path):
+    rows = [
+        {"query": "Capital of France?", "positive": "Paris.", "negative": ["paris", "Lyon"]},
+        {"query": "capital of france", "positive": "The city of Paris", "negative": ["PARIS!", "Capital of France"]},
+        {"query": "capital of Spain", "positive": "Madrid", "negative": ["Paris", "the city of paris"]},
+        {"query": "capital of Italy", "positive": "Rome", "negative": ["Turin", "Milan"]},
+    ]
+    pairs = load_rows(tmp_path, rows, negatives=2)
+    assert pairs.report["contradicting_negatives"] == 3
+    assert texts(pairs)[0]["negative_2"] == "Lyon"
+    for row in texts(pairs)[:2]:
+        negatives = {normalise(row["negative_1"]), normalise(row["negative_2"])}
+        assert not negatives & {"paris", "the city of paris", "capital of france"}
+    assert [texts(pairs)[2][f"negative_{i}"] for i in (1, 2)] == ["Paris", "the city of paris"]
+
+
+def test_the_order_of_columns_matters_to_a_mixed_hash():
+    """Else a negative that another row asks as a query would count as known."""
+    hashes = np.array([[1, 2], [2, 1], [1, 2]], dtype=np.uint64)
+    first, turned, again = mix(hashes)
+    assert first == again != turned
+
+
 def test_filled_negatives_are_fair_and_of_the_same_source(tmp_path):
     def rows(word: str) -> list[dict]:
         # five queries, each with several positives; no other row of the source has the text
@@ -132,7 +161,7 @@ def test_no_negatives_asked_for(tmp_path):
 
 def test_a_source_within_another_is_refused(tmp_path):
     write(tmp_path / "pairs.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"'pairs\.jsonl \(2\)': every row stands in an earlier source"):
+    with pytest.raises(DataError, match=r"'pairs\.jsonl \(2\)': every row is in an earlier source"):
         load_pairs(Recipe(sources=(Source(path="pairs.jsonl"), Source(path="pairs.jsonl"))), tmp_path)
 
 
@@ -171,10 +200,10 @@ def test_decontamination_removes_and_counts(tmp_path):
     write(tmp_path / "b.jsonl", [{"query": f"qb{i}", "positive": f"pb{i}", "negative": f"nb{i}"} for i in range(30)])
     recipe = Recipe(sources=(Source(path="a.jsonl"), Source(path="b.jsonl")))
     pairs = load_pairs(recipe, tmp_path)
-    clean = decontaminate(pairs, iter(["QA3?", "qa3", " pa4. ", "nb5", "pb6", "qb6", "unseen"]))
+    clean = cleaned(pairs, iter(["QA3?", "qa3", " pa4. ", "nb5", "pb6", "qb6", "unseen"]))
     assert clean.report["decontaminated_by_source"] == {"a.jsonl": 2, "b.jsonl": 2}
     assert clean.report["decontaminated_rows"] == 4
-    assert clean.report["evaluation_texts"] == 6
+    assert clean.report["contaminated"] == {"queries": {"texts": 6, "rows": 4, "removed": True}}
     assert clean.report["rows_by_source"] == {"a.jsonl": 28, "b.jsonl": 28}
     left = {text for row in texts(clean) for text in row.values()}
     assert not left & {"qa3", "pa4", "nb5", "pb6", "qb6"}
@@ -182,14 +211,15 @@ def test_decontamination_removes_and_counts(tmp_path):
     assert len(clean.dataset) == 56
     assert clean.fingerprint != pairs.fingerprint
     assert pairs.report["decontaminated_rows"] == 0
-    again = decontaminate(clean, ["qa7"])
+    again = cleaned(clean, ["qa7"])
     assert again.report["decontaminated_by_source"] == {"a.jsonl": 3, "b.jsonl": 2}
+    assert again.report["decontaminated_rows"] == 5
 
 
 def test_a_filled_negative_costs_no_row(tmp_path):
     pairs = load_rows(tmp_path, [{"query": f"q{i}", "positive": f"p{i}"} for i in range(50)])
     victim = texts(pairs)[0]["negative_1"]
-    clean = decontaminate(pairs, [victim])
+    clean = cleaned(pairs, [victim])
     assert clean.report["decontaminated_rows"] == 1  # the row whose positive it is
     assert clean.report["filled_negatives"] == 49
     kept = {row["query"]: row["negative_1"] for row in texts(clean)}
@@ -201,9 +231,9 @@ def test_a_filled_negative_costs_no_row(tmp_path):
 def test_nothing_to_remove_changes_nothing(tmp_path):
     pairs = load_rows(tmp_path, ROWS)
     for evaluation in ([], ["something else"]):
-        assert decontaminate(pairs, evaluation).fingerprint == pairs.fingerprint
-    with pytest.raises(DataError, match=r"'pairs\.jsonl': every row holds a text of an evaluation task"):
-        decontaminate(pairs, [row["query"].upper() for row in ROWS])
+        assert cleaned(pairs, evaluation).fingerprint == pairs.fingerprint
+    with pytest.raises(DataError, match=r"'pairs\.jsonl': every row contains a text of an evaluation task"):
+        cleaned(pairs, [row["query"].upper() for row in ROWS])
 
 
 # Real sets
@@ -223,7 +253,7 @@ def test_real_sets_with_weights():
     pairs = load_pairs(recipe, root)
     assert pairs.report["rows_by_source"] == {"parade-train": 3492, "policyqa/train.jsonl.gz": 7867, "scitldr": 5407}
     some = [row["query"] for row in pairs.dataset.select(range(0, 3000, 100))]
-    clean = decontaminate(pairs, some)
+    clean = cleaned(pairs, some)
     assert clean.report["decontaminated_rows"] >= len(set(some))
     made = plan(clean, recipe, seed=0)
     assert made.report["rows_by_source"] == {"parade-train": 800, "policyqa/train.jsonl.gz": 800, "scitldr": 1600}

@@ -110,7 +110,7 @@ def test_a_file_is_never_held_whole(models, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "WINDOW", 8)
     taken, passes = [0], [0]
 
-    def endless(path: Path, field: str) -> Any:
+    def endless(path: Path, field: str, *_: Any) -> Any:
         passes[0] += 1
         taken[0] = 0
         for number in range(200):
@@ -164,6 +164,16 @@ def test_what_stops_it_leaves_nothing_and_the_old_file(failure, raised, told, mo
     assert to.read_bytes() == b"old"
 
 
+def test_how_the_file_was_read_is_said(models, tmp_path):
+    (tmp_path / "texts.csv").write_text("id;text\n1;one\n2;two\n")
+    said: list[str] = []
+    encode_file(models["plain"], tmp_path / "texts.csv", tmp_path / "v.npy", say=said.append)
+    assert [line.split(": ", 1)[1] for line in said[:2]] == [
+        "cells are separated by semicolons",
+        "column not read: 'id'",
+    ]
+
+
 def test_a_side_takes_the_prompt_that_sentence_transformers_takes(models):
     fast = open_model(models["plain"])
     for prompts in ({"passage": "passage: "}, {"passage": "passage: ", "document": ""}, {"query": "find: "}):
@@ -213,16 +223,16 @@ def test_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("t.txt", b"one\n\ntwo\n", "line 2: nothing but white space"),
+        ("t.txt", b"one\n\ntwo\n", "line 2: the text is empty; each row of the vectors belongs to one text"),
         ("t.txt", b"one\n\xff\n", "line 2: not UTF-8"),
         ("t.txt", b"", "no text in it"),
         ("t.doc", b"one", r"unknown kind of file '\.doc'; allowed: \.txt"),
         ("t.jsonl", b'{"text": "a"}\n{"text": }\n', "line 2: not valid JSON"),
         ("t.jsonl", b'{"text": "a"}\n{"txet": "a"}\n', "line 2: no field 'text', it has 'txet'; did you mean 'txet'"),
-        ("t.jsonl", b'{"text": 3}\n', "line 1: 3, which is no text"),
-        ("t.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a character"),
+        ("t.jsonl", b'{"text": 3}\n', "line 1: the text is 3 .int."),
+        ("t.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text contains an unpaired surrogate"),
         ("t.jsonl", b'["a"]\n', "line 1: a JSON list"),
-        ("t.csv", b"id,body\n1,a\n", "header: no field 'text', it has 'id', 'body'"),
+        ("t.csv", b"id,body\n1,a\n", "t.csv: no field 'text', it has 'id', 'body'"),
         ("t.csv", b"id,text\n1,a,b\n", "line 2: 3 cells, but the header has 2"),
         ("t.csv", b'id,text\n1,"a"b\n', "line 2: badly quoted"),
         ("t.parquet", b"no", "cannot be read as Parquet"),

@@ -39,7 +39,7 @@ PAPER = {  # arXiv 2409.02727 and its released code, commit 57791d5
     "steps": 1000, "learning_rate": 1e-5, "head_learning_rate": 1e-5, "schedule": "linear", "warmup_steps": 100,
     "weight_decay": 0.01, "negatives": 1, "temperature": 0.05, "max_length": 1024, "dtype": "bfloat16",
     "dataset": "yixuantt/ir_data", "loss": "infonce", "append_eos": True, "query_prompt": "", "document_prompt": "",
-    "mini_batch_size": 0, "matryoshka": (), "guide": None,
+    "mini_batch_size": 0, "matryoshka": (), "guide": None, "decontaminate": False,
 }  # fmt: skip
 SMALL_HEAD = {"latents": 12, "heads": 4, "head_dim": 16}
 

@@ -95,6 +95,58 @@ def test_a_list_of_positives_gives_a_row_for_each(tmp_path):
     ]
 
 
+# Files that other tools train on
+
+
+def test_flag_embedding_files_are_read_and_what_is_not_is_named(tmp_path):
+    """Lists of positives and negatives, some empty; a row's own instruction and the teacher's scores are not read."""
+    rows = [
+        {"query": "when do limes flower", "pos": ["in June", "early summer"], "neg": ["in winter"], "prompt": "Find: "},
+        {"query": "how deep is a mill pond", "pos": ["about two metres"], "neg": [], "pos_scores": [0.9]},
+        {"query": "what is tempered steel", "pos": ["steel that was heated again"], "type": "normal"},
+    ]
+    pairs = load_rows(tmp_path, rows)
+    assert pairs.report["rows"] == 4
+    assert pairs.report["filled_negatives"] == 2
+    assert pairs.report["notes"] == ["pairs.jsonl: columns not read: 'prompt', 'pos_scores' and 'type'"]
+    assert pairs.report["notes"][0] in pairs.notes()
+
+
+def test_sentence_transformers_files_are_read_by_the_names_of_their_columns(tmp_path):
+    rows = [
+        {"negative": ["no", "never"], "positive": "a bird of the marsh", "anchor": "what is a bittern"},
+        {"negative": ["at noon"], "positive": "at dusk", "anchor": "when do bats hunt"},
+        {"negative": [], "positive": "in a kiln", "anchor": "where are bricks fired"},
+    ]
+    pairs = load_rows(tmp_path, rows, negatives=2)
+    assert texts(pairs)[0]["query"] == "what is a bittern"
+    assert pairs.report["filled_negatives"] == 3
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (
+            {
+                "query_id": "7",
+                "query": "q",
+                "positive_passages": [{"docid": "1", "text": "p"}],
+                "negative_passages": [],
+            },
+            "line 1: the column 'positive_passages' holds records of a document each .* 'positive' and 'negatives'",
+        ),
+        (
+            {"query": ["Find the answer", "q"], "pos": [["", "p"]], "neg": [["", "n"]]},
+            r"line 1: 'query' is \['Find.*list",
+        ),
+        ({"query": "q", "pos": [], "neg": ["n"]}, "line 1: 'positive' is an empty list"),
+    ],
+)
+def test_files_of_other_tools_that_are_refused_name_line_and_column(tmp_path, row, told):
+    with pytest.raises(DataError, match=told):
+        load_rows(tmp_path, [row])
+
+
 def test_demo_pairs_are_built_in(tmp_path, monkeypatch):
     made = [{"query": "q", "positive": "p", "negatives": ["n"]}, {"query": "r", "positive": "s", "negatives": []}]
     fake = types.SimpleNamespace(training_pairs=lambda: made)
@@ -171,7 +223,7 @@ except DataError as error:
 
 BAD = [
     ("p.jsonl", '{"query": "q", "positive": "p"}\n{"query": "q"\n', ["p.jsonl: 1 mistake", "line 2: not valid JSON"]),
-    ("p.jsonl", '[1]\n"x"\n', ["line 1: a JSON list", "line 2: a JSON str", '{"query": …']),
+    ("p.jsonl", '[1]\n"x"\n', ["line 1: a JSON list", "line 2: a JSON str", '{"column": value, …}']),
     (
         "p.jsonl",
         '{"query": "q", "text": "p"}\n',
@@ -189,7 +241,7 @@ BAD = [
         ["line 1: the negative is equal to the positive"],
     ),
     ("p.jsonl", '{"query": "q", "positive": "p", "negative": "q"}\n', ["line 1: the negative is equal to the query"]),
-    ("p.jsonl", '{"query": "\\ud800", "positive": "p"}\n', ["line 1: 'query' holds half a character"]),
+    ("p.jsonl", '{"query": "\\ud800", "positive": "p"}\n', ["line 1: 'query' contains an unpaired surrogate"]),
     ("p.jsonl", b'{"query": "q\xff", "positive": "p"}\n', ["line 1: not UTF-8 text"]),
     ("p.jsonl", "\n", ["'p.jsonl': no rows"]),
     ("p.csv", "query,text\nq,p\n", ["p.csv: no column 'positive' (found: 'query', 'text')"]),
@@ -235,21 +287,32 @@ def test_wrong_parquet_columns(tmp_path):
         load(tmp_path, "p.parquet")
 
 
-def test_all_mistakes_of_a_file_together_but_no_more_than_twenty(tmp_path):
+def test_all_mistakes_of_a_file_together_repeated_ones_in_one_line(tmp_path):
     good = {"query": "q", "positive": "p", "negative": "n"}
     bad = {"query": "q", "positive": "", "negative": "n"}
     with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, [bad, good, bad, good, bad])
+        load_rows(tmp_path, [bad, good, {**good, "query": " "}, bad, good, bad])
     assert str(caught.value).splitlines() == [
-        "pairs.jsonl: 3 mistakes",
-        "  - line 1: 'positive' is empty; give a text",
-        "  - line 3: 'positive' is empty; give a text",
-        "  - line 5: 'positive' is empty; give a text",
+        "pairs.jsonl: 4 mistakes",
+        "  - lines 1, 4 and 6: 'positive' is empty; give a text",
+        "  - line 3: 'query' is empty; give a text",
+        "Every layout that is read, with an example: docs/own-data.md",
     ]
     with pytest.raises(DataError) as caught:
-        load_rows(tmp_path, [bad] * 50)
-    assert str(caught.value).startswith("pairs.jsonl: 20 mistakes (stopped after 20; there may be more)")
-    assert len(str(caught.value).splitlines()) == 21
+        load_rows(tmp_path, [bad] * 5000)
+    assert str(caught.value).splitlines() == [
+        "pairs.jsonl: 5,000 mistakes",
+        "  - lines 1, 2, 3, 4, 5 and 4,995 more: 'positive' is empty; give a text",
+        "Every layout that is read, with an example: docs/own-data.md",
+    ]
+
+
+def test_no_more_than_twenty_different_mistakes(tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_rows(tmp_path, [{"query": "q", "positive": number} for number in range(50)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "pairs.jsonl: 20 mistakes (stopped there; there may be more)"
+    assert len([line for line in lines if line.startswith("  - ")]) == 20
 
 
 def test_sources_that_are_not_there(tmp_path, monkeypatch):

@@ -24,8 +24,7 @@ from poolwise.errors import PoolwiseError, TaskError
 from poolwise.runs import engine, prepare, schedule, worker
 from poolwise.runs import run as runner
 from poolwise.runs.schedule import Gpu
-from poolwise.study import design as own
-from poolwise.study.catalogue import POOLING_ARGS, POOLINGS_READ
+from poolwise.study.catalogue import OWN
 from poolwise.study.study import Study
 from small_study import M1, run, scores, state, weights, write
 
@@ -66,8 +65,7 @@ def look(head):
 def forget() -> Iterator[None]:
     """What a test registers is gone after it."""
     yield
-    for name in list(own.OWN):
-        del own.OWN[name], POOLING_ARGS[name], POOLINGS_READ[name]
+    OWN.clear()
 
 
 def with_code(place: Path, name: str, code: str, *changes: tuple[str, str], designs: str = "") -> Path:

@@ -261,7 +261,12 @@ def study_info(study: Study) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Any, tasks: Sequence[str], *, base_dir: str | Path | None = None, batch_size: int = 32
+    model: Any,
+    tasks: Sequence[str],
+    *,
+    base_dir: str | Path | None = None,
+    batch_size: int = 32,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
 
@@ -271,6 +276,7 @@ def evaluate(
     Args:
         base_dir: the folder that relative paths of tasks start from; by default the working directory.
         batch_size: texts at a time.
+        note: called with a line for everything unusual about own data (columns not read, empty documents, …).
     """
     from poolwise.data.tasks import resolve_tasks
     from poolwise.scoring.evaluate import evaluate as score
@@ -278,6 +284,9 @@ def evaluate(
     from poolwise.scoring.references import reference
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
+    for task in resolved:
+        for line in task.notes:
+            note(line)
     if isinstance(model, (str, Path)):
         folder = Path(model)
         if (folder / "run.json").exists():

@@ -65,12 +65,28 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def init(
-    template: Annotated[str, typer.Argument(help="paper, demo or factorial.")],
+    template: Annotated[str, typer.Argument(help="paper, demo, factorial, or own: a study of your own data.")],
+    folder: Annotated[Path | None, typer.Argument(help="With own: the folder of your data; the current one.")] = None,
     to: Annotated[Path | None, typer.Option(help="File to write; TEMPLATE.toml by default.")] = None,
 ) -> None:
-    """Write a study file to start from."""
-    from poolwise.study.starters import write
+    """Write a study file to start from; with `own`, from what lies in a folder."""
+    from poolwise.study.starters import write, write_own
 
+    if template == "own":
+        from poolwise.data.survey import survey
+
+        found, unread = survey(folder or Path())
+        path = to or Path("own.toml")
+        tasks, pairs = [each.path for each in found if not each.pairs], {e.path: e.pairs for e in found if e.pairs}
+        write_own(tasks, pairs, path)
+        for each in found:
+            print("\n".join([f"{each.path}: {each.what}", *(f"  note: {note}" for note in each.notes)]))
+        if unread:
+            print(f"not read: {', '.join(unread)}")
+        print(f"wrote {path}; next: poolwise check {path}")
+        return
+    if folder:
+        raise PoolwiseError(f"init {template} takes no folder ({folder}); `init own FOLDER` does")
     print(f"wrote {write(template, to)}; next: poolwise check {to or template + '.toml'}")
 
 
@@ -185,7 +201,7 @@ def evaluate(
     from poolwise.screen import show_scores, stdout_to_stderr
 
     with stdout_to_stderr():  # what libraries print must not mix with the JSON
-        rows = score(model, tasks, batch_size=batch_size)
+        rows = score(model, tasks, batch_size=batch_size, note=lambda line: _say(f"note: {line}"))
     print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
 
 

@@ -1,20 +1,22 @@
-"""Errors a user can act on: each says what was wrong, what is allowed and how to mend it.
+"""Errors a user can act on: each names the field, the value, what is allowed and the fix.
 
 The command line prints a `PoolwiseError` without a traceback and exits with `exit_code`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 
 class PoolwiseError(Exception):
-    """Something the user can mend: wrong input, a missing file, a model that cannot do what was asked."""
+    """Something the user can fix: wrong input, a missing file, a model that cannot do what was asked."""
 
     exit_code = 2
 
@@ -24,13 +26,11 @@ class StudyError(PoolwiseError):
 
     def __init__(self, problems: Iterable[str], where: str = "study"):
         self.problems = list(problems)
-        count = len(self.problems)
-        head = f"{where}: {count} mistake{'s' if count != 1 else ''}"
-        super().__init__("\n".join([head, *(f"  - {line}" for line in self.problems)]))
+        super().__init__(_listed(where, len(self.problems), self.problems))
 
 
 class DataError(PoolwiseError):
-    """Training data that cannot be read or used: names the file, the line and the field."""
+    """A file or table that cannot be read, used or written: names the file, the line and the field."""
 
 
 class TaskError(PoolwiseError):
@@ -46,7 +46,7 @@ class AttentionError(ModelError):
 
 
 class CheckpointError(PoolwiseError):
-    """A run folder that is missing, half-written, corrupt or made by another study."""
+    """A run folder that is missing, incomplete, corrupt or made by another study."""
 
 
 class TrainingError(PoolwiseError):
@@ -54,11 +54,110 @@ class TrainingError(PoolwiseError):
 
 
 class StatisticsError(PoolwiseError):
-    """A test asked for that the data cannot support."""
+    """A test that the data cannot support."""
+
+
+MOST_MISTAKES = 20
+"""Different mistakes of one input after which reading stops."""
+PLACES_SHOWN = 5
+
+
+@dataclass
+class _Repeated:
+    """A mistake made once or several times: the first places with the values found there, and how often."""
+
+    places: list[str] = field(default_factory=list)
+    values: list[str] = field(default_factory=list)
+    count: int = 0
+
+
+class Mistakes:
+    """The mistakes in one input (a file, a folder), reported together; and notes on how the input was read.
+
+    Equal mistakes share one line: "lines 3, 7 and 12 more: column 'score': expected a number, got 'high', 'low', …".
+    `label` names the input, `error` is what `check` raises, `page` is where the documentation shows the right form.
+    """
+
+    def __init__(self, label: str, error: type[PoolwiseError] = DataError, page: str = ""):
+        self.label, self.error = label, error
+        self.ending = f"\nEvery layout that is read, with an example: {page}" if page else ""
+        self.notes: list[str] = []
+        self._found: dict[tuple[str, str], _Repeated] = {}
+        self._file = ""
+
+    def within(self, file: str) -> Mistakes:
+        """The same collection, for one file of a folder: places and notes start with its name."""
+        part = copy.copy(self)
+        part._file = file
+        return part
+
+    def note(self, text: str) -> None:
+        """Something the user should know that is no mistake."""
+        line = f"{self._file or self.label}: {text}"
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def add(self, place: str, message: str, value: object = ...) -> None:
+        """A mistake at a place such as "line 3" ("": the whole input), with the value found there, if any.
+
+        Raises `error` once there are `MOST_MISTAKES` different ones.
+        """
+        unit, _, number = place.rpartition(" ")
+        if not number.isdigit():
+            unit, number = place, ""
+        where = ", ".join(part for part in (self._file, unit) if part)
+        known = self._found.setdefault((where, message), _Repeated())
+        known.count += 1
+        if len(known.places) < PLACES_SHOWN:
+            known.places.append(number)
+            if value is not ... and short(value) not in known.values:
+                known.values.append(short(value))
+        if len(self._found) == MOST_MISTAKES and known.count == 1:
+            self.check()
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def check(self) -> None:
+        """Raises `error` with all mistakes, if there are any."""
+        if not self._found:
+            return
+        lines = [_mistake(where, message, found) for (where, message), found in self._found.items()]
+        if len(lines) == 1 and ("", lines[0]) in self._found:  # about the input as a whole
+            raise self.error(f"{self.label}: {lines[0]}{self.ending}")
+        stopped = " (stopped there; there may be more)" if len(lines) == MOST_MISTAKES else ""
+        count = sum(found.count for found in self._found.values())
+        raise self.error(_listed(self.label, count, lines, stopped) + self.ending)
+
+
+def _mistake(where: str, message: str, found: _Repeated) -> str:
+    more = found.count - len(found.places)
+    if where and found.places[0]:
+        where += f"{'s' if found.count > 1 else ''} {enumerate_words(found.places, more)}"
+    if found.values:
+        message += f", got {', '.join(found.values)}{', …' if more and len(found.values) > 1 else ''}"
+    return f"{where}: {message}" if where else message
+
+
+def _listed(label: str, count: int, lines: list[str], remark: str = "") -> str:
+    head = f"{label}: {count:,} mistake{'s' if count != 1 else ''}{remark}"
+    return "\n".join([head, *(f"  - {line}" for line in lines)])
+
+
+def enumerate_words(words: Iterable[str], more: int = 0) -> str:
+    """ "3", "3 and 7", "3, 7 and 12 more"."""
+    *first, last = [*words, *([f"{more:,} more"] if more else [])]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def short(value: object, length: int = 60) -> str:
+    """`repr(value)` ("null" for None, as in the files it comes from), cut after `length` characters."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest allowed word, or an empty string."""
+    """`"; did you mean 'x'?"` with the nearest allowed word, or an empty string."""
     near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -79,11 +178,11 @@ _SYNONYMS = {
 
 
 _BRANCHES = {"Lora", "literal[False]", "literal['full']", "str", "tuple"}
-"""What pydantic adds to a path to say which branch of a union it tried."""
+"""What pydantic adds to a path to name the branch of a union it tried."""
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`recipe.learning_rate`, `designs[2].attention`: as a person would point at it."""
+    """`recipe.learning_rate`, `designs[2].attention`: as the user would write it."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -94,7 +193,7 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[str]:
-    """One line for each mistake: path, value, what is allowed, the nearest guess.
+    """One line for each mistake of a study file: path, value, what is allowed, the nearest guess.
 
     `models` maps the path of a table ("" for the file itself) to the class that reads it.
     """
@@ -104,7 +203,7 @@ def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[
     for item, where in zip(details, paths, strict=True):
         inside = any(path.startswith((f"{where}.", f"{where}[")) for path in paths)
         if inside and (where == "recipe.lora" or item["type"] == "too_short"):
-            continue  # what is wrong inside says it better
+            continue  # the mistakes inside are more precise
         if where == "recipe.lora":
             allowed = 'a table with rank, alpha, dropout, target; false; "full"'
             line = f"{where} = {item['input']!r}: allowed: {allowed}"
@@ -118,7 +217,7 @@ def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[
 def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
     kind, value, context = item["type"], item["input"], item.get("ctx", {})
     owner, _, key = where.rpartition(".")
-    model = models.get(re.sub(r"\[\d+\]", "", owner))  # none: an entry of a table such as type_weights or prompts
+    model = models.get(re.sub(r"\[\d+\]", "", owner))  # None for entries of free tables such as prompts
     fields = list(model.model_fields) if model else []
     if kind == "extra_forbidden":
         if owner.startswith("designs") and key in models["recipe"].model_fields:
@@ -134,8 +233,6 @@ def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
     if kind == "value_error":
         message = str(context.get("error", item["msg"]))
         return f"{where}: {message}" if where and not message.startswith(where) else message
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
     message = item["msg"][0].lower() + item["msg"][1:]
     message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
-    return f"{where} = {shown}: {message} (it is a {type(value).__name__})"
+    return f"{where} = {short(value, 80)}: {message} (it is a {type(value).__name__})"

@@ -1,8 +1,8 @@
-"""The plan: which rows stand in which step's batch, fixed before training and the same for every design.
+"""The plan: which rows are in which step's batch, fixed before training and the same for every design.
 
-In one batch no text stands in two rows, once normalised: no query or positive twice, no row's negative that is
-another row's query, positive or negative. So every other document of a batch is a fair negative. A row that does not
-fit is put off to a later batch. Nothing here imports torch.
+No two rows of a batch share a text's normal form: no query or positive occurs twice, and no row's negative is another
+row's query, positive or negative. So every other document of a batch is a fair negative. A row that does not fit is
+put off to a later batch. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from poolwise.data.pairs import Pairs, random_stream
+from poolwise.data.pairs import Pairs
+from poolwise.data.rows import random_stream
 from poolwise.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
 
 
 BLOCK = 4096
+"""Rows whose hashes are turned into Python integers at a time."""
 GOLDEN = 0.6180339887498949
+"""The golden ratio less 1: multiples of it, modulo 1, spread evenly however many there are."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """indices (steps, batch_size): rows of `Pairs.dataset`; a row of `indices` is one step's batch over all processes.
+    """indices (steps, batch_size): rows of `Pairs.dataset`; each row is one step's batch over all processes.
 
     fingerprint: sha256 over the exact texts in the exact order
     report: by source `rows_by_source` drawn and `passes_by_source` over its rows; `put_off`: rows that had to wait for
-        a later batch; `still_waiting`: those of them for which none came
+        a later batch; `still_waiting`: rows for which no later batch came
     """
 
     indices: np.ndarray
@@ -42,12 +45,12 @@ class Plan:
 
 
 def plan(pairs: Pairs, recipe: Recipe, seed: int) -> Plan:
-    """The order of training for one seed; it depends on the texts, the seed and the recipe's `steps`, `batch_size`,
-    `seed_varies`, `one_source_batches` and source weights, and on nothing else.
+    """The order of training for one seed. It depends only on the texts, the seed and the recipe's `steps`,
+    `batch_size`, `seed_varies`, `one_source_batches` and source weights.
 
     With "data" in `seed_varies` each source is first resampled to its own size with replacement (a bootstrap); without
     "order" the rows are shuffled as for seed 0. A source's share of each batch is its weight over the sum of weights
-    (of the batches, with `one_source_batches`). Each pass over a source is shuffled anew.
+    (of the batches, with `one_source_batches`). Each pass over a source has another order.
 
     Raises DataError if a batch cannot be filled.
     """
@@ -56,10 +59,11 @@ def plan(pairs: Pairs, recipe: Recipe, seed: int) -> Plan:
     rows, size = pairs.rows, recipe.batch_size
     queues = []
     for number, label in enumerate(rows.labels):
-        own = np.flatnonzero(rows.source == number)
+        numbers = np.flatnonzero(rows.source == number)
         if bootstrap:
-            own = own[random_stream("data", seed, number).integers(0, len(own), len(own))]
-        queues.append(_Queue(label, own, rows.near, random_stream("order", order_seed, number), bootstrap))
+            numbers = numbers[random_stream("data", seed, number).integers(0, len(numbers), len(numbers))]
+        # each source has its own stream: adding a source does not change the order of the others
+        queues.append(_Queue(label, numbers, rows.near, random_stream("order", order_seed, number), bootstrap))
     shuffle = random_stream("batches", order_seed)
     weights = [source.weight for source in recipe.data_sources]
     shares = _shares(weights, recipe.steps, size, recipe.one_source_batches, shuffle)
@@ -78,23 +82,25 @@ def plan(pairs: Pairs, recipe: Recipe, seed: int) -> Plan:
 
 
 def training_dataset(pairs: Pairs, plan: Plan) -> Dataset:
-    """The rows in the order of the plan, steps · batch_size of them, without the column `source`: read them in turn."""
+    """The steps · batch_size rows in the order of the plan, without the column `source`."""
     return pairs.dataset.remove_columns("source").select(
         plan.indices.ravel(), keep_in_memory=True, new_fingerprint=plan.fingerprint[:16]
     )
 
 
 def effective_negatives(recipe: Recipe, world_size: int = 1) -> int:
-    """Negatives that each query is told from: all other documents of its part of the batch (all of the batch, unless
-    the recipe accumulates gradients), part_size · (1 + negatives) − 1.
+    """Negatives of each query: all other documents of its part of the batch (of the whole batch, unless the recipe
+    accumulates gradients), part_size · (1 + negatives) − 1.
 
     `batch_size` counts the queries of a step over all processes, whose documents are gathered, so the number of
-    processes does not change it. Raises DataError if the batch cannot be dealt out evenly to `world_size` processes.
+    processes does not matter. Raises DataError if the batch cannot be split evenly over `world_size` processes.
     """
     if recipe.part_size % world_size:
+        parts = f" in {recipe.accumulation} parts (recipe.accumulation)" if recipe.accumulation > 1 else ""
+        unit = recipe.accumulation * world_size
         raise DataError(
-            f"recipe.batch_size = {recipe.batch_size} cannot be dealt out evenly to {world_size} processes; "
-            f"give a multiple of {world_size}, such as {-(-recipe.batch_size // world_size) * world_size}"
+            f"recipe.batch_size = {recipe.batch_size}{parts} cannot be split evenly over {world_size} processes; "
+            f"give a multiple of {unit}, such as {-(-recipe.batch_size // unit) * unit}"
         )
     return recipe.part_size * (1 + recipe.negatives) - 1
 
@@ -102,13 +108,13 @@ def effective_negatives(recipe: Recipe, world_size: int = 1) -> int:
 def _shares(
     weights: Sequence[float], steps: int, size: int, one_source: bool, random: np.random.Generator
 ) -> np.ndarray:
-    """Rows of each source in each batch -> (steps, sources), every line summing to `size`.
+    """(steps, sources) rows of each source in each batch; every row sums to `size`.
 
-    Systematic sampling: `size` equally spaced points, shifted by a golden-ratio sequence, fall into intervals as long
-    as the weights. Each batch is within one row of the exact share, and the sum over batches stays near it.
+    Systematic sampling: `size` equally spaced points, shifted by a golden-ratio sequence, are counted in intervals as
+    long as the weights. Each batch is within one row of the exact share, and the sum over batches stays near it.
     """
     bounds = np.cumsum(weights) / np.sum(weights)
-    bounds[-1] = 1.0
+    bounds[-1] = 1.0  # rounding may leave it above 1, which would add a row to some batches
     if one_source:
         chosen = np.searchsorted(bounds, (np.arange(steps) + 0.5) / steps, side="right")
         return size * np.eye(len(weights), dtype=np.int64)[random.permutation(chosen)]
@@ -118,7 +124,11 @@ def _shares(
 
 
 class _Queue:
-    """The rows of one source in shuffled passes, and those put off, grouped by the text they wait for."""
+    """The rows of one source in shuffled passes, and the rows put off, grouped by the text that kept them out.
+
+    Grouped, because rows with one common text (say, the answer "yes") fit one a batch: once the text is used, the rest
+    of the group need not be tried.
+    """
 
     def __init__(self, label: str, rows: np.ndarray, near: np.ndarray, random: np.random.Generator, bootstrap: bool):
         self.label, self.rows, self.near, self.random, self.bootstrap = label, rows, near, random, bootstrap
@@ -129,9 +139,9 @@ class _Queue:
         self._block: deque[tuple[int, list[int]]] = deque()
 
     def take(self, count: int, used: set[int], step: int) -> list[int]:
-        """The next `count` rows that hold no text in `used` (near hashes); their texts are added to it.
+        """The next `count` rows without a text in `used` (near hashes); their texts are added to it.
 
-        Rows put off come first. Raises DataError after two whole passes without enough rows.
+        Rows put off earlier come first. Raises DataError after two whole passes without enough rows.
         """
         chosen: list[int] = []
         for _ in range(len(self._late_keys)):
@@ -146,7 +156,7 @@ class _Queue:
             else:
                 del self._late[key]
             self._place(row, texts, used, chosen)
-        for _ in range(2 * len(self.rows)):
+        for _ in range(2 * len(self.rows)):  # the end of one pass and a whole one: each row is tried at least once
             if len(chosen) == count:
                 break
             row, texts = self._next()
@@ -182,8 +192,10 @@ class _Queue:
         different = len(np.unique(self.rows))
         queries, positives = (len(np.unique(self.near[self.rows, column])) for column in (0, 1))
         drawn = f"{different} different rows" + (" in this seed's bootstrap" if self.bootstrap else "")
+        whole = '; or leave "data" out of recipe.seed_varies, for a bootstrap drops about a third of the rows'
         raise DataError(
             f"training data {self.label!r}: only {found} of the {count} rows for the batch of step {step + 1} could be "
-            f"found without a text standing in two of them ({drawn}, {queries} queries, {positives} positives). "
+            f"found without a text occurring in two of them ({drawn}, {queries} queries, {positives} positives). "
             f"Give more rows, a smaller recipe.batch_size or weight, or fewer recipe.negatives"
+            f"{whole if self.bootstrap else ''}"
         )

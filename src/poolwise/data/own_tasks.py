@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
 import math
 import tomllib
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poolwise.errors import TaskError, suggest
+from poolwise.data.reading import FORMATS, PAGE, Placed, file_format, is_delimited, is_list, read_records, text_problem
+from poolwise.errors import Mistakes, TaskError, enumerate_words, suggest
 
-HIGHEST_GRADE = 1000
-"""The highest relevance grade allowed: trec_eval allocates memory for every grade up to it and crashes on high ones."""
 MTEB_TYPES = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
     "reranking": ("Reranking", "map_at_1000"),
@@ -29,11 +25,16 @@ MTEB_TYPES = {
 }
 """Kind -> mteb's task type and its main score."""
 KINDS = tuple(MTEB_TYPES)
+HIGHEST_GRADE = 1000
+"""The highest relevance grade: trec_eval allocates memory for every grade up to it and crashes on very high ones."""
+TOML_KEYS = ("kind", "name", "source", "split", "ignore_identical_ids")
+SETS, SET_SIZE = 10, 2000
+"""Clustering sets that are drawn from labelled texts, and the texts of each."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task in memory. `records` by kind (`split` is "test" unless said otherwise):
+    """A task in memory. `records` by kind (`split` is "test" by default):
 
     sts              {split: [{"sentence1", "sentence2", "score"}]}
     pair_classification {split: [{"sentence1", "sentence2", "labels"}]}
@@ -42,64 +43,133 @@ class TaskData:
     reranking        {split: [{"query", "positive": [...], "negative": [...]}]}
     retrieval        {"corpus": [{"_id", "title", "text"}], "queries": [{"_id", "text"}],
                       "qrels": [{"query-id", "corpus-id", "score"}]}
+
+    ignore_identical_ids: a document with the id of the query is not among its results (retrieval)
     """
 
     kind: str
     records: Mapping[str, list[dict[str, Any]]]
     split: str = "test"
+    ignore_identical_ids: bool = False
 
 
-def draw_sets(rows: list[dict[str, Any]], sets: int = 10, size: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Clustering sets from labelled texts: `sets` seeded random subsets without replacement, of `size` texts or, where
-    there are fewer than 2 × `size`, of half of the texts, so that the sets differ."""
+@dataclass(frozen=True)
+class Folder:
+    """The content of a folder: its data, the task's name, the origin it shares with related tasks, and what the user
+    should know of how it was read."""
+
+    data: TaskData
+    name: str
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+def content_identity(data: TaskData) -> str:
+    """Hash of all that scores depend on (kind, split, texts, labels), whatever files they came from."""
+    content = json.dumps([data.kind, data.split, data.records], sort_keys=True, ensure_ascii=False)
+    content += " ignore_identical_ids" * data.ignore_identical_ids
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:24]}"
+
+
+def draw_sets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clustering sets from labelled texts: `SETS` seeded random subsets without replacement, each of `SET_SIZE` texts
+    or, of fewer than twice that, of half of the texts, so that the sets differ."""
     import numpy as np
 
-    generator = np.random.default_rng(seed)
-    count = min(size, math.ceil(len(rows) / 2))
+    generator = np.random.default_rng(0)
+    count = min(SET_SIZE, math.ceil(len(rows) / 2))
     drawn = []
-    for _ in range(sets if rows else 0):
+    for _ in range(SETS):
         chosen = [rows[i] for i in generator.permutation(len(rows))[:count]]
         drawn.append({"sentences": [row["text"] for row in chosen], "labels": [row["label"] for row in chosen]})
     return drawn
 
 
-def content_identity(data: TaskData) -> str:
-    """Hash of kind, split, texts and labels, whatever files they came from."""
-    content = json.dumps([data.kind, data.split, data.records], sort_keys=True, ensure_ascii=False)
-    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:24]}"
+def read_folder(path: Path) -> Folder:
+    """Read and check a user's folder.
+
+    Raises TaskError with every mistake found: file, line, column, value and what is allowed.
+    """
+    reader = _Reader(path)
+    settings = reader.settings()
+    split = str(settings.get("split", "test"))
+    kind = reader.kind(settings.get("kind"), split)
+    if not kind:
+        reader.mistakes.check()
+    placed = reader.records(kind, split)
+    reader.mistakes.check()
+    reader.compare_rows(kind, placed, split)
+    reader.mistakes.check()
+    records = {part: [row for _, row in rows] for part, rows in placed.items()}
+    if kind == "clustering" and "text" in records[split][0]:
+        records[split] = draw_sets(records[split])
+    name = str(settings.get("name", path.resolve().name))
+    data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
+    notes = [*reader.mistakes.notes, *(_search_notes(data) if kind == "retrieval" else [])]
+    return Folder(data, name, str(settings.get("source", name)), tuple(f"{name}: {note}" for note in notes))
 
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz")
-TOML_KEYS = ("kind", "name", "source", "split")
-SHOWN_PROBLEMS = 20
+def _search_notes(data: TaskData) -> list[str]:
+    """What people trip over in retrieval data, counted."""
+    from poolwise.data.rows import normalise  # with numpy, which is not needed to resolve other tasks
+
+    def same_text(query: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+        titled = f"{document['title']} {document['text']}"
+        return normalise(query["text"]) in (normalise(document["text"]), normalise(titled))
+
+    corpus, queries = ({row["_id"]: row for row in data.records[part]} for part in ("corpus", "queries"))
+    qrels = data.records["qrels"]
+    notes = []
+
+    def note(names: Iterable[str], noun: str, rest: str) -> None:
+        if found := list(dict.fromkeys(names)):
+            nouns = noun if len(found) == 1 else "queries" if noun == "query" else f"{noun}s"
+            shown = enumerate_words(map(repr, found[:3]), max(0, len(found) - 3))
+            notes.append(f"{len(found):,} {nouns}{rest} ({shown})")
+
+    missing = (row["corpus-id"] for row in qrels if row["corpus-id"] not in corpus)
+    note(missing, "judged document", " missing from the corpus, so never found")
+    note((name for name, row in corpus.items() if not row["text"] and not row["title"]), "empty document", "")
+    negative = (row["corpus-id"] for row in qrels if row["score"] < 0)
+    note(negative, "document", " graded below 0, which means judged and not relevant")
+    judged = {row["query-id"] for row in qrels if row["score"] > 0}
+    note((name for name in queries if name not in judged), "query", " without a relevant document, left out")
+    same = {name: row for name, row in queries.items() if name in corpus and same_text(row, corpus[name])}
+    if data.ignore_identical_ids:
+        note(same, "query", " identical to the document of the same id, which is left out of the results")
+        others = (name for name in queries if name in corpus and name not in same)
+        note(others, "query", " with the id of a document of another text, left out of the results; rename one of them")
+    else:
+        advice = "write ignore_identical_ids = true in task.toml to leave it out, as mteb and BEIR do for such data"
+        note(same, "query", f" identical to the document of the same id, which is found first; {advice}")
+    return notes
 
 
-@dataclass(frozen=True)
-class Folder:
-    """What a folder holds: its data and how it wants to be called."""
-
-    data: TaskData
-    name: str
-    source: str
-
-
-class _MalformedError(ValueError):
-    """One value that is not what its column holds; the message continues "file, line n: column 'c': "."""
+# Values: what a column may hold. Each function returns the value or raises ValueError with what was expected.
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _MalformedError(f"expected a text that is not empty, got {_short(value)}")
-    return value
+    if value is None:
+        raise ValueError("expected a text")
+    problem = text_problem(value)
+    if "surrogate" in problem:
+        raise ValueError("expected valid Unicode, without unpaired surrogates")
+    if problem:
+        raise ValueError("expected a text that is not empty")
+    return str(value)
 
 
 def _text_or_empty(value: object) -> str:
-    return "" if value is None or (isinstance(value, str) and not value.strip()) else _text(value)
+    return "" if isinstance(value, str) and not value.strip() else _text(value)
+
+
+def _title(value: object) -> str:
+    return "" if value is None else _text_or_empty(value)
 
 
 def _name(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise _MalformedError(f"expected a text or a whole number, got {_short(value)}")
+    if isinstance(value, bool) or not isinstance(value, str | int) or text_problem(str(value)):
+        raise ValueError("expected a text or a whole number")
     return str(value).strip()
 
 
@@ -109,20 +179,20 @@ def _number(value: object) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise _MalformedError(f"expected a number, got {_short(value)}")
+        raise ValueError("expected a number")
     return number
 
 
-def _whole(value: object) -> int:
+def _grade(value: object) -> int:
     number = _number(value)
-    if number != int(number) or not 0 <= number <= HIGHEST_GRADE:
-        raise _MalformedError(f"expected a whole number from 0 to {HIGHEST_GRADE}, got {_short(value)}")
+    if number != int(number) or abs(number) > HIGHEST_GRADE:
+        raise ValueError(f"expected a whole number from -{HIGHEST_GRADE} to {HIGHEST_GRADE} (above 0: relevant)")
     return int(number)
 
 
 def _binary(value: object) -> int:
     if _number(value) not in (0, 1):
-        raise _MalformedError(f"expected 1 (positive) or 0 (negative), got {_short(value)}")
+        raise ValueError("expected 1 (positive) or 0 (negative)")
     return int(_number(value))
 
 
@@ -132,10 +202,9 @@ def _list_of(parse: Callable[[object], str]) -> Callable[[object], list[str]]:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError:
-                form = 'expected a list (in CSV or TSV a JSON array, ["a", "b"])'
-                raise _MalformedError(f"{form}, got {_short(value)}") from None
+                raise ValueError('expected a list (in CSV or TSV a JSON array, ["a", "b"])') from None
         if not isinstance(value, list) or not value:
-            raise _MalformedError(f"expected a list that is not empty, got {_short(value)}")
+            raise ValueError("expected a list that is not empty")
         return [parse(entry) for entry in value]
 
     return parse_list
@@ -148,234 +217,209 @@ COLUMNS: dict[str, Columns] = {
     "classification": {"text": _text, "label": _name},
     "reranking": {"query": _text, "positive": _list_of(_text), "negative": _list_of(_text)},
     "clustering": {"sentences": _list_of(_text), "labels": _list_of(_name)},
-    "corpus": {"_id": _name, "title": _text_or_empty, "text": _text_or_empty},
+    "corpus": {"_id": _name, "title": _title, "text": _text_or_empty},
     "queries": {"_id": _name, "text": _text},
-    "qrels": {"query-id": _name, "corpus-id": _name, "score": _whole},
+    "qrels": {"query-id": _name, "corpus-id": _name, "score": _grade},
 }
 OPTIONAL = {"title"}
-READ = {name for columns in COLUMNS.values() for name in columns}
 
 
-def read_folder(path: Path) -> Folder:
-    """Read and check one user folder.
+def _chooser(columns: Columns) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Picks these columns from a file's; see `reading.Choose`."""
 
-    Raises `TaskError` with every problem found (the first 20 written out): file, line, column, what is allowed.
-    """
-    reader = _Reader(path)
-    settings = reader.settings()
-    split = str(settings.get("split", "test"))
-    kind = reader.kind(settings.get("kind"), split)
-    records = reader.records(kind, split) if kind else {}
-    if kind:
-        reader.check(kind, records, split)
-    reader.raise_problems()
-    assert kind is not None
-    name = str(settings.get("name", path.resolve().name))
-    return Folder(TaskData(kind, records, split), name, str(settings.get("source", name)))
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        if twice := [name for name in columns if list(names).count(name) > 1]:
+            raise ValueError(f"column(s) {', '.join(map(repr, twice))} more than once in the header; keep one of each")
+        if missing := [name for name in columns if name not in names and name not in OPTIONAL]:
+            raise ValueError(f"missing column(s) {', '.join(missing)}; found {', '.join(names)}")
+        return [name for name in columns if name in names]
+
+    return choose
 
 
-@dataclass
+def kind_of(names: Sequence[str]) -> str | None:
+    """The kind of task whose columns these are; "labelled" for texts with labels, which two kinds have."""
+    for kind in ("reranking", "pair_classification", "sts", "clustering"):
+        if set(COLUMNS[kind]) <= set(names):
+            return kind
+    return "labelled" if {"text", "label"} <= set(names) else None
+
+
 class _Reader:
-    folder: Path
-    problems: list[str] = field(default_factory=list)
+    """One folder and the mistakes in it."""
 
-    def problem(self, where: str, what: str) -> None:
-        self.problems.append(f"{where}: {what}")
-
-    def raise_problems(self) -> None:
-        if self.problems:
-            more = len(self.problems) - SHOWN_PROBLEMS
-            lines = [f"  - {line}" for line in self.problems[:SHOWN_PROBLEMS]]
-            lines += [f"  … and {more} more"] if more > 0 else []
-            raise TaskError("\n".join([f"evaluation folder {self.folder}: {len(self.problems)} problem(s)", *lines]))
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.mistakes = Mistakes(f"evaluation folder {folder}", TaskError, PAGE)
 
     def settings(self) -> dict[str, Any]:
-        path = self.folder / "task.toml"
+        path, mistakes = self.folder / "task.toml", self.mistakes.within("task.toml")
         if not path.exists():
             return {}
         try:
             settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            self.problem("task.toml", f"cannot be read: {error.strerror}; write a file of that name, or remove it")
+            mistakes.add("", f"cannot be read: {error.strerror}; write a file of that name, or remove it")
             return {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            self.problem("task.toml", f"not valid TOML: {error}")
+            mistakes.add("", f"not valid TOML: {error}")
             return {}
         for key, value in settings.items():
             if key not in TOML_KEYS:
                 allowed = f"(allowed: {', '.join(TOML_KEYS)}){suggest(key, TOML_KEYS)}"
-                self.problem("task.toml", f"unknown key {key!r} {allowed}")
-            elif not isinstance(value, str) or not value.strip():
-                self.problem("task.toml", f"{key} = {value!r}: expected a text that is not empty")
+                mistakes.add("", f"unknown key {key!r} {allowed}")
+            elif key == "ignore_identical_ids" and not isinstance(value, bool):
+                mistakes.add("", f"{key} = {value!r}: expected true or false")
+            elif key != "ignore_identical_ids" and (not isinstance(value, str) or not value.strip()):
+                mistakes.add("", f"{key} = {value!r}: expected a text that is not empty")
+        if "ignore_identical_ids" in settings and settings.get("kind", "retrieval") != "retrieval":
+            mistakes.add("", f"ignore_identical_ids is for retrieval, and kind = {settings['kind']!r}")
         return settings
 
     def find(self, stem: str) -> Path | None:
-        found = [path for ending in EXTENSIONS if (path := self.folder / f"{stem}{ending}").is_file()]
+        """The file of that name in any format; a mistake if there are several."""
+        place = (self.folder / stem).parent
+        files = sorted(place.iterdir()) if place.is_dir() else []
+        found = [f for f in files if f.is_file() and file_format(f) and stem_of(f) == Path(stem).name]
         if len(found) > 1:
-            self.problem(stem, f"several files hold it ({', '.join(p.name for p in found)}); keep one")
+            self.mistakes.add("", f"{stem}: several files hold it ({enumerate_words(f.name for f in found)}); keep one")
         return found[0] if found else None
 
-    def columns(self, stem: str) -> set[str]:
-        path = self.find(stem)
-        return next((set(row) for _, row in _rows(path) if isinstance(row, dict)), set()) if path else set()
-
-    def kind(self, declared: object, split: str) -> str | None:
+    def kind(self, declared: object, split: str) -> str:
+        """The kind of task, by declaration or by the files and their columns ("" if that is a mistake)."""
         if declared is not None:
-            if declared in KINDS:
-                return str(declared)
-            self.problem("task.toml", f"kind = {declared!r} (allowed: {', '.join(KINDS)}){suggest(declared, KINDS)}")
-            return None
+            if declared not in KINDS:
+                allowed = f"(allowed: {', '.join(KINDS)}){suggest(declared, KINDS)}"
+                self.mistakes.within("task.toml").add("", f"kind = {declared!r} {allowed}")
+            return str(declared) if declared in KINDS else ""
         if self.find("corpus") or self.find("queries") or (self.folder / "qrels").is_dir():
             return "retrieval"
         if self.find("sets"):
             return "clustering"
         path = self.find(split)
         if path is None:
-            files = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.is_file())) or "nothing"
-            self.problem(
-                str(self.folder),
-                f"holds {files}; expected {split}.jsonl (or csv, tsv, gz), sets.*, or corpus.*, queries.* and qrels/. "
-                'Another split is named by `split = "…"` in task.toml',
+            files = ", ".join(sorted(f.name for f in self.folder.iterdir() if f.is_file())) or "nothing"
+            self.mistakes.add(
+                "",
+                f"holds {files}; expected {split}.jsonl (or csv, tsv, parquet, gz), sets.*, or corpus.*, queries.* and "
+                'qrels/. Another split is named by `split = "…"` in task.toml',
             )
-            return None
-        columns = self.columns(split)
-        if not columns:
-            reasons = [f"line {line}: {reason}" for line, reason in _rows(path)]
-            self.problem(path.name, reasons[0] if reasons else "holds no row")
-            return None
-        for kind in ("reranking", "pair_classification", "sts", "clustering"):
-            if set(COLUMNS[kind]) <= columns:
-                return kind
-        if {"text", "label"} <= columns:
-            return "classification" if self.find("train") else "clustering"
-        forms = "; ".join(f"{kind}: {', '.join(COLUMNS[kind])}" for kind in KINDS if kind in COLUMNS)
-        self.problem(path.name, f"columns {sorted(columns)} fit no kind of task ({forms})")
-        return None
+            return ""
+        kind = self.kind_by_columns(path)
+        if kind != "labelled":
+            return kind
+        if self.find("train"):
+            return "classification"
+        self.mistakes.within(path.name).add(
+            "",
+            "has texts and labels, and there is no train file. For classification add train.jsonl (or csv, …) with the "
+            'texts to train on; for clustering write kind = "clustering" in task.toml',
+        )
+        return ""
 
-    def records(self, kind: str, split: str) -> dict[str, list[dict[str, Any]]]:
+    def kind_by_columns(self, path: Path) -> str:
+        mistakes = self.mistakes.within(path.name)
+
+        def choose(names: Sequence[str]) -> Sequence[str]:
+            if names and kind_of(names) is None:
+                forms = "; ".join(f"{kind}: {', '.join(COLUMNS[kind])}" for kind in KINDS if kind in COLUMNS)
+                raise ValueError(f"columns {sorted(set(names))} fit no kind of task ({forms})")
+            return names
+
+        for _, record in read_records(path, mistakes, choose):
+            return str(kind_of(tuple(record)))
+        if not self.mistakes:
+            mistakes.add("", "holds no row")
+        return ""
+
+    def records(self, kind: str, split: str) -> dict[str, list[Placed]]:
         if kind == "retrieval":
             parts = {"corpus": "corpus", "queries": "queries", "qrels": f"qrels/{split}"}
-            return {part: self.read(stem, COLUMNS[part]) for part, stem in parts.items()}
+            found = {part: self.read(stem, part) for part, stem in parts.items()}
+            self.compare_grades(found["qrels"])
+            return found
         if kind == "classification":
-            return {part: self.read(part, COLUMNS[kind]) for part in ("train", split)}
+            return {part: self.read(part, kind) for part in ("train", split)}
         if kind == "clustering":
-            stem = "sets" if self.find("sets") else split
-            if "text" in self.columns(stem):
-                return {split: draw_sets(self.read(stem, COLUMNS["classification"]))}
-            return {split: self.read(stem, COLUMNS[kind])}
-        return {split: self.read(split, COLUMNS[kind])}
+            if self.find("sets"):
+                return {split: self.read("sets", kind)}
+            path = self.find(split)
+            labelled = path is not None and self.kind_by_columns(path) == "labelled"
+            return {split: self.read(split, "classification" if labelled else kind)}
+        return {split: self.read(split, kind)}
 
-    def read(self, stem: str, columns: Columns) -> list[dict[str, Any]]:
-        """All rows of one file, reduced to `columns`; malformed rows become problems."""
-        path = self.find(stem)
+    def read(self, stem: str, part: str) -> list[Placed]:
+        """All rows of one file, reduced to the columns of `part` and checked; malformed ones become mistakes."""
+        path, columns = self.find(stem), COLUMNS[part]
         if path is None:
-            self.problem(stem, f"no such file; expected {stem} with one of {', '.join(EXTENSIONS)}")
+            formats = ", ".join(FORMATS)
+            self.mistakes.add("", f"{stem}: no such file; expected {stem} as one of {formats}, or one of them with .gz")
             return []
         where = str(path.relative_to(self.folder))
-        rows, grades = [], dict[tuple[str, str], int]()
-        for line, row in _rows(path):
-            place = f"{where}, line {line}"
-            if not isinstance(row, dict):
-                self.problem(place, row)
-                continue
-            missing = [name for name in columns if name not in row and name not in OPTIONAL]
-            if missing:
-                self.problem(place, f"missing column(s) {', '.join(missing)}; found {', '.join(map(str, row))}")
-                continue
+        mistakes = self.mistakes.within(where)
+        rows: list[Placed] = []
+        cells = is_delimited(path)
+        for place, record in read_records(path, mistakes, _chooser(columns)):
             clean = {}
             for name, parse in columns.items():
+                value = record.get(name)
                 try:
-                    clean[name] = parse(row.get(name))
-                except _MalformedError as error:
-                    self.problem(place, f"column {name!r}: {error}")
+                    if cells and parse in (_text, _text_or_empty, _title) and is_list(str(value)):
+                        raise ValueError("expected one text, not a list; write one text a row")
+                    clean[name] = parse(value)
+                except ValueError as error:
+                    mistakes.add(place, f"column {name!r}: {error}", value)
             if len(clean) == len(columns):
-                rows.append(clean)
-                if "corpus-id" in clean:
-                    query, document, score = clean.values()
-                    known = grades.setdefault((query, document), score)
-                    if known != score:
-                        said = f"score {score} for query {query!r} and document {document!r}"
-                        self.problem(place, f"{said}, but an earlier line says {known}; keep one of the lines")
-        if not rows and not self.problems:
-            self.problem(where, "holds no row")
+                rows.append((f"{where}, {place}", clean))
+        if not rows and not self.mistakes:
+            mistakes.add("", "holds no row")
         return rows
 
-    def check(self, kind: str, records: dict[str, list[dict[str, Any]]], split: str) -> None:
-        """What no single row can show: one label only, unknown identifiers, lists of unequal length."""
-        if self.problems:
-            return
+    def compare_rows(self, kind: str, records: dict[str, list[Placed]], split: str) -> None:
+        """Mistakes that no single row shows: one label only, unknown identifiers, lists of unequal length."""
         rows = records.get(split, [])
-        if kind == "sts" and len({row["score"] for row in rows}) < 2:
-            self.problem(split, "all scores are equal; a rank correlation needs at least two different ones")
-        if kind == "pair_classification" and len({row["labels"] for row in rows}) < 2:
-            self.problem(split, "all labels are equal; average precision needs pairs of both labels")
-        if kind == "classification" and len({row["label"] for row in records["train"]}) < 2:
-            self.problem("train", "only one label; classification needs at least two")
-        for number, row in enumerate(rows if kind == "clustering" else [], 1):
+        if kind == "sts" and len({row["score"] for _, row in rows}) < 2:
+            self.mistakes.add(split, "all scores are equal; a rank correlation needs at least two different ones")
+        if kind == "pair_classification" and len({row["labels"] for _, row in rows}) < 2:
+            self.mistakes.add(split, "all labels are equal; average precision needs pairs of both labels")
+        if kind == "classification":
+            known = {row["label"] for _, row in records["train"]}
+            if len(known) < 2:
+                self.mistakes.add("train", "only one label; classification needs at least two")
+            for place, row in rows:
+                if row["label"] not in known:  # no classifier could ever predict it
+                    self.mistakes.add(place, "column 'label': expected a label that the train file has", row["label"])
+        for place, row in rows if kind == "clustering" and "sentences" in rows[0][1] else ():
             if len(row["sentences"]) != len(row["labels"]):
-                self.problem(f"set {number}", f"{len(row['sentences'])} sentences but {len(row['labels'])} labels")
+                self.mistakes.add(place, f"{len(row['sentences'])} sentences but {len(row['labels'])} labels")
             elif len(set(row["labels"])) < 2:
-                self.problem(f"set {number}", "only one label; clustering needs at least two")
+                self.mistakes.add(place, "only one label; clustering needs at least two")
         if kind == "retrieval":
-            self.check_retrieval(records)
+            self.compare_ids(records)
 
-    def check_retrieval(self, records: dict[str, list[dict[str, Any]]]) -> None:
-        known = {}
-        for part in ("corpus", "queries"):
-            known[part] = {row["_id"] for row in records[part]}
-            twice = [name for name, count in Counter(row["_id"] for row in records[part]).items() if count > 1]
-            if twice:
-                self.problem(part, f"_id given to more than one row: {', '.join(twice[:5])}")
+    def compare_grades(self, rows: list[Placed]) -> None:
+        grades: dict[tuple[str, str], int] = {}
+        for place, row in rows:
+            query, document, score = row.values()
+            first = grades.setdefault((query, document), score)
+            if first != score:
+                judgement = f"score {score} for query {query!r} and document {document!r}"
+                self.mistakes.add(place, f"{judgement}, but an earlier line says {first}; keep one of the lines")
+
+    def compare_ids(self, records: dict[str, list[Placed]]) -> None:
+        known = {part: Counter(row["_id"] for _, row in records[part]) for part in ("corpus", "queries")}
+        for part, counts in known.items():
+            if twice := [name for name, count in counts.items() if count > 1]:
+                self.mistakes.add(part, f"_id given to more than one row: {', '.join(twice[:5])}")
         for column, part in (("corpus-id", "corpus"), ("query-id", "queries")):
-            unknown = sorted({row[column] for row in records["qrels"]} - known[part])
-            if unknown:
-                self.problem("qrels", f"{len(unknown)} {column}(s) not in {part}, e.g. {', '.join(unknown[:5])}")
-        if not any(row["score"] > 0 for row in records["qrels"]):
-            self.problem("qrels", "no document is relevant to any query (no score above 0)")
+            unknown = sorted({row[column] for _, row in records["qrels"]} - known[part].keys())
+            found = any(row[column] in known[part] for _, row in records["qrels"] if row["score"] > 0)
+            if unknown and (part == "queries" or not found):  # some documents may be missing, but not all
+                self.mistakes.add("qrels", f"{len(unknown)} {column}(s) not in {part}, e.g. {', '.join(unknown[:5])}")
+        if not any(row["score"] > 0 for _, row in records["qrels"]):
+            self.mistakes.add("qrels", "no document is relevant to any query (no score above 0)")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, row) of one file; a line that cannot be read comes as the reason, a text, instead of a row."""
-    opener: Callable[..., Any] = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            if ".jsonl" in path.name:
-                yield from _json_rows(stream)
-            else:
-                yield from _table_rows(stream, tab=".tsv" in path.name)
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
-        yield 0, f"cannot be read further: {error}; make the file anew"
-
-
-def _json_rows(stream: Iterable[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield number, f"not valid JSON: {error.msg} at column {error.colno}"
-            continue
-        yield number, row if isinstance(row, dict) else f"expected a JSON object, got {_short(row)}"
-
-
-def _table_rows(stream: Iterable[str], tab: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tab else csv.reader(stream, strict=True)
-    header = next(rows, None)
-    twice = [name for name, count in Counter(header).items() if name in READ and count > 1]
-    if twice:
-        yield rows.line_num, f"column(s) {', '.join(map(repr, twice))} more than once in the header; keep one of each"
-        return
-    for values in rows:
-        if not values:
-            continue
-        if header is None or len(values) != len(header):
-            yield rows.line_num, f"{len(values)} cells, but the header has {len(header or [])}"
-        else:
-            yield rows.line_num, dict(zip(header, values, strict=True))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+def stem_of(path: Path) -> str:
+    """A file's name without its format and `.gz`: "test" of test.jsonl.gz."""
+    return Path(path.name.removesuffix(".gz")).stem

@@ -1,4 +1,8 @@
-"""Files as records with their places: JSONL, CSV, TSV, Parquet, gzip or not; every mistake with its line."""
+"""Files of records, each record with its place: JSONL, CSV, TSV, Parquet and plain text, gzip or not.
+
+This is the only reader of such files: training pairs, evaluation folders and texts to encode all come through it, so
+delimiters, byte order marks, quoting, damaged gzip and encodings are handled, and reported, in one way.
+"""
 
 from __future__ import annotations
 
@@ -6,378 +10,215 @@ import ast
 import csv
 import gzip
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
-from poolwise.errors import DataError, suggest
-from poolwise.files import cached_if_unreachable
-
-_PlacedText = tuple[str, Any]
-"""Where a text stands ("line 3"), for messages, and what stands there."""
-
-
-def read_texts(path: str | Path, field: str = "text") -> Iterator[str]:
-    """The texts of a file in its order, as they stand there: the lines of a `.txt`, or the column `field` of a
-    `.jsonl`, `.csv`, `.tsv` or `.parquet`.
-
-    Raises DataError with the place of the first thing that is no text: a blank line, an empty cell, a number. Nothing
-    is left out in silence, because the n-th vector belongs to the n-th text.
-    """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {', '.join(READERS)}")
-    try:
-        for place, text in READERS[kind](path, field):
-            if problem := _problem(text):
-                raise DataError(
-                    f"{path}, {place}: {problem}; each row of the vectors belongs to one text: mend or drop it"
-                )
-            yield text
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _problem(text: Any) -> str:
-    """Why this cannot be encoded as a text, or nothing."""
-    if not isinstance(text, str):
-        return f"{text!r:.60}, which is no text"
-    if not text.strip():
-        return "nothing but white space"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "half a character (a lone surrogate)"
-    return ""
-
-
-def _text_lines(path: Path) -> Iterator[str]:
-    """Lines with their ends; only a line feed ends one."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 text ({error.reason} at byte {error.start})"
-                raise DataError(f"{path}, line {number}: {reason}") from None
-
-
-def _txt(path: Path, field: str) -> Iterator[_PlacedText]:
-    for number, line in enumerate(_text_lines(path), 1):
-        yield f"line {number}", line.rstrip("\r\n")
-
-
-def _jsonl(path: Path, field: str) -> Iterator[_PlacedText]:
-    for number, line in enumerate(_text_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise DataError(f'{path}, line {number}: a JSON {type(row).__name__}; write one {{"text": …}} a line')
-        _check(path, f"line {number}", field, list(row))
-        yield f"line {number}", row[field]
-
-
-def _delimited(delimiter: str) -> Callable[[Path, str], Iterator[_PlacedText]]:
-    def read(path: Path, field: str) -> Iterator[_PlacedText]:
-        csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents
-        rows = csv.reader(_text_lines(path), delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, [])
-            _check(path, "header", field, header)
-            column, end = header.index(field), rows.line_num
-            for cells in rows:
-                place, end = f"line {end + 1}", rows.line_num  # a cell may run over several lines: its first is told
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    problem = f"{len(cells)} cells, but the header has {len(header)}"
-                    raise DataError(f"{path}, {place}: {problem}; quote cells that hold {delimiter!r}")
-                yield place, cells[column]
-        except csv.Error as error:
-            raise DataError(f"{path}, line {rows.line_num}: badly quoted ({error})") from None
-
-    return read
-
-
-def _parquet(path: Path, field: str) -> Iterator[_PlacedText]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as stream:
-            _check(path, "schema", field, stream.schema_arrow.names)
-            number = 0
-            for batch in stream.iter_batches(1000, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield f"row {number}", text
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {error}") from None
-
-
-def _check(path: Path, place: str, field: str, names: list[str]) -> None:
-    if field not in names:
-        has = ", ".join(map(repr, names)) or "nothing"
-        raise DataError(
-            f"{path}, {place}: no field {field!r}, it has {has}{suggest(field, names)}; name it: --field NAME"
-        )
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[_PlacedText]]] = {
-    ".txt": _txt,
-    ".jsonl": _jsonl,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
-    ".parquet": _parquet,
-}
-"""Ending of a file's name -> how its texts are read."""
-
-
-DEMO = "demo"
-ROLES = {
-    "query": ("query", "anchor", "question"),
-    "positive": ("positive", "postive", "pos", "document", "passage", "answer"),
-}
-"""Spellings of a column, the first preferred. `postive` is how the paper's README writes it."""
-NEGATIVE = re.compile(r"(?:negatives?|neg)(?:_?(\d+))?")
-UNREAD_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(texts?|passages?|docs?|documents?|ctxs?|contexts?|list|\d+))?")
-"""Names under which others keep negatives; a column that is left out in silence would be replaced by random ones."""
-READABLE = ("jsonl", "csv", "tsv", "parquet")
-SPLIT_WORDS = {"train", "dev", "valid", "validation", "test", "eval"}
-MOST_MISTAKES = 20
+from poolwise.errors import DataError, Mistakes, enumerate_words, short, suggest
 
 Record = dict[str, Any]
 Placed = tuple[str, Record]
+"""A place for messages ("line 3") and the record found there."""
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""Names of a file's columns -> those that are read. Raises ValueError if a needed one is missing or ambiguous."""
+
+PAGE = "docs/own-data.md"
+"""Where every layout that is read has an example."""
+FORMATS = ("jsonl", "csv", "tsv", "parquet")
+SYNONYMS = {"ndjson": "jsonl", "pq": "parquet"}
+DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}
+"""Separators that are tried, in this order, until the header has the needed columns."""
+DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+MANY_HIGH_BYTES = 0.3
+"""Share of bytes above 127 beyond which a line is in no Western European encoding."""
 
 
-class Mistakes:
-    """The mistakes of one source, told together; at most `MOST_MISTAKES`, then reading stops."""
+class _UnreadableError(Exception):
+    """What ends the reading of a file: the place and the reason."""
 
-    def __init__(self, label: str):
-        self.label = label
-        self.lines: list[str] = []
-
-    def add(self, place: str, message: str) -> None:
-        self.lines.append(f"{place}: {message}")
-        if len(self.lines) == MOST_MISTAKES:
-            self.check()
-
-    def check(self) -> None:
-        """Raises DataError if there was any."""
-        if self.lines:
-            count = len(self.lines)
-            more = f" (stopped after {count}; there may be more)" if count == MOST_MISTAKES else ""
-            head = f"{self.label}: {count} mistake{'s' if count > 1 else ''}{more}"
-            raise DataError("\n".join([head, *(f"  - {line}" for line in self.lines)]))
+    def __init__(self, place: str, reason: str):
+        super().__init__(reason)
+        self.place = place
 
 
-class Columns(NamedTuple):
-    """Which column plays which role; several columns may hold negatives."""
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...]
-
-    def record(self, row: Record) -> Record:
-        return {
-            "query": row[self.query],
-            "positive": row[self.positive],
-            "negatives": [row[name] for name in self.negatives],
-        }
-
-
-@dataclass(frozen=True)
-class Opened:
-    """One source, ready to be read. `mendable`: the user can correct the rows (a file, not a Hub data set)."""
-
-    label: str
-    records: Callable[[Mistakes], Iterator[Placed]]
-    mendable: bool = True
-    blank_is_none: bool = False
-
-
-def find_columns(names: Iterable[str]) -> Columns:
-    """The columns of the three roles, in any letter case. Raises ValueError naming what was found and what is taken."""
-    by_word: dict[str, str] = {}
-    for name in names:
-        word = name.strip().lower() if isinstance(name, str) else ""
-        read = NEGATIVE.fullmatch(word) or any(word in spellings for spellings in ROLES.values())
-        if read and word in by_word:
-            twice = f"{by_word[word]!r} and {name!r}" if by_word[word] != name else f"two columns {name!r}"
-            raise ValueError(f"{twice}: one role, and only one can be read; drop or rename the wrong one")
-        if not read and UNREAD_NEGATIVE.fullmatch(word):
-            raise ValueError(
-                f"the column {name!r} is not read; if it holds negatives, name it 'negative', 'negatives', 'neg' or, "
-                "one a column, 'negative_1', 'negative_2'; if not, rename or drop it"
-            )
-        if word:
-            by_word[word] = name
-    found = ", ".join(repr(name) for name in by_word.values()) or "none"
-    chosen = {}
-    for role, spellings in ROLES.items():
-        present = [by_word[word] for word in spellings if word in by_word]
-        if not present:
-            guess = suggest(role, by_word)
-            raise ValueError(f"no column {role!r} (found: {found}{guess}); name it {_either(spellings)}")
-        if len(present) > 1 and spellings[0] not in by_word:
-            both = " and ".join(repr(name) for name in present)
-            raise ValueError(f"{both} could each be the column {role!r}; rename the right one to {role!r}")
-        chosen[role] = present[0]
-    numbered = []
-    for word, name in by_word.items():
-        if match := NEGATIVE.fullmatch(word):
-            numbered.append((int(match[1] or -1), name))
-    return Columns(chosen["query"], chosen["positive"], tuple(name for _, name in sorted(numbered)))
-
-
-def open_source(path: str, split: str, base_dir: Path) -> list[Opened]:
-    """One `Opened` for each file behind `path`: "demo", a file or folder (relative to `base_dir`), or a Hub name.
-
-    Raises DataError: no such file, no file of that split, a format that is not read, a name unknown to the Hub.
-    """
-    if path == DEMO:
-        return [Opened("the demo's training pairs", _demo_records)]
-    local = Path(base_dir, Path(path).expanduser())
-    if local.is_file():
-        return [_open_file(local, path)]
-    if local.is_dir():
-        return [_open_file(file, f"{path.rstrip('/')}/{file.name}") for file in _files_of_split(local, path, split)]
-    if not is_hub_name(path):
-        near = suggest(local.name, [p.name for p in local.parent.iterdir()] if local.parent.is_dir() else [])
-        raise DataError(f"training data {path!r}: no such file or folder, seen from {str(base_dir)!r}{near}")
-    return [_open_hub(path, split, base_dir)]
-
-
-def is_hub_name(path: str) -> bool:
-    """Whether a name that is neither "demo" nor there as a file or folder is to be looked for on the Hub."""
-    return not (_format(Path(path)) or re.match(r"[.~/]|.*\\", path) or path.count("/") > 1)
-
-
-def _format(path: Path) -> str | None:
+def file_format(path: Path) -> str | None:
+    """One of `FORMATS` by the ending of a file's name, `.gz` aside; None for another kind of file."""
     suffixes = [suffix.lower().lstrip(".") for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] == "gz":
         suffixes.pop()
-    last = {"ndjson": "jsonl", "pq": "parquet"}.get(suffixes[-1], suffixes[-1]) if suffixes else None
-    return last if last in READABLE else None
+    kind = SYNONYMS.get(suffixes[-1], suffixes[-1]) if suffixes else ""
+    return kind if kind in FORMATS else None
 
 
-def _files_of_split(folder: Path, path: str, split: str) -> list[Path]:
-    """`train.jsonl.gz`, `train-00000-of-00002.parquet`; all files where no name speaks of a split."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _format(file))
-    words = {file: re.split(r"[._-]", file.name)[0].lower() for file in files}
-    chosen = [file for file in files if words[file] == split.lower()]
-    if not chosen and not SPLIT_WORDS & set(words.values()):
-        chosen = files
-    if not chosen:
-        found = ", ".join(file.name for file in files) or f"no {', '.join(READABLE)} file"
-        raise DataError(
-            f"training data {path!r}: no file of the split {split!r} (found: {found}); "
-            f"name a file {split}.jsonl or give `split` in [[recipe.sources]]"
-        )
-    return chosen
+def is_delimited(path: Path) -> bool:
+    """Whether the cells of a file are plain texts, without null, numbers and lists."""
+    return file_format(path) in DELIMITERS
 
 
-def _open_file(file: Path, label: str) -> Opened:
-    kind = _format(file)
-    if kind is None:
-        raise DataError(f"training data {label!r}: cannot read {file.name!r}; allowed: {', '.join(READABLE)}, or .gz")
-    if kind == "parquet":
-        return Opened(label, lambda mistakes: _parquet_records(file, mistakes))
-    if kind == "jsonl":
-        return Opened(label, lambda mistakes: _jsonl_records(file, mistakes))
-    delimiter = "\t" if kind == "tsv" else ","
-    return Opened(label, lambda mistakes: _delimited_records(file, delimiter, mistakes), blank_is_none=True)
+def read_records(file: Path, mistakes: Mistakes, choose: Choose) -> Iterator[Placed]:
+    """The records of a file of one of the `FORMATS`, reduced to the columns that `choose` picks, each with its place.
+
+    A row that cannot be read is added to `mistakes` and left out, and so is whatever ends the reading early: call
+    `mistakes.check()` afterwards. Columns that are left unread and an unexpected delimiter are noted.
+    """
+    kind = file_format(file)
+    assert kind is not None, file
+    columns = _Columns(choose)
+    readers = {"jsonl": _jsonl, "parquet": _parquet}
+    try:
+        yield from readers[kind](file, mistakes, columns) if kind in readers else _delimited(file, mistakes, columns)
+    except _UnreadableError as error:
+        mistakes.add(error.place, str(error))
+    note_unread(columns.unread, mistakes)
 
 
-def _lines(file: Path, label: str) -> Iterator[bytes]:
-    """The lines of a file, unzipped if it is gzip. Raises DataError where it is cut short or not gzip at all."""
+def note_unread(names: Sequence[str], mistakes: Mistakes) -> None:
+    """Note the columns that are ignored, so that none is lost unnoticed."""
+    if names:
+        mistakes.note(f"column{'s' * (len(names) > 1)} not read: {enumerate_words(map(repr, names))}")
+
+
+class _Columns:
+    """`choose` with a memory: a JSONL file repeats the same names in every row."""
+
+    def __init__(self, choose: Choose):
+        self.choose = choose
+        self.unread: list[str] = []
+        self._chosen: dict[tuple[str, ...], Sequence[str]] = {}
+
+    def of(self, names: Sequence[str]) -> Sequence[str]:
+        key = tuple(names)
+        if key not in self._chosen:
+            chosen = self._chosen[key] = self.choose(names)
+            unread = [name for name in names if name not in chosen and name.strip()]
+            self.unread = list(dict.fromkeys([*self.unread, *unread]))
+        return self._chosen[key]
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, str]]:
+    """("line 1", text) of each line of a UTF-8 file, gzip or not, its end included; only a line feed ends a line."""
     number = 0
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
             for line in stream:
                 number += 1
-                yield line
+                if number == 1 and b"\0" in line:
+                    raise _UnreadableError("line 1", _not_utf8(line))
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise _UnreadableError(f"line {number}", _not_utf8(line)) from None
+                yield f"line {number}", text
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{label}: cannot be read after line {number}: {error}") from error
+        # a file that is cut short still gives its first lines; the reader must not take them for the whole
+        after = f" after line {number}" if number else ""
+        raise _UnreadableError("", f"cannot be read{after}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _jsonl_records(file: Path, mistakes: Mistakes) -> Iterator[Placed]:
-    known: dict[tuple[str, ...], Columns] = {}
-    for number, line in enumerate(_lines(file, mistakes.label), 1):
-        place = f"line {number}"
+def _not_utf8(line: bytes) -> str:
+    """The message for a line that is not UTF-8: the encoding it looks like, and the fix."""
+    if b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        likely, name = "UTF-16", "UTF-16"
+    elif sum(byte > 127 for byte in line) > MANY_HIGH_BYTES * len(line):
+        likely, name = "an older encoding of another script (such as Shift JIS, GB 18030, Windows-1251)", "ENCODING"
+    else:
+        likely, name = "Windows-1252 or Latin-1, as Western European Excel writes it", "WINDOWS-1252"
+    return f"not UTF-8 text; it looks like {likely}. Save it as UTF-8 (iconv -f {name} -t UTF-8 FILE)"
+
+
+def _jsonl(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
+    for place, line in read_lines(file):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            mistakes.add(place, f"not UTF-8 text ({error.reason} at byte {error.start})")
-            continue
-        except (json.JSONDecodeError, RecursionError) as error:
-            mistakes.add(place, f"not valid JSON ({error})" + '; write one {"query": …, "positive": …} a line')
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            mistakes.add(place, f"not valid JSON ({error}); write one JSON object a line")
             continue
         if not isinstance(row, dict):
-            mistakes.add(place, f'a JSON {type(row).__name__}; write one {{"query": …, "positive": …}} a line')
+            mistakes.add(place, f'a JSON {type(row).__name__}; write one JSON object a line: {{"column": value, …}}')
             continue
-        names = tuple(row)
         try:
-            columns = known.get(names) or known.setdefault(names, find_columns(names))
+            chosen = columns.of(tuple(row))
         except ValueError as error:
             mistakes.add(place, str(error))
             continue
-        yield place, columns.record(row)
+        yield place, {name: row[name] for name in chosen}
 
 
-def _delimited_records(file: Path, delimiter: str, mistakes: Mistakes) -> Iterator[Placed]:
-    """CSV or TSV with a header, quoted as RFC 4180 says; a badly quoted cell is an error, never a guess."""
-    lines = _lines(file, mistakes.label)
-    texts = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(lines))
+def _delimited(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
+    """CSV or TSV with a header, quoted as RFC 4180 says; a badly quoted cell is a mistake, never a guess."""
+    delimiter, header = _header(file, columns)
+    if delimiter != DELIMITERS[file_format(file) or ""][0]:
+        mistakes.note(f"cells are separated by {DELIMITER_NAMES[delimiter]}")
+    chosen = {name: header.index(name) for name in columns.of(header)}
+    rows = _cells(file, delimiter)
+    next(rows, None)
+    for place, cells in rows:
+        if len(cells) != len(header):
+            fix = f"quote cells that hold {delimiter!r}"
+            mistakes.add(place, f"{len(cells)} cells, but the header has {len(header)}; {fix}")
+        elif delimiter == "\t" and any("\n" in cell and "\t" in cell for cell in cells):
+            # in files without quoting, a text that begins with a quotation mark swallows the rows after it
+            mistakes.add(place, f"a quoted cell runs over several lines and holds tabs; {_DOUBLED}")
+        else:
+            yield place, {name: cells[at] for name, at in chosen.items()}
+
+
+_DOUBLED = 'put a cell with a quotation mark in quotes and write the mark twice: """so"" she said"'
+
+
+def _header(file: Path, columns: _Columns) -> tuple[str, list[str]]:
+    """The delimiter under which the header has the needed columns, and the header."""
+    refused: list[tuple[int, _UnreadableError]] = []
+    for delimiter in DELIMITERS[file_format(file) or ""]:
+        header: list[str] = []
+        try:
+            _, header = next(_cells(file, delimiter), ("", []))
+            columns.of(header)
+            return delimiter, header
+        except _UnreadableError as error:
+            refused.append((0, error))
+        except ValueError as error:
+            refused.append((len(header), _UnreadableError("", str(error))))
+    raise max(refused, key=lambda pair: pair[0])[1]  # under the delimiter that makes the most columns
+
+
+def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a CSV that are not blank, each with the line on which it begins: a cell may hold line feeds."""
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents
-    rows = csv.reader(texts, delimiter=delimiter, strict=True)
+    rows = csv.reader((text for _, text in read_lines(file)), delimiter=delimiter, strict=True)
+    end = 0
     try:
-        header = next(rows, [])
-        columns = find_columns(header)
-        end = rows.line_num
         for cells in rows:
-            place, end = f"line {end + 1}", rows.line_num  # a cell may run over several lines: its first is told
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                mistakes.add(place, f"{len(cells)} cells, but the header has {len(header)}; quote cells that hold one")
-                continue
-            record = columns.record(dict(zip(header, cells, strict=True)))
-            lists = [name for name, cell in _read_cells(columns, record) if _is_list(cell)]
-            if lists:
-                named = ", ".join(map(repr, lists))
-                fix = "write JSONL, or one text a cell (columns negative_1, negative_2; one row for each positive)"
-                mistakes.add(place, f"column {named}: a list in a cell would be read as one text; {fix}")
-                continue
-            yield place, record
+            place, end = f"line {end + 1}", rows.line_num
+            if cells:
+                yield place, cells
     except csv.Error as error:
-        mistakes.add(f"line {rows.line_num}", f'badly quoted ({error}); write a quotation mark inside a cell as ""')
-        mistakes.check()
-    except UnicodeDecodeError as error:
-        mistakes.add(f"line {rows.line_num + 1}", f"not UTF-8 text ({error.reason} at byte {error.start})")
-        mistakes.check()
-    except ValueError as error:
-        _refuse(mistakes.label, error)
+        raise _UnreadableError(f"line {end + 1}", f"badly quoted ({error}); {_DOUBLED}") from None
 
 
-def _read_cells(columns: Columns, record: Record) -> Iterator[tuple[str, str]]:
-    names = (columns.query, columns.positive, *columns.negatives)
-    return zip(names, (record["query"], record["positive"], *record["negatives"]), strict=True)
+def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as stream:
+            chosen = columns.of(stream.schema_arrow.names)
+            for batch in stream.iter_batches(1000, columns=list(chosen)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _UnreadableError("", f"cannot be read as Parquet: {error}") from error
+    except ValueError as error:  # of `choose`; pyarrow's own are ArrowExceptions, caught above
+        raise _UnreadableError("", str(error)) from error
 
 
-def _is_list(cell: str) -> bool:
-    """Whether a cell is a list as JSON or, from pandas, as Python writes it."""
+def is_list(cell: str) -> bool:
+    """Whether a cell holds a list, as JSON or, from pandas, as Python writes it."""
     text = cell.strip()
     for parse in (json.loads, ast.literal_eval) if text[:1] == "[" and text[-1:] == "]" else ():
         try:
@@ -387,63 +228,58 @@ def _is_list(cell: str) -> bool:
     return False
 
 
-def _parquet_records(file: Path, mistakes: Mistakes) -> Iterator[Placed]:
-    import pyarrow
-    import pyarrow.parquet
+def text_problem(value: object) -> str:
+    """Why a value cannot be used as a text ("is empty"), or an empty string if it can."""
+    if value is None:
+        return "is null"
+    if not isinstance(value, str):
+        return f"is {short(value)} ({type(value).__name__})"
+    if not value.strip():
+        return "is empty"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"contains an unpaired surrogate ({value[error.start]!r}), so it is not valid Unicode"
+    return ""
 
+
+def read_texts(path: str | Path, field: str = "text", note: Callable[[str], None] | None = None) -> Iterator[str]:
+    """The texts of a file in its order, unchanged: the lines of a `.txt`, or the column `field` of another format.
+
+    `note` gets a line about anything unusual in the way the file was read. Raises DataError, at the end, with the place
+    of everything that is not a text (a blank line, an empty cell, a number): no text is skipped unnoticed, because the
+    n-th vector belongs to the n-th text.
+    """
+    path = Path(path)
+    mistakes = Mistakes(str(path))
+    plain = path.name.lower().removesuffix(".gz").endswith(".txt")
+    if not plain and file_format(path) is None:
+        allowed = ", ".join(f".{kind}" for kind in ("txt", *FORMATS))
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; allowed: {allowed}, or one of them with .gz")
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        if names.count(field) == 1:
+            return [field]
+        if field in names:
+            raise ValueError(f"two columns {field!r}; drop or rename one")
+        found = ", ".join(map(repr, names)) or "nothing"
+        raise ValueError(f"no field {field!r}, it has {found}{suggest(field, names)}; name it: --field NAME")
+
+    records = _plain(path, field, mistakes) if plain else read_records(path, mistakes, choose)
+    for place, record in records:
+        if problem := text_problem(record[field]):
+            mistakes.add(place, f"the text {problem}; each row of the vectors belongs to one text: correct or drop it")
+        else:
+            yield record[field]
+    mistakes.check()
+    for line in mistakes.notes if note else ():
+        note(line)  # type: ignore[misc]
+
+
+def _plain(file: Path, field: str, mistakes: Mistakes) -> Iterator[Placed]:
     try:
-        with pyarrow.parquet.ParquetFile(file) as stream:
-            columns = find_columns(stream.schema_arrow.names)
-            wanted = [columns.query, columns.positive, *columns.negatives]
-            rows = (row for batch in stream.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
-            yield from _numbered(rows, columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{mistakes.label}: cannot be read as Parquet: {error}") from error
-    except ValueError as error:
-        _refuse(mistakes.label, error)
-
-
-def _demo_records(mistakes: Mistakes) -> Iterator[Placed]:
-    from poolwise import demo
-
-    yield from _numbered(demo.training_pairs(), Columns("query", "positive", ("negatives",)))
-
-
-def _open_hub(name: str, split: str, base_dir: Path) -> Opened:
-    import datasets
-
-    try:
-        with cached_if_unreachable(name):
-            rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # whatever the hub's client raises is about this name, this split or the connection
-        near = suggest(name, [DEMO, *(path.name for path in islice(base_dir.iterdir(), 1000))])
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(
-            f"training data {name!r}: neither a file or folder seen from {str(base_dir)!r}{near} nor usable as a "
-            f"Hub data set with the split {split!r}: {reason}. "
-            f"Check the name and the connection (HF_ENDPOINT, HF_HUB_OFFLINE), or give a file"
-        ) from error
-    try:
-        columns = find_columns(rows.column_names)
-    except ValueError as error:
-        _refuse(name, error)
-    wanted = rows.select_columns([columns.query, columns.positive, *columns.negatives])
-    batches = (
-        dict(zip(batch, cells, strict=True))
-        for batch in wanted.iter(1000)
-        for cells in zip(*batch.values(), strict=True)
-    )
-    return Opened(name, lambda mistakes: _numbered(batches, columns), mendable=False)
-
-
-def _numbered(rows: Iterable[Record], columns: Columns) -> Iterator[Placed]:
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", columns.record(row)
-
-
-def _refuse(label: str, error: ValueError) -> NoReturn:
-    raise DataError(f"{label}: {error}") from error
-
-
-def _either(words: Sequence[str]) -> str:
-    return ", ".join(repr(word) for word in words[:-1]) + f" or {words[-1]!r}"
+        for place, line in read_lines(file):
+            yield place, {field: line.rstrip("\r\n")}
+    except _UnreadableError as error:
+        mistakes.add(error.place, str(error))

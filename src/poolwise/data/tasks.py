@@ -16,7 +16,7 @@ from poolwise.study.catalogue import origin
 
 
 def mteb_task(name: str, data: TaskData, identity: str) -> Any:
-    """An mteb task object of `data`; its data are built when mteb asks for them."""
+    """An mteb task object around `data`; the datasets are built when mteb asks for them."""
     from mteb import TaskMetadata, abstasks
 
     bases = {
@@ -28,8 +28,8 @@ def mteb_task(name: str, data: TaskData, identity: str) -> Any:
     task_type, main_score = MTEB_TYPES[data.kind]
     attributes: dict[str, Any] = {
         "metadata": TaskMetadata(
-            name=name.replace("/", "--"),  # mteb names a file after it
-            description=f"{data.kind} task of poolwise or its user",
+            name=name.replace("/", "--"),  # mteb uses it as a file name
+            description=f"{data.kind} task, built in or the user's own",
             dataset={"path": name, "revision": identity},
             type=cast(Any, task_type),
             category="t2c" if data.kind in ("classification", "clustering") else "t2t",
@@ -39,6 +39,8 @@ def mteb_task(name: str, data: TaskData, identity: str) -> Any:
         ),
         "load_data": _loader(data),
     }
+    if data.kind == "retrieval":
+        attributes["ignore_identical_ids"] = data.ignore_identical_ids
     if data.kind == "sts":
         scores = [row["score"] for row in data.records[data.split]]
         attributes |= {"min_score": min(scores), "max_score": max(scores)}
@@ -56,7 +58,7 @@ def _loader(data: TaskData) -> Callable[..., None]:
 
 
 def _splits(data: TaskData) -> Any:
-    """Rows as they are, labels as 0, 1, … in the order of their values (numbers as numbers)."""
+    """Rows unchanged but for labels, numbered 0, 1, … in the order of their values (numerically if all are numbers)."""
     from datasets import Dataset, DatasetDict
 
     column = {"classification": "label", "clustering": "labels"}.get(data.kind)
@@ -76,12 +78,13 @@ def _splits(data: TaskData) -> Any:
 
 
 def _retrieval(data: TaskData) -> Any:
-    """Queries without a relevant document have no score and are left out, as in mteb and BEIR."""
+    """Queries without a relevant document have no score and are left out, as mteb and BEIR do. A grade below 0 means
+    judged, not relevant, for which trec_eval has 0."""
     from datasets import Dataset
 
     relevant: dict[str, dict[str, int]] = {}
     for row in data.records["qrels"]:
-        query, document, score = str(row["query-id"]), str(row["corpus-id"]), int(row["score"])
+        query, document, score = str(row["query-id"]), str(row["corpus-id"]), max(0, int(row["score"]))
         if relevant.setdefault(query, {}).setdefault(document, score) != score:
             raise TaskError(f"qrels grade document {document!r} for query {query!r} twice, differently; keep one grade")
     relevant = {query: grades for query, grades in relevant.items() if max(grades.values()) > 0}
@@ -94,8 +97,8 @@ def _retrieval(data: TaskData) -> Any:
 
 
 def _reranking(data: TaskData) -> Any:
-    """Each query ranks its own candidates. Identifiers sort so that on ties negatives stand first (trec_eval breaks
-    ties by descending identifier): a model that tells nothing apart earns nothing by the order of the file."""
+    """Each query ranks its own candidates. trec_eval breaks ties by descending identifier, so negatives get the higher
+    ones: a model that scores all candidates alike gains nothing from their order in the file."""
     from datasets import Dataset
 
     corpus, queries = [], []
@@ -118,9 +121,9 @@ def _search_data(split: str, corpus: Any, queries: Any, relevant: Any, candidate
 
 
 def read_columns_whole(data: Any) -> None:
-    """Make every dataset inside `data` (nested dictionaries by subset and split) give a column as a list, at once.
+    """Make every dataset inside `data` (nested dictionaries by subset and split) return a column as a list, at once.
 
-    mteb's classification asks a lazy column for each label of each experiment and metric anew, which takes longer than
+    mteb's classification indexes a lazy column once per label, experiment and metric, which takes longer than
     everything else together (AmazonCounterfactual: 20 s, with whole columns 1 s). The values are the same.
     """
     from datasets import Dataset
@@ -143,8 +146,8 @@ def _listed(value: Any) -> list[Any]:
 
 PINNING_BENCHMARKS = ("MTEB(eng, v1)", "MTEB(eng, v2)")
 
-# The task lists of the paper's published evaluation script (commit 57791d5): CQADupstack is not among them, nine of the
-# clustering tasks are the faster ".v2" ones. Splits and subsets are those of "MTEB(eng, v1)" where it holds the task.
+# The task lists of the paper's published evaluation script (commit 57791d5): CQADupstack is not among them, and nine of
+# the clustering tasks are the faster ".v2" ones. Splits and subsets are those of "MTEB(eng, v1)" if it has the task.
 PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "STS": ("BIOSSES", "SICK-R", "STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"),
     "Classification": (
@@ -189,15 +192,17 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "Summarization": ("SummEval",),
 }
 
+SEARCH_TYPES = ("Retrieval", "Reranking")
+"""Task types with queries and a corpus."""
 DEMO_EXPERIMENTS = 4
-"""Classifiers trained for a built-in classification task; part of what the scores of the demo mean."""
+"""Classifiers trained for a built-in classification task. Another number would change the demo's scores."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task. `task_type` is mteb's word, `source` the origin it shares with related tasks, `identity` what
-    it is made of: "path@revision" of an official dataset, else a hash of the texts and labels. `mteb` is the mteb task
-    object, restricted to `splits` and `subsets`."""
+    """A task to evaluate on. `task_type` is mteb's name of the type, `source` the origin it shares with related tasks,
+    `identity` determines its data: "path@revision" of an official dataset, else a hash of the texts and labels. `mteb`
+    is the mteb task object, restricted to `splits` and `subsets`. `notes`: how a folder was read."""
 
     name: str
     task_type: str
@@ -206,24 +211,41 @@ class Task:
     mteb: Any
     splits: tuple[str, ...]
     subsets: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def texts(self) -> Iterator[str]:
         """Every text that this task gives to a model, as the model gets it (without prompts), classification's training
-        texts included. Loads the data; raises `TaskError` where that fails."""
+        texts included. Loads the data; raises `TaskError` if that fails."""
+        for part, split, subset in self._loaded_splits():
+            yield from (text for _, text in part.split_texts(split, subset))
+
+    def texts_by_kind(self) -> Iterator[tuple[str, str]]:
+        """(kind of `pairs.KINDS`, text) of every text, to be compared with training data. A document with a title comes
+        twice: as a model reads it, and without the title, as other data sets have it."""
+        for part, split, subset in self._loaded_splits():
+            yield from part.split_texts(split, subset)
+            if self.task_type in SEARCH_TYPES:
+                corpus = part.split_data(split, subset)["corpus"]
+                yield from (("documents", row["text"]) for row in corpus if row.get("title") and row["text"])
+
+    def _loaded_splits(self) -> Iterator[tuple[Task, str, str]]:
         for part in self.parts():
             part.load()
-            for split in self.splits:
-                for subset in self.subsets:
-                    yield from part.split_texts(split, subset)
+            yield from ((part, split, subset) for split in self.splits for subset in self.subsets)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data are here already, as those of a folder and of a built-in task; else they are downloaded."""
+        return self.identity.startswith("sha256:")
 
     def parts(self) -> list[Task]:
-        """The tasks behind an aggregate (CQADupstackRetrieval); any other task is its own only part."""
+        """The tasks of an aggregate (CQADupstackRetrieval); any other task is its own only part."""
         if not self.mteb.is_aggregate:
             return [self]
         return [_official(task, self.source) for task in self.mteb.metadata.tasks]
 
     def load(self) -> None:
-        """Load the data, once. Raises `TaskError` naming the task, its dataset and what the loader said."""
+        """Load the data, once. Raises `TaskError` with the task, its dataset and the loader's message."""
         if self.mteb.data_loaded:
             return
         try:
@@ -238,20 +260,21 @@ class Task:
             read_columns_whole(self.mteb.dataset)
 
     def split_data(self, split: str, subset: str) -> Any:
-        """The loaded data of one split, as mteb's evaluators get it."""
+        """The loaded data of one split, in the form that mteb's evaluators take."""
         data = self.mteb.dataset
         return data[split] if subset == "default" and subset not in data else data[subset][split]
 
-    def split_texts(self, split: str, subset: str) -> Iterator[str]:
+    def split_texts(self, split: str, subset: str, kind: str = "test texts") -> Iterator[tuple[str, str]]:
+        """(kind, text) of one loaded split; `kind` is for texts that are neither queries nor documents."""
         data = self.split_data(split, subset)
-        if self.task_type in ("Retrieval", "Reranking"):
-            yield from data["queries"]["text"]
-            yield from map(document_text, data["corpus"])
+        if self.task_type in SEARCH_TYPES:
+            yield from (("queries", text) for text in data["queries"]["text"])
+            yield from (("documents", document_text(document)) for document in data["corpus"])
             return
         if self.task_type == "Classification" and self.mteb.train_split != split:
-            yield from self.split_texts(self.mteb.train_split, subset)
+            yield from self.split_texts(self.mteb.train_split, subset, "training texts")
         for column in self._text_columns():
-            yield from _flat(data[column])
+            yield from ((kind, text) for text in _flat(data[column]))
 
     def _text_columns(self) -> Sequence[str]:
         if self.task_type == "STS":
@@ -275,7 +298,7 @@ def resolve_tasks(names: Sequence[str], base_dir: Path) -> list[Task]:
     """The tasks behind `names`, each once, in the order given. Folders are relative to `base_dir`.
 
     Raises `TaskError` with all problems at once: unknown names with the nearest known one, folders that are missing or
-    malformed (file and line), two different tasks of one name, and one task in two cuts.
+    malformed (file and line), two different tasks of one name, and one task with different splits or subsets.
     """
     tasks: dict[str, Task] = {}
     problems: list[str] = []
@@ -288,11 +311,9 @@ def resolve_tasks(names: Sequence[str], base_dir: Path) -> list[Task]:
                         f"two tasks are called {task.name!r}; give the folder another `name` in its task.toml"
                     )
                 elif (known.splits, known.subsets) != (task.splits, task.subsets):
-                    cuts = " and as ".join(
-                        f"{', '.join(part.splits)} of {_few(part.subsets)}" for part in (known, task)
-                    )
+                    cuts = "; ".join(f"{', '.join(part.splits)} of {_few(part.subsets)}" for part in (known, task))
                     problems.append(
-                        f"{name!r} has {task.name} once more, cut otherwise: as {cuts}; name one of the two"
+                        f"{name!r} lists task {task.name} again with different splits or subsets ({cuts}); keep one"
                     )
         except PoolwiseError as error:
             problems.append(str(error))
@@ -314,7 +335,7 @@ def _resolve(name: str, base_dir: Path) -> list[Task]:
             near = suggest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise TaskError(f"evaluation folder {name!r}: no such folder, seen from {str(base_dir)!r}{near}")
         folder = read_folder(path)
-        return [task_from_data(folder.name, folder.data, folder.source)]
+        return [task_from_data(folder.name, folder.data, folder.source, folder.notes)]
     import mteb
 
     if name == "paper":
@@ -338,7 +359,7 @@ def _resolve(name: str, base_dir: Path) -> list[Task]:
 
 
 def _by_name(name: str) -> Task:
-    """An official task, with the splits and subsets of the English benchmarks where one of them holds it."""
+    """An official task, with the splits and subsets of the English benchmarks if one of them contains it."""
     import mteb
 
     for benchmark in PINNING_BENCHMARKS:
@@ -354,7 +375,7 @@ def _official(task: Any, source: str | None = None) -> Task:
     metadata = task.metadata
     if list(metadata.modalities) != ["text"]:
         raise TaskError(
-            f"task {metadata.name!r} is about {', '.join(metadata.modalities)}; poolwise compares text encoders"
+            f"task {metadata.name!r} is for {', '.join(metadata.modalities)}; poolwise compares text encoders"
         )
     parts = metadata.tasks if task.is_aggregate else [task]
     data = ", ".join(f"{part.metadata.dataset['path']}@{part.metadata.dataset['revision']}" for part in parts)
@@ -383,16 +404,16 @@ def _built_in(name: str) -> list[Task]:
         raise TaskError(f"unknown built-in task {name!r} (allowed: demo, {', '.join(names)}){suggest(name, names)}")
     mechanism = name.removeprefix("demo/").rpartition("-")[0]
     task = task_from_data(name, TaskData(**demo.task_data(name)), source=mechanism or name)
-    if task.task_type == "Classification":  # its training sets are small: mteb's ten draws from one differ little
+    if task.task_type == "Classification":  # mteb's ten draws from so small a training set would hardly differ
         task.mteb.n_experiments = DEMO_EXPERIMENTS
     return [task]
 
 
-def task_from_data(name: str, data: TaskData, source: str) -> Task:
+def task_from_data(name: str, data: TaskData, source: str, notes: tuple[str, ...] = ()) -> Task:
     """A task from texts in memory. Its identity is the hash of kind, texts and labels."""
     identity = content_identity(data)
     task = mteb_task(name, data, identity)
-    return Task(name, task.metadata.type, source, identity, task, (data.split,), ("default",))
+    return Task(name, task.metadata.type, source, identity, task, (data.split,), ("default",), notes)
 
 
 def _flat(values: Any) -> Iterator[Any]:

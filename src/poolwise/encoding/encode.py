@@ -92,7 +92,7 @@ def encode_file(
     if to.suffix != ".npy" or to.is_dir():
         raise DataError(f"{to}: vectors are written as one NumPy file; name it like vectors.npy")
     _check(prompt, side)
-    total = sum(1 for _ in read_texts(texts, field))
+    total = sum(1 for _ in read_texts(texts, field, say))
     if not total:
         raise DataError(f"{texts}: no text in it")
     fast = open_model(model)

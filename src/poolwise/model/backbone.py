@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from poolwise.files import atomic_path
 from poolwise.model.attention import position_ids, set_attention, takes_position_ids
 from poolwise.model.base import pooled_from, write
 from poolwise.model.hooks import LayerCollector, attending, base_model, lock_of
@@ -329,7 +329,6 @@ def _digest(keys: Tensor, lengths: Tensor, states: Tensor) -> str:
 
 def _write(new: dict[bytes, Tensor], folder: Path, capacity: int) -> bool:
     """Write one file of states, if there is room for it; whether that went well. Copies them, which `PIECE` bounds."""
-    name = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _bytes(new) > capacity:
@@ -339,16 +338,11 @@ def _write(new: dict[bytes, Tensor], folder: Path, capacity: int) -> bool:
             "lengths": torch.tensor([len(states) for states in new.values()]),
             "states": torch.cat(list(new.values())),
         }
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-        os.close(handle)
-        save_file(content, name, {"sha256": _digest(**content)})
-        os.replace(name, folder / f"{os.path.basename(name)[1:-4]}.safetensors")
+        # not flushed to disk: a reader checks the hash and computes what is damaged again
+        with atomic_path(folder / f"{secrets.token_hex(8)}.safetensors", durable=False) as temporary:
+            save_file(content, str(temporary), {"sha256": _digest(**content)})
     except FAILURES:  # a full disk, say
         return False
-    finally:
-        if name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
     return True
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +29,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from poolwise.encoding.shortcuts import STANDARD
 from poolwise.errors import CheckpointError, StudyError
-from poolwise.files import sha256, write_json
+from poolwise.files import atomic_folder, sha256, write_json
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
@@ -83,18 +81,10 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
     spec = getattr(encoder, "poolwise", None)
     if spec is None:
         raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         save_weights(encoder, temporary)
         files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
         write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -228,9 +218,7 @@ def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
     expected = encoder.encode(PROBE_TEXTS)
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
     dtype = next(backbone.model.parameters()).dtype
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as temporary:
         merged = _merged(encoder)
         if _is_standard(backbone, head):
             _save_standard(merged, temporary)
@@ -240,11 +228,6 @@ def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
         difference = float(np.abs(expected - found).max())
         if not difference <= TOLERANCE.get(dtype, 1e-3):
             raise CheckpointError(f"the exported model's embeddings differ by {difference:.2g}; nothing was written")
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

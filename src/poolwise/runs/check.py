@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from poolwise.data.batches import effective_negatives, plan
-from poolwise.data.pairs import load_pairs
-from poolwise.data.reading import DEMO, is_hub_name
-from poolwise.data.tasks import resolve_tasks
+from poolwise.data.pairs import DEMO, REMOVED, decontaminate, is_hub_name, load_pairs
+from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
 from poolwise.runs.costs import base_costs
@@ -51,7 +50,7 @@ def check(study: Study) -> dict[str, Any]:
     ]
     for row in designs:
         row["differs_in"] = study.design(row["design"]).differs_from(baseline)
-    tasks = resolve_tasks(study.tasks, study.base_dir)
+    tasks = every_task = resolve_tasks(study.tasks, study.base_dir)
     planted = _mechanisms([task.name for task in tasks if task.name.startswith(DEMO_TASKS)])
     tasks = [task for task in tasks if not task.name.startswith(DEMO_TASKS)]
     types = Counter(task.task_type for task in tasks)
@@ -91,7 +90,10 @@ def check(study: Study) -> dict[str, Any]:
         "contrasts": contrasts,
         "tasks": groups,
         "mechanisms": planted,
-        "data": _data(study, [base["path"] for base in bases]),
+        "data": [
+            *(note for task in every_task for note in task.notes),
+            *_data(study, every_task, [base["path"] for base in bases]),
+        ],
         "warnings": unchecked + list(dict.fromkeys(_warnings(study, designs, groups))),
     }
 
@@ -136,16 +138,21 @@ def _training_flops(study: Study, designs: list[dict[str, Any]]) -> int:
     )
 
 
-def _data(study: Study, paths: list[str]) -> list[str]:
-    """Notes on the training pairs, which are read and batched once to find mistakes, if they are on this machine."""
+def _data(study: Study, tasks: list[Task], paths: list[str]) -> list[str]:
+    """Notes on the training pairs if they are on this machine: read, compared with the tasks at hand, batched."""
     recipe = study.recipe
     for source in recipe.data_sources:
         local = source.path == DEMO or Path(study.base_dir, Path(source.path).expanduser()).exists()
         if not local and is_hub_name(source.path):
             return [f"training data {source.path!r} is read from the Hub when the study runs"]
     pairs = load_pairs(recipe, study.base_dir)
+    evaluated = (text for task in tasks if task.in_memory for text in task.texts_by_kind())
+    pairs = decontaminate(pairs, evaluated, REMOVED[recipe.decontaminate])
     plan(pairs, recipe, study.seeds[0])
-    return list(dict.fromkeys(note for path in paths for note in data_notes(pairs, recipe, path)))
+    notes = list(dict.fromkeys(note for path in paths for note in data_notes(pairs, recipe, path)))
+    if not all(task.in_memory for task in tasks):
+        notes.append("training rows are compared with the texts of official tasks when the study runs")
+    return notes
 
 
 def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from poolwise.data.batches import Plan, plan
-from poolwise.data.pairs import COUNTS, Pairs, Rows, decontaminate, load_pairs, random_stream
+from poolwise.data.pairs import REMOVED, Pairs, decontaminate, load_pairs
+from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
 from poolwise.files import safe_name, write_json
@@ -42,7 +43,9 @@ AA_SEEDS = 1000
 """The A/A arm is the baseline trained with each seed plus this."""
 BROKEN = Design(name="broken", attention="causal", pooling="first_token")
 """The arm that must lose: under causal attention the first token sees nothing of the text."""
-NOT_IN_SPEC = {"base_model", "guide", "report_to", "save_steps"}
+NOT_IN_SPEC = {"base_model", "decontaminate", "guide", "report_to", "save_steps"}
+"""Fields of the recipe that are not in a spec: the base model and the guide are there by content, and so are the rows
+that are left of the data."""
 ADDED = {"accumulation": 1, "matryoshka": [], "guide_margin": 0.0}
 """Options of the recipe that are left out of a spec while they have these values, so that names of trials stay the same
 when an option is added."""
@@ -88,15 +91,7 @@ def _names(designs: Sequence[Design], mode: str) -> str:
 
 def data_notes(pairs: Pairs, recipe: Recipe, path: str) -> list[str]:
     """What was counted, changed or dropped in the training data, and how many of its texts are cut."""
-    report = pairs.report
-    sources = ", ".join(f"{name} {rows:,}" for name, rows in report["rows_by_source"].items())
-    notes = [f"{report['rows']:,} training rows ({sources})"]
-    notes += [f"{report[name]:,} {words}" for name, words in COUNTS.items() if report[name]]
-    if report["evaluation_texts"]:
-        notes.append(
-            f"{report['decontaminated_rows']:,} training rows removed because they contain one of the "
-            f"{report['evaluation_texts']:,} evaluation texts"
-        )
+    notes = pairs.notes()
     cut, texts = cut_texts(pairs, recipe, path)
     if cut:
         notes.append(
@@ -247,10 +242,12 @@ def prepare(study: Study) -> Prepared:
     notes = [note for name in bases for note in check_base(study.on_base(name), *bases[name])]
     tasks = resolve_tasks(study.tasks, study.base_dir)
     pairs = load_pairs(study.recipe, study.base_dir)
-    pairs = decontaminate(pairs, (text for task in tasks for text in task.texts()))
+    evaluated = (text for task in tasks for text in task.texts_by_kind())
+    pairs = decontaminate(pairs, evaluated, REMOVED[study.recipe.decontaminate])
     plans: dict[int, Plan] = {}
     trials = [trial for name in bases for trial in _trials(study.on_base(name), *bases[name], pairs, plans)]
     trials += [Trial(name, "reference", 0, {"reference": name}) for name in study.references if name != "untuned"]
+    notes += [note for task in tasks for note in task.notes]
     notes += [note for path, _ in bases.values() for note in data_notes(pairs, study.recipe, path)]
     return Prepared(study, trials, tasks, pairs, list(dict.fromkeys(notes)), plans)
 

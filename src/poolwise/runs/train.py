@@ -31,7 +31,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from poolwise.errors import TrainingError
-from poolwise.files import write_json
+from poolwise.files import flush_folder, write_json
 from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import torch_dtype
@@ -213,7 +213,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The checkpoint is whole: say so, last of all."""
         if state.is_world_process_zero:
-            write_json(layout.checkpoint(Path(args.output_dir), state.global_step) / COMPLETE, state.global_step)
+            folder = layout.checkpoint(Path(args.output_dir), state.global_step)
+            flush_folder(folder)  # the marker must not reach the disk before the weights
+            write_json(folder / COMPLETE, state.global_step)
 
 
 def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> DefaultBatchSampler:

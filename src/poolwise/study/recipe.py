@@ -46,6 +46,7 @@ class Recipe(Strict):
     base_model: str = Field(default="nano", min_length=1)
     dataset: str | None = None
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
+    decontaminate: Literal["queries", "all", False] = "queries"
     one_source_batches: bool = False
     steps: int = Field(default=1000, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from poolwise import demo
@@ -56,6 +59,7 @@ references = ["untuned", "tfidf", "bm25"]
 [recipe]
 base_model = "mistralai/Mistral-7B-v0.1"
 dataset = "yixuantt/ir_data"
+decontaminate = false
 steps = 1000
 learning_rate = 1e-5
 head_learning_rate = 1e-5
@@ -102,15 +106,81 @@ evaluate_at = [1.0]
 }
 
 
+OWN = """\
+# Your own data: which attention and pooling suit it? "nano" is a toy model for a trial run in minutes. For an answer
+# name a real base model (a folder or a Hub name), lower the learning rates (1e-5 for a 7B model under LoRA) and raise
+# steps, batch_size and max_length. More designs: docs/design-space.md.
+name = "own"
+baseline = "m1"
+seeds = [0, 1, 2]
+tasks = {tasks}
+references = ["untuned", "tfidf", "bm25"]
+evaluate_at = [1.0]
+
+[recipe]
+base_model = "nano"
+{dataset}steps = {steps}
+learning_rate = 5e-3
+head_learning_rate = 5e-3
+warmup_steps = 2
+batch_size = {batch_size}
+negatives = 1
+max_length = 128
+save_steps = 1000
+{sources}
+[[designs]]
+preset = "m1"
+
+[[designs]]
+name = "mean-causal"
+attention = "causal"
+pooling = "mean"
+
+[[designs]]
+name = "mean-bi"
+attention = "bidirectional"
+pooling = "mean"
+"""
+
+
 def write(template: str, to: Path | None = None) -> Path:
     """Write a starter study. Raises PoolwiseError for an unknown template or a file that exists."""
     if template not in TEMPLATES:
-        allowed = ", ".join(TEMPLATES)
-        raise PoolwiseError(f"template {template!r} is unknown; allowed: {allowed}{suggest(template, TEMPLATES)}")
-    path = to or Path(f"{template}.toml")
+        allowed = [*TEMPLATES, "own"]
+        hint = suggest(template, allowed)
+        raise PoolwiseError(f"template {template!r} is unknown; allowed: {', '.join(allowed)}{hint}")
+    return _write_new(to or Path(f"{template}.toml"), TEMPLATES[template])
+
+
+def write_own(tasks: Sequence[Path], pairs: Mapping[Path, int], to: Path) -> Path:
+    """Write a study of own evaluation folders and own files of training pairs (with their rows; none: the demo's).
+
+    Raises PoolwiseError for a file that exists.
+    """
+
+    def relative(path: Path) -> str:
+        place = os.path.relpath(path, to.resolve().parent)
+        return json.dumps(place if place.startswith(".") else f"./{place}", ensure_ascii=False)
+
+    rows = sum(pairs.values())
+    # a bootstrap leaves about 63 % of the rows, of which a batch takes different ones
+    batch_size = max(2, min(24, rows // 4)) if rows else 24
+    steps = min(200, max(16, 3 * rows // batch_size))
+    dataset, sources = 'dataset = "demo"\n', ""
+    if pairs:
+        dataset = f"dataset = {relative(next(iter(pairs)))}\n" if len(pairs) == 1 else ""
+    if len(pairs) > 1:  # weighted by rows, so that every row counts alike
+        parts = (f"\n[[recipe.sources]]\npath = {relative(path)}\nweight = {n}.0\n" for path, n in pairs.items())
+        sources = "".join(parts)
+    listed = "[\n" + "".join(f"  {relative(path)},\n" for path in tasks) + "]" if tasks else "[]"
+    text = OWN.format(tasks=listed, dataset=dataset, steps=steps, batch_size=batch_size, sources=sources)
+    return _write_new(to, text)
+
+
+def _write_new(path: Path, text: str) -> Path:
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATES[template])
+            file.write(text)
     except FileExistsError:
         raise PoolwiseError(f"{path} exists; give another name with --to") from None
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from poolwise.errors import StudyError, explain, suggest
+from poolwise.files import safe_name
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import Design, expand
 from poolwise.study.own_pooling import allowing_code, find_own, is_own
@@ -272,7 +273,7 @@ def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:
     ]
     folders: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        other = folders.setdefault("".join(c if c.isalnum() or c in "-_." else "-" for c in name), name)
+        other = folders.setdefault(safe_name(name), name)
         if other != name:
             problems.append(
                 f"designs: the names {other!r} and {name!r} differ only in characters that are replaced in folder names"
