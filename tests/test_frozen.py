@@ -63,7 +63,7 @@ def test_same_embeddings_and_one_forward_a_text(base: str, preset: str, tmp_path
     assert (kept.asked, kept.computed) == (8, 7)
     assert np.abs(FastEncoder(model).encode(TEXTS) - expected).max() < 1e-5  # other batches, other padding
     assert kept.computed == 7
-    kept.leave()
+    kept.share()
     later = FrozenStates(tmp_path)
     assert np.abs(encoder(base, preset, later).encode(TEXTS) - expected).max() < 1e-5
     assert later.computed == 0
@@ -95,7 +95,7 @@ def test_no_room_only_costs_time(base: str, tmp_path: Path) -> None:
     for _ in range(2):
         assert np.abs(model.encode(TEXTS) - expected).max() < 1e-5
     assert full.computed == 14
-    full.leave()
+    full.share()
     assert not list(tmp_path.iterdir())
 
 
@@ -105,7 +105,7 @@ def test_a_full_folder_is_read_and_grows_no_more(tmp_path: Path) -> None:
     for _ in range(4):
         kept = FrozenStates(tmp_path, capacity=5 * 256)
         assert ask(kept, *range(8)) == list(range(8))
-        kept.leave()
+        kept.share()
         computed.append(kept.computed)
         sizes.append([path.stat().st_size for path in tmp_path.iterdir()])
     assert computed == [8, 3, 3, 3]
@@ -115,7 +115,7 @@ def test_a_full_folder_is_read_and_grows_no_more(tmp_path: Path) -> None:
     file.write_bytes(bytes(5 * 256))  # nor beside a full folder that cannot be read
     kept = FrozenStates(tmp_path, capacity=5 * 256)
     ask(kept, 1)
-    kept.leave()
+    kept.share()
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -123,7 +123,7 @@ def test_a_file_that_does_not_fit_does_not_hide_those_that_do(tmp_path: Path) ->
     for names in (range(6), range(10, 12)):
         kept = FrozenStates(tmp_path)
         ask(kept, *names)
-        kept.leave()
+        kept.share()
     large, small = sorted(tmp_path.iterdir(), key=lambda path: -path.stat().st_size)
     large.rename(tmp_path / "a.safetensors")
     small.rename(tmp_path / "b.safetensors")
@@ -142,7 +142,7 @@ def test_states_are_written_in_pieces_and_not_twice(tmp_path: Path, monkeypatch:
             assert len(kept.new) < 3
     assert len(list(tmp_path.iterdir())) == 1
     for kept in (one, other):
-        kept.leave()
+        kept.share()
         assert kept.size == 5 * 256
         assert not kept.new
     assert len(list(tmp_path.iterdir())) == 2
@@ -154,7 +154,7 @@ def test_states_are_written_in_pieces_and_not_twice(tmp_path: Path, monkeypatch:
 def test_files_are_mapped_not_copied(tmp_path: Path) -> None:
     kept = FrozenStates(tmp_path)
     ask(kept, 1)
-    kept.leave()
+    kept.share()
     (file,) = tmp_path.iterdir()
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -197,13 +197,13 @@ def unsigned(path: Path) -> None:
 def test_damaged_files_only_cost_time(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     kept = FrozenStates(tmp_path)
     ask(kept, *range(1, 6))
-    kept.leave()
+    kept.share()
     (file,) = tmp_path.iterdir()
     damage(file)
     again = FrozenStates(tmp_path)
     assert ask(again, *range(1, 6)) == list(range(1, 6))
     assert again.computed == 5
-    again.leave()
+    again.share()
     assert FrozenStates(tmp_path).size == 5 * 256
 
 
@@ -219,7 +219,7 @@ def test_states_that_cannot_be_written_are_not_shared(
     ask(kept, 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr(backbone, "save_file", full)
-        kept.leave()
+        kept.share()
     assert not list(tmp_path.iterdir())
     assert ask(kept, 1, 2, 3) == [1, 2, 3]
     assert kept.computed == 3
@@ -331,7 +331,7 @@ def test_states_of_another_dtype_are_not_used(tmp_path: Path, monkeypatch: pytes
         trials._freeze(model, trial, prepared.study.folder / "trials" / trial.name)
         model.encode(TEXTS)
         computed.append(model[0].frozen.computed)
-        model[0].frozen.leave()
+        model[0].frozen.share()
     assert computed == [7, 0, 7]
 
 

@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from poolwise.errors import ModelError
 from poolwise.model import hooks as layers
 from poolwise.model.attention import position_ids, set_attention
-from poolwise.model.hooks import LayerCollector, decoder_layers, last_index, last_state, mean_state
+from poolwise.model.hooks import LayerCollector, decoder_layers, last_index
+from poolwise.pooling.heads import last_token, weighted_mean
 from tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(5, 5 + 24).view(4, 6)
@@ -52,7 +53,7 @@ def test_hooks_equal_kept_hidden_states(family, reduce):
         expected = kept(model, reduce)
         states = run(model, output_hidden_states=True).hidden_states[1:]
     assert vectors.shape == (4, 3, 32)
-    reference = last_state if reduce == "last" else mean_state
+    reference = last_token if reduce == "last" else weighted_mean
     assert torch.equal(vectors, torch.stack([reference(h, MASK) for h in states], 1))
     if reduce == "last":
         assert torch.equal(vectors, expected)
@@ -77,16 +78,16 @@ def test_reductions_by_hand():
     assert last_index(MASK).tolist() == LAST
     states = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [0, 0, 1]])
-    assert last_state(states, mask).tolist() == [[2, 3], [10, 11]]
-    assert mean_state(states, mask).tolist() == [[1, 2], [10, 11]]
+    assert last_token(states, mask).tolist() == [[2, 3], [10, 11]]
+    assert weighted_mean(states, mask).tolist() == [[1, 2], [10, 11]]
     empty = torch.zeros(2, 3)
-    assert last_state(states, empty).tolist() == mean_state(states, empty).tolist() == [[0, 0], [0, 0]]
+    assert last_token(states, empty).tolist() == weighted_mean(states, empty).tolist() == [[0, 0], [0, 0]]
     # what stands in the padding is not read, even where attention left NaN there
     states[0, 2] = states[1, :2] = torch.nan
-    assert mean_state(states, mask).tolist() == [[1, 2], [10, 11]]
+    assert weighted_mean(states, mask).tolist() == [[1, 2], [10, 11]]
     # bf16 would count 256 + 1 = 256
-    assert mean_state(torch.ones(1, 600, 1).bfloat16(), torch.ones(1, 600)).item() == 1
-    assert last_state(states.bfloat16(), mask).dtype == torch.float32
+    assert weighted_mean(torch.ones(1, 600, 1).bfloat16(), torch.ones(1, 600)).item() == 1
+    assert last_token(states.bfloat16(), mask).dtype == torch.float32
 
 
 @pytest.mark.parametrize("reduce", ["last", "mean"])
@@ -138,7 +139,7 @@ def test_gradients_equal_with_and_without_checkpointing(family, lora, dtype):
     # against kept hidden states, through autograd
     reference = Case(family, lora, dtype)
     states = run(reference.model, output_hidden_states=True).hidden_states[1:]
-    kept_vectors = torch.stack([mean_state(h, MASK) for h in states], 1)
+    kept_vectors = torch.stack([weighted_mean(h, MASK) for h in states], 1)
     assert torch.equal(vectors, kept_vectors)
     # (in bf16 the two graphs add gradients in different orders)
     compare(reference.gradients(kept_vectors), expected, atol=0.1 if dtype == torch.bfloat16 else 1e-6)
@@ -271,7 +272,7 @@ def test_other_layers_are_freed_while_the_forward_runs(monkeypatch):
     assert alive_while_running(collect=True) <= 1  # the running layer's input
     assert alive_while_running(collect=False) == 5
     # control: a slice without a copy is a view, and keeps every layer
-    monkeypatch.setitem(layers._REDUCE, "last", lambda states, mask: states[:, -1])
+    monkeypatch.setitem(layers.REDUCTIONS, "last", lambda states, mask: states[:, -1])
     assert alive_while_running(collect=True) == 5
 
 

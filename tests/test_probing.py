@@ -75,6 +75,7 @@ def test_vectors_are_the_reduced_hidden_states(
             )
         for layer, hidden in enumerate(states.hidden_states[1:]):
             expected = hidden[0, -1] if reduce == "last" else hidden[0].mean(0)
+            expected = torch.nn.functional.normalize(expected, dim=-1)
             np.testing.assert_allclose(found[layer][row], expected, atol=1e-5)
     np.testing.assert_array_equal(model.encode(list(SENTENCES)), before)  # left as it was
 
@@ -88,6 +89,21 @@ def test_the_last_layer_of_a_plain_pooling_is_the_design(place: Path) -> None:
     own = evaluate(model, tasks, identity="own", items=False, prompts={})
     assert rows[-1]["score"] == pytest.approx(own[0]["score"], abs=1e-6)
     assert rows[0]["score"] != pytest.approx(own[0]["score"], abs=1e-3)
+
+
+def test_the_last_layer_of_m1_classifies_as_m1_does(place: Path) -> None:
+    """Logistic regression is not blind to the length of vectors, as cosines are: layers must be normalised as well."""
+    folder = place / "classes"
+    folder.mkdir()
+    for split, numbers in (("train", range(40)), ("test", range(40, 80))):
+        lines = [f"{'the heron stands' if n % 2 else 'a fish waits'} {n * 7 % 13},{n * n % 3}" for n in numbers]
+        (folder / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    tasks = resolve_tasks((str(folder),), place)
+    model = encoder(place, "causal", "last_token")
+    rows = probe_layers(model, tasks, identity="x", reduce="last", prompts={})
+    design = evaluate(model, tasks, identity="own", items=False, prompts={})
+    assert rows[-1]["score"] == pytest.approx(design[0]["score"], abs=1e-6)
+    assert {row["task_type"] for row in rows} == {"Classification"}
 
 
 @pytest.fixture(scope="module")

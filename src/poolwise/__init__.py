@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _WHERE = {  # imported on first use: torch and mteb cost seconds
+    "Backbone": "model.backbone",  # exported folders name this class and PoolingHead
     "Design": "study.design",
     "FastEncoder": "encoding.fast",
     "Pooling": "pooling.heads",
+    "PoolingHead": "model.encoder",
     "PoolwiseError": "errors",
     "Recipe": "study.recipe",
     "Study": "study.study",

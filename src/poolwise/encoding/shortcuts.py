@@ -24,9 +24,8 @@ from poolwise.encoding.rows import Row, padded
 from poolwise.errors import ModelError
 from poolwise.model.attention import get_attention, verify
 from poolwise.model.backbone import TEXT, Backbone
-from poolwise.model.encoder import PoolingHead
+from poolwise.model.encoder import STANDARD, PoolingHead
 from poolwise.model.hooks import decoder_layers, last_index
-from poolwise.study.catalogue import POOLINGS
 
 BY_LENGTH = {"dynamic", "longrope"}
 """Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
@@ -205,8 +204,6 @@ def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
     return half
 
 
-STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
-"""Our pooling -> the mode of sentence-transformers' own."""
 AGREEMENT = {
     torch.float32: (1e-5, 1e-8),
     torch.float64: (1e-5, 1e-8),

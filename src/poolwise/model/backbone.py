@@ -1,4 +1,4 @@
-"""The decoder inside an encoder: its attention declared, probed and stored, its batches laid out, its states handed on.
+"""The decoder inside an encoder: attention mode, layout of batches, states, per-layer vectors, cache of frozen states.
 
 Shapes: (B, T, D) tokens of the last layer, (B, L, D) one vector per layer.
 """
@@ -28,20 +28,26 @@ from poolwise.model.hooks import LayerCollector, attending, base_model, lock_of
 from poolwise.model.packing import Rows, forward_grouped, forward_packed, has_dropout, packed_attention_on
 
 DIFFERENT = ("a", "The", "zebra", "7", '"', "(")
-"""Texts that share no first token: what they have in common after a prompt is the prompt's alone."""
+"""Texts that share no first token, so that what they share after a prompt belongs to the prompt."""
 TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 
 
 class Backbone(Transformer):
-    """A decoder whose attention is declared, probed and stored: token states, and one vector per layer if asked.
+    """A decoder with a declared attention mode: states of tokens and, if collected, one vector per layer.
 
-    `attention`: a mode of `catalogue.ATTENTIONS`. `collect`: None, `last` or `mean`; what stands for each
-    layer's tokens. `include_prompt`: False leaves the prompt out of pooling, `special_tokens`: False leaves out
-    BOS, EOS and the like, `skip_start` so many tokens at the start (BOS). `pad_by_id`: the padding token's id decides
-    what is pooled, as in the paper's code, instead of the mask. `template`: what texts are written into, see `inputs`.
-    Position ids always come from the mask, so the side of the padding does not matter.
+    Position ids always come from the mask, so that the padding side does not matter.
+
+    Args:
+        attention: a mode of `catalogue.ATTENTIONS`.
+        collect: `last` or `mean`, how a layer's tokens become its vector; None collects no vectors.
+        include_prompt: False leaves the prompt out of pooling.
+        pad_by_id: the id of the padding token decides what is pooled, as in the paper's code, instead of the mask.
+        skip_start: number of tokens at the start that are never pooled (BOS).
+        special_tokens: False leaves BOS, EOS and the like out of pooling.
+        template: what texts are written into, see `model.base.FORMS`.
     """
 
+    __module__ = "poolwise"  # stored in exported folders: must stay importable wherever the class moves
     config_keys = [  # noqa: RUF012 (as in the parent)
         *Transformer.config_keys,
         "attention",
@@ -86,16 +92,19 @@ class Backbone(Transformer):
 
     @classmethod
     def of(cls, loaded: Transformer, attention: str) -> Backbone:
-        """A backbone around the model and the tokenizer of `loaded`, which stays as it is. The attention is not set:
-        it must be the one that the model has."""
-        own = cls.__new__(cls)
-        own.__dict__.update(vars(loaded), _modules=dict(loaded._modules), _prompt_length_mapping={})
-        own.unpad_inputs = False
-        own.attention, own.collect, own.collector, own.frozen = attention, None, None, None
-        own.include_prompt, own.pad_by_id, own.skip_start, own.special_tokens = True, False, 0, True
-        own.template, own.layout, own.once = "plain", "padded", False
-        own.takes_position_ids = takes_position_ids(own.model)
-        return own
+        """A backbone around the model and the tokenizer of `loaded`, which is not changed.
+
+        `attention` is not set: it must be the mode that the model already has.
+        """
+        backbone = cls.__new__(cls)  # __init__ would load the model a second time
+        backbone.__dict__.update(vars(loaded), _modules=dict(loaded._modules), _prompt_length_mapping={})
+        backbone.unpad_inputs = False
+        backbone.attention, backbone.collect, backbone.collector, backbone.frozen = attention, None, None, None
+        backbone.include_prompt, backbone.pad_by_id, backbone.skip_start = True, False, 0
+        backbone.special_tokens, backbone.template = True, "plain"
+        backbone.layout, backbone.once = "padded", False
+        backbone.takes_position_ids = takes_position_ids(backbone.model)
+        return backbone
 
     @property
     def words(self) -> PreTrainedTokenizerBase:
@@ -104,12 +113,14 @@ class Backbone(Transformer):
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """To hold around a forward and what is set up for it: layers are hooked for one batch at a time. What shares
-        the decoder shares the lock."""
+        """Held during a forward and its setup, because the hooks serve one batch at a time.
+
+        Encoders that share the decoder share the lock.
+        """
         return lock_of(base_model(self.model))
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Texts to `input_ids` and `attention_mask` (B, T), written into the template after their prompt."""
+        """Texts to `input_ids` and `attention_mask` (B, T), each written into the template after its prompt."""
         with lock_of(self.words):
             if self.template == "plain":
                 return super().preprocess(inputs, prompt=prompt, **kwargs)
@@ -136,7 +147,7 @@ class Backbone(Transformer):
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor, prefix: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """States and, if collected, vectors of a batch in the layout that is set; arguments as in `_forward_padded`."""
+        """States and, if collected, vectors of a batch in the current layout; arguments as in `_forward_padded`."""
         if self.layout == "packed":
             return forward_packed(self.model, self.collector, Rows(ids, mask, pooled), once=self.once)
         if self.layout == "grouped":
@@ -146,8 +157,10 @@ class Backbone(Transformer):
     def _known_or_forward(
         self, ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor, prefix: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The same from the states that are kept of a frozen base, and forwards of the texts that are new; without the
-        token states where layers are pooled."""
+        """The same from the cache of a frozen base; only new texts are run through it.
+
+        Where layers are pooled, the states of tokens are not cached and None is returned for them.
+        """
         assert self.frozen is not None
         real = mask.bool()
         keys = [
@@ -185,8 +198,8 @@ class Backbone(Transformer):
         if self.takes_position_ids:
             inputs["position_ids"] = position_ids(mask)
         if self.layout == "right" and (self.attention == "causal" or bool(mask.all())):
-            inputs["attention_mask"] = None  # what stands on the right is seen by no real token
-            if self.takes_position_ids:  # gaps in them would be taken for several texts in a row
+            inputs["attention_mask"] = None  # no real token attends to the padding on its right
+            if self.takes_position_ids:  # transformers takes gaps for the borders of packed texts
                 inputs["position_ids"] = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         if self.collector is None:
             with attending(self.model, mask, prefix):
@@ -197,8 +210,10 @@ class Backbone(Transformer):
 
     @contextlib.contextmanager
     def in_layout(self, layout: str) -> Iterator[None]:
-        """Inside, forwards run in one of the layouts of `decoder.packing`; or in layout `right`, for batches that come
-        padded on the right and need no mask where attention is causal."""
+        """Run forwards in one of the layouts of `model.packing`: padded, grouped, packed.
+
+        Or in layout `right`: for batches padded on the right, which need no mask under causal attention.
+        """
         before = self.layout, self.once
         with packed_attention_on(self.model) if layout == "packed" else contextlib.nullcontext():
             self.layout, self.once = layout, not has_dropout(self.model)
@@ -208,8 +223,7 @@ class Backbone(Transformer):
                 self.layout, self.once = before
 
     def _pooling_mask(self, features: dict[str, Any]) -> torch.Tensor:
-        """Which tokens are pooled (B, T): the attended ones, less the prompt's where the recipe excludes it, less what
-        template and design leave out."""
+        """Which tokens are pooled (B, T): all real ones, less those that the recipe, template or design leave out."""
         mask = features["attention_mask"]
         if self.pad_by_id:  # the paper's code: whatever has the padding token's id counts as padding
             mask = (features["input_ids"] != self.words.pad_token_id).to(mask.dtype)
@@ -224,11 +238,11 @@ class Backbone(Transformer):
         if not self.special_tokens:
             special = torch.tensor(self.words.all_special_ids, device=mask.device)
             content = content * ~torch.isin(features["input_ids"], special)
-        # a text that the prompt fills to the limit keeps its last token: an embedding of nothing helps nobody
+        # a prompt that fills max_length leaves no text to pool: then pool all tokens rather than none
         return torch.where(content.any(1, keepdim=True), content, mask)
 
     def _prompt_tokens(self, features: dict[str, Any]) -> torch.Tensor:
-        """How many tokens stand before the text: (1, 1), or (B, 1) where texts of several prompts come together."""
+        """How many tokens come before the text: (1, 1), or (B, 1) if the texts of a batch have different prompts."""
         length = features.get("prompt_length")
         if length is None:
             with lock_of(self.words):
@@ -236,7 +250,7 @@ class Backbone(Transformer):
         return torch.as_tensor(length, device=features["attention_mask"].device).reshape(-1, 1)
 
     def _get_prompt_length(self, prompt: str, **kwargs: Any) -> int | None:
-        """Tokens that belong to the prompt whatever follows it (a trailing space may merge with the next word)."""
+        """Number of tokens of the prompt whatever text follows (a trailing space may merge with the next word)."""
         if prompt not in self._prompt_length_mapping:
             ids = [self.words(prompt + text)["input_ids"] for text in DIFFERENT]
             shared = 0
@@ -247,15 +261,19 @@ class Backbone(Transformer):
 
 
 CAPACITY = 2 << 30
-"""Bytes of states used at most, and of files in the folder; texts beyond that are run through the base again."""
+"""Bytes of states kept at most, in memory and in the folder's files; further texts are run through the base."""
 PIECE = 64 << 20
-"""Bytes of new states held in a process's own memory before they are written and mapped."""
+"""Bytes of new states that a process holds in its own memory before it writes them to a file and maps that."""
 FAILURES = (OSError, SafetensorError)
 
 
 @dataclass
 class FrozenStates:
-    """What a frozen decoder made of each text. `asked` and `computed` count texts, `size` bytes of states."""
+    """A cache of what a frozen decoder computes for each text, shared between trials through files in `folder`.
+
+    `asked` and `computed` count texts, `size` the bytes of the states in the cache. An invalid file is ignored, and if
+    files cannot be written, states are recomputed: the cache can only cost time, never change a result.
+    """
 
     folder: Path | None = None
     capacity: int = CAPACITY
@@ -267,52 +285,53 @@ class FrozenStates:
     seen: set[Path] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._find()
+        self._map_new_files()
 
     def states(self, keys: list[bytes], compute: Callable[[list[int]], Iterable[Tensor]]) -> list[Tensor]:
         """The states (N, D) of each text; `compute` gets the numbers of those that are not known, each once."""
         self.asked += len(keys)
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         missing = [row for key, row in first.items() if key not in self.known]
-        found: dict[bytes, Tensor] = {}
+        computed: dict[bytes, Tensor] = {}
         if missing:
             self.computed += len(missing)
-            for row, made in zip(missing, compute(missing), strict=True):
-                found[keys[row]] = made.detach().float().cpu().clone()
-                if self.size + found[keys[row]].nbytes <= self.capacity:
-                    self.known[keys[row]] = self.new[keys[row]] = found[keys[row]]
-                    self.size += found[keys[row]].nbytes
+            for row, states in zip(missing, compute(missing), strict=True):
+                key = keys[row]
+                computed[key] = states.detach().float().cpu().clone()
+                if self.size + computed[key].nbytes <= self.capacity:
+                    self.known[key] = self.new[key] = computed[key]
+                    self.size += computed[key].nbytes
             if self.folder is not None and _bytes(self.new) >= PIECE:
-                self.leave()
-        return [found[key] if key in found else self.known[key] for key in keys]
+                self.share()
+        return [computed[key] if key in computed else self.known[key] for key in keys]
 
-    def leave(self) -> None:
-        """Write what is new to the folder, for other trials, and map it; where that fails, it is not shared."""
+    def share(self) -> None:
+        """Write the new states to the folder for other trials and map that file; stop sharing if that fails."""
         if self.folder is None:
             return
-        self._find()  # what another trial has left meanwhile need not be there twice
+        self._map_new_files()  # another trial may have written the same texts meanwhile
         if not self.new:
             return
         if _write(self.new, self.folder, self.capacity):
-            self._find()
-        else:  # no room: go on with what is here
+            self._map_new_files()
+        else:  # no room: continue with the states in memory, without letting them grow
             self.folder, self.capacity = None, self.size
 
-    def _find(self) -> None:
-        """Map the files that have come into the folder, as far as they fit."""
+    def _map_new_files(self) -> None:
+        """Map the files that have appeared in the folder, as far as they fit."""
         for path in sorted(set(self.folder.glob("*.safetensors")) - self.seen) if self.folder else ():
             self.seen.add(path)
             try:
-                found = _read(path)
-            except (*FAILURES, ValueError, TypeError, RuntimeError):  # its texts are computed again
+                content = _read(path)
+            except (*FAILURES, ValueError, TypeError, RuntimeError):  # invalid: its texts are computed again
                 continue
-            added = {key: states for key, states in found.items() if key not in self.known}
+            added = {key: states for key, states in content.items() if key not in self.known}
             if self.size + _bytes(added) > self.capacity:
                 continue
             self.size += _bytes(added)
             self.known |= added
-            for key in self.new.keys() & found.keys():
-                self.known[key] = found[key]
+            for key in self.new.keys() & content.keys():  # frees this process's own copy
+                self.known[key] = content[key]
                 del self.new[key]
 
 
@@ -328,7 +347,7 @@ def _digest(keys: Tensor, lengths: Tensor, states: Tensor) -> str:
 
 
 def _write(new: dict[bytes, Tensor], folder: Path, capacity: int) -> bool:
-    """Write one file of states, if there is room for it; whether that went well. Copies them, which `PIECE` bounds."""
+    """Write one file of states, a copy of which `PIECE` bounds the size; False if there is no room or it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if sum(path.stat().st_size for path in folder.glob("*.safetensors")) + _bytes(new) > capacity:
@@ -341,13 +360,13 @@ def _write(new: dict[bytes, Tensor], folder: Path, capacity: int) -> bool:
         # not flushed to disk: a reader checks the hash and computes what is damaged again
         with atomic_path(folder / f"{secrets.token_hex(8)}.safetensors", durable=False) as temporary:
             save_file(content, str(temporary), {"sha256": _digest(**content)})
-    except FAILURES:  # a full disk, say
+    except FAILURES:  # e.g. a full disk
         return False
     return True
 
 
 def _read(path: Path) -> dict[bytes, Tensor]:
-    """The states that a file holds, mapped. Raises one of several errors where it is not what was written."""
+    """The states in a file, mapped. Raises one of several errors if the file is not what was written."""
     with safe_open(path, "pt") as file:
         content = {name: file.get_tensor(name) for name in ("keys", "lengths", "states")}
         expected = (file.metadata() or {}).get("sha256")

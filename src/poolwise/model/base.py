@@ -1,15 +1,16 @@
-"""The base model before anything is done to it: where it is, its configuration, tokenizer and templates."""
+"""The base model as it is on disk or on the Hub: its path, identity, configuration, tokenizer; and text templates."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from poolwise.errors import ModelError
@@ -33,9 +34,9 @@ def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base
 
 
 def base_identity(path: str, commit: str | None = None) -> str:
-    """What a base model is: its Hub commit, or the hash of its folder's configuration, tokenizer and weights.
+    """Identifies a base model by its Hub commit, or by a hash of its folder's configuration, tokenizer and weights.
 
-    Of weight files beyond 64 MiB the size and the first and last MiB are hashed.
+    Of files beyond 64 MiB only the size and the first and last MiB are hashed, so that it takes no minutes.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -57,17 +58,38 @@ def base_identity(path: str, commit: str | None = None) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`auto`: bf16 where a GPU computes in it, fp32 elsewhere."""
+    """The torch dtype of a recipe's `dtype`; `auto` is bf16 on a GPU that computes in it, fp32 elsewhere."""
     if name == "auto":
+        # older GPUs emulate bf16, slowly, and torch reports that as support unless asked not to
         computes = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if computes else torch.float32
     return cast(torch.dtype, getattr(torch, name))
 
 
-def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the tokenizer end every text with its EOS token, also where it truncates; checked, not assumed.
+@contextlib.contextmanager
+def restored_rng(model: nn.Module | None = None, seed: int | None = None) -> Iterator[None]:
+    """Restores torch's random state at the end of the block: the CPU's, and that of the GPUs that `model` is on.
 
-    Raises ModelError where the tokenizer has no EOS token or will not append it.
+    seed: seeds the CPU's generator for the block. `torch.random.fork_rng` and `torch.manual_seed` are not used, because
+    they ask for accelerators: that initialises CUDA, after which a forked process could not use it any more.
+    """
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"} if model is not None else set()
+    states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
+    state = torch.get_rng_state()
+    if seed is not None:
+        torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        for gpu, before in states.items():
+            torch.cuda.set_rng_state(before, gpu)
+
+
+def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokenizer end every text with its EOS token, truncated texts included, and check that it does.
+
+    Raises ModelError if the tokenizer has no EOS token or does not append it.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -89,7 +111,7 @@ def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
         )
     if not _ends_with_eos(tokenizer):
         raise ModelError(
-            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} will not append "
+            f"recipe.append_eos = true: the tokenizer {type(tokenizer).__name__} does not append "
             f"{tokenizer.eos_token!r}; set append_eos = false or give the model a tokenizer.json with a post-processor"
         )
 
@@ -103,7 +125,7 @@ def _ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def load_base(name: str, base_dir: Path | None = None, **options: Any) -> PreTrainedModel:
-    """The base model alone, without its language-model head. Raises ModelError where it cannot be loaded."""
+    """The base model without its language-model head. Raises ModelError if it cannot be loaded."""
     from transformers import AutoModel
 
     try:
@@ -126,7 +148,7 @@ def load_config(name: str, path: str) -> Any:
 
 
 def check_positions(recipe: Recipe, config: Any) -> None:
-    """Raise ModelError where the recipe's texts may be longer than the base model has positions."""
+    """Raise ModelError if `max_length` exceeds the base model's number of positions."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit and recipe.max_length > limit:
         raise ModelError(
@@ -135,6 +157,7 @@ def check_positions(recipe: Recipe, config: Any) -> None:
 
 
 def cannot_load(field: str, name: str, error: Exception) -> ModelError:
+    """The error for a base model that does not load, with the library's reason and the fix."""
     reason = str(error).strip().split("\n")[0]
     if "attention implementation" in reason:
         return ModelError(f"{field} = {name!r}: {reason.split('. ')[0]}; try recipe.attn_implementation = 'eager'")
@@ -145,7 +168,7 @@ def cannot_load(field: str, name: str, error: Exception) -> ModelError:
 
 
 class Form(NamedTuple):
-    """A template's words: before the text, between its two copies (None: one copy), after it, and in front of each."""
+    """The words of a template: before the text, between its two copies (None: one copy), after it, before each copy."""
 
     before: str
     between: str | None
@@ -162,9 +185,9 @@ FORMS = {
 def write(
     template: str, texts: Sequence[str], prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[list[int]], int]:
-    """Ids of each text in its template, at most `max_length` of them; and how many of them stand before the text.
+    """Token ids of each text in its template, at most `max_length` each; and the number of tokens before the text.
 
-    Raises `ModelError` where prompt and template leave no token to the text.
+    The text is cut, never the template. Raises `ModelError` if prompt and template leave no room for the text.
     """
     form = FORMS[template]
     leading, trailing = special_frame(tokenizer)
@@ -186,9 +209,9 @@ def write(
 
 
 def pooled_from(template: str, real: Tensor, prefix: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """How many tokens of each text stand before what is pooled: before the second copy in echo, none in others.
+    """How many tokens of each text (B, 1) come before those that are pooled: all before echo's second copy, else none.
 
-    real, prefix: (B, 1), tokens of a text in its template, and those of them before the text, as `write` gives them.
+    real, prefix: (B, 1), the number of tokens of a text in its template, and of those before the text (see `write`).
     """
     between = FORMS[template].between
     if between is None:
@@ -199,7 +222,7 @@ def pooled_from(template: str, real: Tensor, prefix: Tensor, tokenizer: PreTrain
 
 
 def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after every text: BOS, EOS, or none."""
+    """Token ids that the tokenizer adds before and after every text: BOS, EOS, or none."""
     whole, bare = list(tokenizer("a")["input_ids"]), _ids(tokenizer, "a")
     start = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]

@@ -1,10 +1,10 @@
-"""A trained encoder on disk: adapter, pooling weights and `run.json`, which says how to put them together again.
+"""A trained encoder on disk: saved to be loaded by poolwise, or exported for anyone.
 
     FOLDER/run.json               recipe, design with every size resolved, seed, base model, SHA-256 of each file
-    FOLDER/adapter/               LoRA in PEFT's own layout (or `backbone.safetensors` where all weights were tuned)
+    FOLDER/adapter/               LoRA in PEFT's format (or `backbone.safetensors` if all weights were tuned)
     FOLDER/pooling.safetensors    the pooling's weights, fp32
 
-A folder appears whole or not at all. Loading re-applies the attention mode and probes it again.
+A folder appears whole or not at all. Loading sets the attention mode and probes it again.
 """
 
 from __future__ import annotations
@@ -27,17 +27,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from poolwise.encoding.shortcuts import STANDARD
 from poolwise.errors import CheckpointError, StudyError
 from poolwise.files import atomic_folder, sha256, write_json
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
-from poolwise.model.encoder import PoolingHead, build
+from poolwise.model.encoder import STANDARD, PoolingHead, build
 from poolwise.study.design import Design
-from poolwise.study.own_pooling import allowing_code as allowing
-from poolwise.study.own_pooling import find_own as find
-from poolwise.study.own_pooling import is_own
+from poolwise.study.own_pooling import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
 
 RUN_FILE = "run.json"
@@ -45,7 +42,7 @@ FORMAT = 1
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
-    """Write the tuned weights into `folder`, which exists: adapter (or backbone) and pooling."""
+    """Write the tuned weights into an existing folder: adapter (or backbone) and pooling."""
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
     model = backbone.model
     if isinstance(model, PeftModel):
@@ -57,7 +54,7 @@ def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
 
 
 def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
-    """Read what `save_weights` wrote into an encoder of the same recipe and design.
+    """Load what `save_weights` wrote into an encoder of the same recipe and design.
 
     Raises CheckpointError naming the file that is missing, damaged or of another shape.
     """
@@ -68,6 +65,7 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
         with _fitting(folder / "adapter"):
             result = set_peft_model_state_dict(model, state)
         expected = sum("lora_" in name for name, _ in model.named_parameters())
+        # PEFT ignores tensors that are missing
         if result.unexpected_keys or len(state) != expected:
             raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
     elif any(parameter.requires_grad for parameter in model.parameters()):
@@ -76,7 +74,10 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
 
 
 def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
-    """Save a built encoder; `info` (step, ...) is added to `run.json`. The folder appears whole or not at all."""
+    """Save a built encoder; `info` (step, …) is added to `run.json`. The folder appears whole or not at all.
+
+    An existing folder is replaced. Raises CheckpointError for an encoder that poolwise did not build.
+    """
     folder = Path(folder)
     spec = getattr(encoder, "poolwise", None)
     if spec is None:
@@ -89,7 +90,7 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """The content of a run folder's `run.json`. Raises CheckpointError where it is missing, damaged or too new."""
+    """The content of a saved folder's `run.json`. Raises CheckpointError if it is missing, damaged or too new."""
     path = Path(folder) / RUN_FILE
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -120,33 +121,38 @@ def load(
     trainable: bool = False,
     allow_code: bool = False,
 ) -> SentenceTransformer:
-    """The encoder saved at `path`: a run folder, or an exported one. Needs no trust flag.
+    """The encoder saved at `path`: a folder written by `save`, or an exported one. Needs no trust flag.
 
-    base: where the base model lies now, if it was moved. trainable: LoRA and pooling get gradients again, to go on
-    training; otherwise nothing does. allow_code: import a pooling of the user's own that the folder names. Raises
-    CheckpointError, and AttentionError where the model no longer keeps the design's attention mode.
+    Args:
+        base: where the base model is now, if it was moved.
+        trainable: LoRA and pooling require gradients, to continue training; otherwise no parameter does.
+        allow_code: import the user's own pooling class that the folder names.
+
+    Raises:
+        CheckpointError: the folder is damaged or does not fit its base model.
+        AttentionError: the model no longer follows the design's attention mode.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if not (folder / RUN_FILE).exists() and (folder / "modules.json").exists():
-        with allowing(allow_code, Path.cwd()):
+        with allowing_code(allow_code, Path.cwd()):
             return load_exported(folder, device=device)
     run = read_run(folder)
     verify_files(folder, run)
     if is_own(run["design"]["pooling"]):
-        with allowing(allow_code, Path.cwd()):
-            own_class(run["design"]["pooling"], folder)
+        with allowing_code(allow_code, Path.cwd()):
+            _import_own(run["design"]["pooling"], folder)
     recipe = Recipe.model_validate(_tuples(run["recipe"]))
     source = base or run["base"]["path"]
     if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
-        raise CheckpointError(f"{folder}: its base model was at {source}; say where it is now: load(path, base=...)")
+        raise CheckpointError(f"{folder}: its base model was at {source}; give its new place: load(path, base=...)")
     recipe = recipe.model_copy(update={"base_model": source})
     encoder = build(recipe, Design.model_validate(run["design"]), run["seed"], device=device)
-    found = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
-    if found != run["base"]["identity"]:
+    identity = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
+    if identity != run["base"]["identity"]:
         raise CheckpointError(
-            f"{folder}: trained on base {run['base']['identity']}, but {source} is {found}; give the same base model"
+            f"{folder}: trained on base {run['base']['identity']}, but {source} is {identity}; give the same base model"
         )
     load_weights(encoder, folder)
     encoder.poolwise = {key: run[key] for key in ("recipe", "design", "seed", "base")}  # type: ignore[assignment]
@@ -156,16 +162,16 @@ def load(
     return encoder
 
 
-def own_class(pooling: str, folder: Path) -> None:
-    """Import the class that a saved folder names. Raises CheckpointError where that is not allowed or not possible."""
+def _import_own(pooling: str, folder: Path) -> None:
+    """Import the user's class that a saved folder names. Raises CheckpointError if that is not allowed or fails."""
     try:
-        find(pooling)
+        find_own(pooling)
     except StudyError as error:
         raise CheckpointError(f"{folder}: {'; '.join(error.problems)}") from None
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that a recipe holds."""
+    """JSON has lists where a recipe has tuples."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
@@ -191,7 +197,7 @@ def _load_into(module: torch.nn.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def _fitting(path: Path) -> Iterator[None]:
-    """What torch says of tensors that are missing or of another shape, as a CheckpointError."""
+    """Turns torch's error about tensors that are missing or of another shape into a CheckpointError."""
     try:
         yield
     except RuntimeError as error:
@@ -208,31 +214,43 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
 def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
-    """Write `encoder` to `folder`, merged; the folder appears only after it was reloaded and gave the same embeddings.
+    """Write `encoder` to `folder` with LoRA merged, for sentence-transformers to load.
 
-    Raises CheckpointError where the folder exists and is not empty, or where the reloaded embeddings differ.
+    The folder appears only after it has been reloaded and gave the same embeddings. Permissions follow the umask.
+
+    Raises:
+        CheckpointError: the folder cannot be made, exists and is not empty, or the reloaded embeddings differ.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} exists and is not empty; give another folder or delete it")
-    expected = encoder.encode(PROBE_TEXTS)
-    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
-    dtype = next(backbone.model.parameters()).dtype
-    with atomic_folder(folder) as temporary:
-        merged = _merged(encoder)
-        if _is_standard(backbone, head):
-            _save_standard(merged, temporary)
-        else:
-            merged.save(str(temporary), create_model_card=False)
-        found = load_exported(temporary, device=str(encoder.device)).encode(PROBE_TEXTS)
-        difference = float(np.abs(expected - found).max())
-        if not difference <= TOLERANCE.get(dtype, 1e-3):
-            raise CheckpointError(f"the exported model's embeddings differ by {difference:.2g}; nothing was written")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} exists and is not empty; give another folder or delete it")
+        with atomic_folder(folder) as temporary:
+            _write_verified(encoder, temporary)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: cannot be written ({reason}); give another folder or free space") from error
     return folder
 
 
+def _write_verified(encoder: SentenceTransformer, folder: Path) -> None:
+    """Write the merged encoder and reload it. Raises CheckpointError if its embeddings differ."""
+    expected = encoder.encode(PROBE_TEXTS)
+    backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
+    dtype = next(backbone.model.parameters()).dtype
+    merged = _merged(encoder)
+    if _is_standard(backbone, head):
+        _save_standard(merged, folder)
+    else:
+        merged.save(str(folder), create_model_card=False)
+    reloaded = load_exported(folder, device=str(encoder.device)).encode(PROBE_TEXTS)
+    difference = float(np.abs(expected - reloaded).max())
+    if not difference <= TOLERANCE.get(dtype, 1e-3):  # also false for NaN
+        raise CheckpointError(f"the exported model's embeddings differ by {difference:.2g}; nothing was written")
+
+
 def load_exported(folder: Path, device: str | None = None) -> SentenceTransformer:
-    """The encoder in an exported folder; its attention mode is probed."""
+    """The encoder in an exported folder, its attention mode probed. Raises CheckpointError for a damaged folder."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
@@ -257,7 +275,7 @@ def load_exported(folder: Path, device: str | None = None) -> SentenceTransforme
 
 
 def _is_standard(backbone: Backbone, head: PoolingHead) -> bool:
-    """Whether sentence-transformers' own modules compute the same."""
+    """Whether sentence-transformers' own modules compute the same, so that the export needs no poolwise."""
     plain = backbone.attention in MODES and backbone.template == "plain" and backbone.special_tokens
     return plain and head.pooling in STANDARD and backbone.include_prompt and not backbone.pad_by_id
 
@@ -268,7 +286,7 @@ def _merged(encoder: SentenceTransformer) -> SentenceTransformer:
     backbone = cast(Backbone, encoder[0])
     if isinstance(backbone.model, PeftModel):
         backbone.model = cast(Any, backbone.model).merge_and_unload()
-    backbone.words.padding_side = "right"  # models without rotary positions count them from the left
+    backbone.words.padding_side = "right"  # models without rotary embeddings count positions from the left
     return encoder
 
 

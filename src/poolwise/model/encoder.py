@@ -20,18 +20,30 @@ from poolwise.errors import ModelError
 from poolwise.files import cached_if_unreachable
 from poolwise.model.attention import check_window, verify
 from poolwise.model.backbone import Backbone
-from poolwise.model.base import base_identity, base_path, cannot_load, check_positions, ensure_eos, torch_dtype
+from poolwise.model.base import (
+    base_identity,
+    base_path,
+    cannot_load,
+    check_positions,
+    ensure_eos,
+    restored_rng,
+    torch_dtype,
+)
 from poolwise.model.hooks import decoder_layers
 from poolwise.pooling.cost import resolve_args
 from poolwise.pooling.poolings import module_class
-from poolwise.study.catalogue import spec_of
+from poolwise.study.catalogue import POOLINGS, spec_of
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
 
+STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
+"""Our pooling -> the mode of sentence-transformers' `Pooling` that computes the same."""
+
 
 class PoolingHead(Module):
-    """One of `poolwise.pooling.POOLINGS` as a sentence-transformers module: features in, `sentence_embedding` out."""
+    """A pooling as a sentence-transformers module: reads states or per-layer vectors, adds `sentence_embedding`."""
 
+    __module__ = "poolwise"  # stored in exported folders: must stay importable wherever the class moves
     config_keys = ["pooling", "arguments", "hidden_size", "n_layers"]  # noqa: RUF012
 
     def __init__(self, pooling: str, arguments: dict[str, Any], hidden_size: int, n_layers: int) -> None:
@@ -68,9 +80,14 @@ class PoolingHead(Module):
 
 
 def derived_seed(recipe: Recipe, part: str, seed: int) -> int:
-    """The seed of one source of variation; 0's where the recipe says that this part does not vary."""
+    """The seed of one source of variation, such as `init`; that of seed 0 for a part not in `seed_varies`."""
     varied = seed if part in recipe.seed_varies else 0
     return int.from_bytes(hashlib.sha256(f"{part}:{varied}".encode()).digest()[:4], "big") & 0x7FFFFFFF
+
+
+def prompts_of(recipe: Recipe) -> dict[str, str]:
+    """The recipe's prompts by name, as sentence-transformers and mteb take them: `query`, `document`, task names."""
+    return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
 
 
 def build(
@@ -78,11 +95,10 @@ def build(
 ) -> SentenceTransformer:
     """The untrained encoder of one trial.
 
-    Two designs built with one seed start from the same base, the same LoRA matrices and, where their shapes agree, the
-    same head. LoRA and head are fp32 whatever the base's dtype. The attention mode is probed before anything is
-    returned.
+    Two designs built with one seed start from the same base, the same LoRA matrices and, where shapes agree, the same
+    head. LoRA and head are fp32 whatever the base's dtype. The attention mode is probed before the encoder is returned.
 
-    Raises ModelError for a base that cannot be loaded or used, AttentionError where it ignores the attention mode.
+    Raises ModelError for a base that cannot be loaded or used, AttentionError if it ignores the attention mode.
     """
     path = base_path(recipe.base_model, base_dir)
     spec = design.spec
@@ -110,11 +126,13 @@ def build(
     config = model.config.get_text_config()
     check_positions(recipe, config)
     check_window(model, design.attention, recipe.max_length)
-    if tokenizer.pad_token_id is None:  # any id will do: the mask decides what is padding
+    if tokenizer.pad_token_id is None:  # any id serves: the mask decides what is padding
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if recipe.append_eos:
         ensure_eos(tokenizer)
-    if spec.tokens_read(factors) == "first":  # a BOS is the same in every text
+    if (
+        spec.tokens_read(factors) == "first"
+    ):  # a BOS is the same in every text, so it would give all texts one embedding
         backbone.skip_start = len([i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id])
     _adapt(backbone, recipe, seed)
     arguments = resolve_args(design.pooling, design.pooling_args, config)
@@ -125,7 +143,7 @@ def build(
     cast(Any, head.head).reset_parameters(torch.Generator().manual_seed(derived_seed(recipe, "init", seed)))
     encoder = SentenceTransformer(modules=[backbone, head, Normalize()], device=device, similarity_fn_name="cosine")
     head.float()  # SentenceTransformer casts every module to the first one's dtype
-    encoder.prompts = {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
+    encoder.prompts = dict(prompts_of(recipe))
     verify(backbone.model, design.attention)
     resolved = {**design.model_dump(mode="json", exclude={"preset"}), "pooling_args": arguments}
     local = Path(path).is_dir()
@@ -143,7 +161,7 @@ def build(
 
 
 def _adapt(backbone: Backbone, recipe: Recipe, seed: int) -> None:
-    """LoRA on the backbone alone, fp32, drawn from the recipe's init seed; or all weights, or none."""
+    """Make the recipe's part of the backbone trainable: LoRA (fp32, drawn from the init seed), all weights, or none."""
     model: PreTrainedModel = backbone.model
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -163,9 +181,8 @@ def _adapt(backbone: Backbone, recipe: Recipe, seed: int) -> None:
         target_modules=target if isinstance(target, str) else list(target),
         task_type=TaskType.FEATURE_EXTRACTION,
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        torch.manual_seed(derived_seed(recipe, "init", seed))
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of PEFT's making
+    with restored_rng(seed=derived_seed(recipe, "init", seed)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT calls it
         try:
             adapted = get_peft_model(model, config)
         except ValueError as error:

@@ -28,7 +28,7 @@ from poolwise.files import write_json
 from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone, FrozenStates
 from poolwise.model.base import base_path, torch_dtype
-from poolwise.model.encoder import build
+from poolwise.model.encoder import build, prompts_of
 from poolwise.model.packing import has_dropout, reads_padding
 from poolwise.runs import layout
 from poolwise.runs.prepare import Prepared, Trial
@@ -198,7 +198,7 @@ def _share_states(encoder: SentenceTransformer) -> dict[str, int]:
     frozen = cast(Backbone, encoder[0]).frozen
     if frozen is None:
         return {}
-    frozen.leave()
+    frozen.share()
     return {"frozen_asked": frozen.asked, "frozen_computed": frozen.computed}
 
 
@@ -288,8 +288,7 @@ def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[
 def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
     if trial.role == "reference":
         return None  # the model's own
-    recipe = prepared.study.recipe
-    return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
+    return prompts_of(prepared.study.recipe)
 
 
 def reason_of(error: Exception, folder: Path) -> str:

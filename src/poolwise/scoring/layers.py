@@ -1,4 +1,4 @@
-"""The layers of a trained design: what its pooling looks at, and how good each layer is alone."""
+"""The layers of a trained design: which of them its pooling attends to, and how well each one scores by itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
@@ -19,7 +20,7 @@ from poolwise.data.tasks import Task
 from poolwise.encoding.fast import sentence_vectors
 from poolwise.errors import ModelError
 from poolwise.model.backbone import Backbone
-from poolwise.model.encoder import PoolingHead
+from poolwise.model.encoder import PoolingHead, prompts_of
 from poolwise.model.hooks import LayerCollector
 from poolwise.pooling.heads import LayerCrossAttention
 from poolwise.scoring.evaluate import evaluate
@@ -29,9 +30,13 @@ from poolwise.study.recipe import Recipe
 SAMPLED_TEXTS = 64
 """Evaluation texts over which attention is averaged, about."""
 
+Array = NDArray[np.float32]
+CHUNK = 1024
+"""Texts encoded at a time; their vectors of all layers are in memory at once."""
+
 
 def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_size: int = 8) -> NDArray[np.float64]:
-    """(L,) share of the attention that goes to each layer, lowest first, sum 1: mean over texts, heads and latents.
+    """(L,) share of the attention that each layer gets, lowest first, summing to 1: mean over texts, heads and latents.
 
     The weights are those of the head's forward, softmax(Q_h K_hᵀ / √E) over the L layer vectors of a text.
 
@@ -45,20 +50,19 @@ def layer_attention(encoder: SentenceTransformer, texts: Sequence[str], batch_si
     head = _head(encoder)
     if not texts:
         raise ModelError("layer_attention: no texts to look at; give at least one")
-    total: list[Tensor] = []
+    sums: list[Tensor] = []
 
-    def look(module: Any, inputs: tuple[Any, ...]) -> None:
-        total.append(
-            head.attention_weights(inputs[0]).mean(dim=(1, 2)).double().sum(dim=0).cpu()
-        )  # (L,) over the batch
+    def add(module: Any, inputs: tuple[Any, ...]) -> None:
+        weights = head.attention_weights(inputs[0])  # (B, heads, latents, L)
+        sums.append(weights.mean(dim=(1, 2)).double().sum(dim=0).cpu())
 
-    handle = head.register_forward_pre_hook(look)
+    handle = head.register_forward_pre_hook(add)
     try:
         with torch.inference_mode():
             encoder.encode(list(texts), batch_size=batch_size, prompt_name=_document(encoder), show_progress_bar=False)
     finally:
         handle.remove()
-    return (torch.stack(total).sum(dim=0) / len(texts)).numpy()
+    return (torch.stack(sums).sum(dim=0) / len(texts)).numpy()
 
 
 def attends_to_layers(encoder: SentenceTransformer) -> bool:
@@ -67,7 +71,7 @@ def attends_to_layers(encoder: SentenceTransformer) -> bool:
 
 
 def layer_weights(encoder: SentenceTransformer) -> NDArray[np.float64] | None:
-    """(L, D): the learned vector that the head adds to each layer's, or None where it has none.
+    """(L, D): the learned vector that the head adds to each layer's, or None if it was built without.
 
     Raises:
         ModelError: another pooling.
@@ -89,11 +93,6 @@ def _document(encoder: SentenceTransformer) -> str | None:
     return "document" if encoder.prompts.get("document") else None
 
 
-Array = NDArray[np.float32]
-CHUNK = 1024
-"""Texts that are encoded at a time."""
-
-
 def probe_layers(
     encoder: SentenceTransformer,
     tasks: Sequence[Task],
@@ -103,34 +102,36 @@ def probe_layers(
     prompts: Mapping[str, str] | None = None,
     batch_size: int = 32,
 ) -> list[dict[str, Any]]:
-    """Main rows of `evaluation.evaluate` for each layer, with `layer` (1 the lowest, L the last, after its norm).
+    """Main rows of `scoring.evaluate` for each layer, with `layer` (1 the lowest, L the last, after the final norm).
 
-    reduce: `last` or `mean`, what stands for a layer's tokens. The head is left out.
+    The vectors are normalised, as the embeddings of every design are: the last row of a `last_token` or `mean` design
+    is the design's own score. reduce: `last` or `mean`, how a layer's tokens become its vector. The head is not used.
     """
     with tempfile.TemporaryDirectory(prefix="poolwise-layers-") as folder:
         layers = EveryLayer(encoder, reduce, Path(folder))
         try:
             rows = []
-            for task in tasks:  # all layers of a task, then the next: its texts are fresh in memory
+            for task in tasks:  # all layers of a task before the next one, while its data are loaded
                 for layer in range(layers.count):
                     view = OneLayer(layers, layer)
-                    found = evaluate(
-                        view, [task], identity=f"{identity}-layer-{layer + 1}", batch_size=batch_size, items=False,
-                        prompts=prompts,
-                    )  # fmt: skip
-                    rows += [{**row, "layer": layer + 1} for row in found]
+                    name = f"{identity}-layer-{layer + 1}"
+                    main = evaluate(view, [task], identity=name, batch_size=batch_size, items=False, prompts=prompts)
+                    rows += [{**row, "layer": layer + 1} for row in main]
             return rows
         finally:
             layers.close()
 
 
 class EveryLayer:
-    """The vectors of all layers of an encoder's backbone: (N, L, D) in a file in `folder`, each text encoded once."""
+    """The vectors of all layers of an encoder's backbone, of length 1: (N, L, D) in files in `folder`.
+
+    Each text is encoded once. The backbone collects them in place of what it collected before, until `close`.
+    """
 
     def __init__(self, encoder: SentenceTransformer, reduce: str, folder: Path) -> None:
         self.encoder, self.folder = encoder, folder
         self.backbone = cast(Backbone, encoder[0])
-        self._own = self.backbone.collector
+        self._previous = self.backbone.collector
         self._collector = LayerCollector(self.backbone.model, reduce=reduce)
         self.backbone.collector = self._collector
         config = self.backbone.model.config.get_text_config()
@@ -141,9 +142,9 @@ class EveryLayer:
         self._files: list[Any] = []
 
     def close(self) -> None:
-        """Leave the backbone as it was found."""
+        """Restore the backbone."""
         self._collector.remove()
-        self.backbone.collector = self._own
+        self.backbone.collector = self._previous
 
     def vectors(self, layer: int, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
         """(N, D) vectors of one layer."""
@@ -159,7 +160,8 @@ class EveryLayer:
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             flat = sentence_vectors(self._flat, part, side, prompt, batch_size)
-            kept[start : start + len(part)] = flat.reshape(len(part), self.count, self.width)
+            vectors = torch.from_numpy(flat).view(len(part), self.count, self.width)
+            kept[start : start + len(part)] = F.normalize(vectors, dim=-1).numpy()
         self._known.update({(side, prompt, text): (len(self._files), row) for row, text in enumerate(texts)})
         self._files.append(kept)
 
@@ -172,16 +174,16 @@ class OneLayer:
 
     @property
     def encoder(self) -> SentenceTransformer:
-        """The model whose layer this is."""
+        """The encoder whose layer this is."""
         return self.layers.encoder
 
     @property
     def prompts(self) -> dict[str, Any]:
-        """Its prompts."""
+        """The encoder's prompts."""
         return self.layers.encoder.prompts
 
     def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
-        """(N, D)."""
+        """(N, D) vectors of the texts."""
         return self.layers.vectors(self.layer, texts, side, prompt, batch_size)
 
 
@@ -208,14 +210,15 @@ def inspect(
     design = cast(dict[str, Any], cast(Any, encoder).poolwise)["design"]
     reads_last = spec_of(design["pooling"]).tokens_read(design["pooling_args"]) == "last"
     reduce = "last" if reads_last else "mean"
-    prompts = {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
     attention = weights = None
     if attends_to_layers(encoder):
         texts = sample_texts(tasks)
         attention = layer_attention(encoder, texts).tolist() if texts else None
         matrix = layer_weights(encoder)
         weights = None if matrix is None else np.linalg.norm(matrix, axis=1).tolist()
-    rows = probe_layers(encoder, tasks, identity=identity, reduce=reduce, prompts=prompts, batch_size=batch_size)
+    rows = probe_layers(
+        encoder, tasks, identity=identity, reduce=reduce, prompts=prompts_of(recipe), batch_size=batch_size
+    )
     kept = ("layer", "task", "task_type", "metric", "score")
     scores = [{name: row[name] for name in kept} for row in rows]
     return {"reduce": reduce, "attention": attention, "weights": weights, "scores": scores}
