@@ -77,7 +77,7 @@ def test_models_that_ignore_the_mode_are_refused_by_name(family, backend, mode, 
     other = next(m for m in MODES if m != mode)
     assert f"{type(model).__name__} on attention backend {attention.backend(model)!r}" in text
     assert f"not {mode} in {case} batch" in text
-    assert "7 of 7 positions" in text
+    assert "4 of 4 positions" in text
     assert f"config.is_causal = {mode == 'causal'}" in text
     assert f"attention = {other!r}" in text
     set_attention(model, other)
@@ -117,11 +117,11 @@ class Patched(nn.Module):
         ({"change": lambda x: {**x, "attention_mask": None}}, "causal", "left-padded.*content of the padding"),
         ({"change": lambda x: {**x, "attention_mask": None}}, "bidirectional", "left-padded.*content of the padding"),
         ({"change": lambda x: {**x, "position_ids": None}}, "causal", "left-padded.*against an unpadded batch"),
-        ({"after": lambda s, x: s + x["input_ids"].flip(1)[..., None]}, "causal", "of 7 positions change with a later"),
+        ({"after": lambda s, x: s + x["input_ids"].flip(1)[..., None]}, "causal", "of 4 positions change with a later"),
         ({"after": lambda s, x: s * torch.nan}, "causal", "not finite"),
         ({"after": lambda s, x: s + torch.rand_like(s)}, "causal", "do not change with any earlier token"),
-        ({"after": lambda s, x: x["input_ids"][..., None].float()}, "causal", "7 of 7 positions do not .* any earlier"),
-        ({"after": lambda s, x: s.index_fill(1, torch.tensor(0), 1)}, "bidirectional", "1 of 7 .* any later token"),
+        ({"after": lambda s, x: x["input_ids"][..., None].float()}, "causal", "4 of 4 positions do not .* any earlier"),
+        ({"after": lambda s, x: s.index_fill(1, torch.tensor(0), 1)}, "bidirectional", "1 of 4 .* any later token"),
     ],
     ids=["mask dropped", "mask dropped, bi", "positions dropped", "leak", "nan", "noise", "no attention", "one blind"],
 )
@@ -256,6 +256,50 @@ def test_modes_are_restored_when_the_forward_fails():
     assert all(module.training for module in model.modules())
 
 
+def test_hooks_are_removed_when_the_forward_fails(monkeypatch):
+    model = tiny_model("llama", num_hidden_layers=3)
+    set_attention(model, "bidirectional_last_1")
+    monkeypatch.setattr(model.layers[2].mlp, "forward", lambda states: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        verify(model, "bidirectional_last_1")
+    assert not any(layer._forward_hooks for layer in model.layers)
+
+
+def test_the_probe_touches_no_accelerator(monkeypatch):
+    """A process that has initialised CUDA, or asked for it, cannot fork trials that use it."""
+
+    def touched(*args, **kwargs):
+        raise AssertionError("the probe asked for an accelerator")
+
+    places = [
+        (torch.cuda, ("_lazy_init", "is_available", "device_count", "current_device")),
+        (torch._C, ("_cuda_init", "_cuda_getDeviceCount", "_accelerator_getAccelerator")),
+        (torch.accelerator, ("current_accelerator", "is_available", "device_count")),
+    ]
+    for module, names in places:
+        for name in names:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, touched)
+    for mode in ("causal", "prefix", "bidirectional_last_1"):
+        model = tiny_model("opt", dropout=0.5)
+        set_attention(model, mode)
+        verify(model, mode)
+    verdict(model)
+
+
+def test_the_probe_runs_on_one_thread(monkeypatch):
+    inside = []
+    model = Patched(tiny_model("llama"), after=lambda s, x: inside.append(torch.get_num_threads()) or s)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        verify(model, "causal")
+        assert set(inside) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("vocab", [7, 20, 320])
 def test_the_probe_uses_no_special_id(vocab):
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [2, 4]}
@@ -264,7 +308,7 @@ def test_the_probe_uses_no_special_id(vocab):
     model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     verify(model, "causal")
     ids = torch.cat([x.flatten() for x in seen])
-    assert len(seen) == 4  # three padding cases, and one row with the model's own positions
+    assert [x.shape for x in seen] == [(8, 5), (16, 8), (1, 5)]  # unpadded, both paddings, the model's own positions
     assert not set(ids.tolist()) & {0, 1, 2, 4}
     assert 0 <= int(ids.min()) <= int(ids.max()) < vocab
 
@@ -293,9 +337,12 @@ def test_verdict_tries_both_modes_and_restores_the_declared_one():
     assert set(bidirectional["influence"]) == set(PADDINGS)
     matrix = torch.tensor(json.loads(json.dumps(answer))["modes"]["bidirectional"]["influence"]["none"])
     assert torch.equal(matrix > 1e-6, SEES["causal"])
-    set_attention(model, "bidirectional")
-    assert verdict(model)["declared"] == "bidirectional"
-    assert get_attention(model) == "bidirectional"
+    for mode in ("bidirectional", "bidirectional_last_1", "prefix"):
+        model = tiny_model("llama")
+        set_attention(model, mode)
+        assert verdict(model)["declared"] == mode
+        assert get_attention(model) == mode
+        verify(model, mode)
 
 
 def test_flash_attention_with_a_bidirectional_window():

@@ -14,6 +14,8 @@ from transformers import AutoModel, PreTrainedTokenizerFast
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from poolwise.model.base import restored_rng
+
 VOCAB = 320
 PAD, BOS, EOS = 0, 1, 2
 SENTENCES = (
@@ -110,8 +112,7 @@ def tiny_model(family: str, scale: float = 4.0, seed: int = 0, attn: str | None 
     The caller's random state is left as found.
     """
     config = tiny_config(family, **overrides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with restored_rng(seed=seed):
         model = AutoModel.from_config(config, **({"attn_implementation": attn} if attn else {}))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,31 +1,33 @@
-"""Which tokens may see which: set the mode, measure it, refuse a model that does not follow.
+"""Which tokens may attend to which: set the mode, measure it, refuse a model that does not follow.
 
-transformers >= 5.2 turns a decoder bidirectional when `config.is_causal` is False *on the loaded model*. Given to
-`from_pretrained` or to a config it is dropped without a word, some models ignore it, and one (StableLM under SDPA)
-follows it only when the batch is padded. So nothing here is believed: `verify` changes one token at a time and looks
-which hidden states move. The mask decides what is padding, and positions are always given explicitly. Modes in which
-layers or tokens differ are made by hooks: see `decoder.masks`.
+transformers >= 5.2 turns a decoder bidirectional when `config.is_causal` is False *on the loaded model*. Passed to
+`from_pretrained` or set on a config before loading it is dropped silently, some models ignore it, and one (StableLM
+under SDPA) follows it only in padded batches. So no declaration is trusted: `verify` changes one token at a time and
+measures which hidden states respond. The mask decides what is padding, and positions are always given explicitly. Modes
+in which layers or tokens differ are implemented by hooks: see `model.hooks`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from poolwise.errors import AttentionError, suggest
+from poolwise.model.base import restored_rng
 from poolwise.model.hooks import LayerMasks, attending, base_model, decoder_layers, inner_modes, layer_masks, reachable
 from poolwise.study.catalogue import ATTENTIONS, is_attention
 
 MODES = ("causal", "bidirectional")
 PADDINGS = ("none", "left", "right")
-PROBE_LENGTH = 8  # tokens whose influence is measured
-PROBE_PADDING = 3  # padding positions beside them
-PROBE_PREFIX = 3  # of the measured tokens: the prompt, where the mode cares
+PROBE_LENGTH = 5  # tokens whose influence is measured: more cost time and show nothing else
+SHOWN_LENGTH = 8  # of the matrices that `poolwise probe` prints
+PROBE_PADDING = 3  # padding positions added to them
+PROBE_PREFIX = 3  # how many of the measured tokens are the prompt, for modes that treat it differently
 
 # A relative change below this is no influence: a few units in the last place of the state's largest entry.
 EPSILON = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
@@ -37,8 +39,8 @@ _CASES = {"none": "an unpadded batch", "left": "a left-padded batch", "right": "
 def set_attention(model: nn.Module, mode: str) -> None:
     """Give `model` (a transformers `PreTrainedModel` or a `PeftModel` over one) an attention mode.
 
-    Only declares: call `verify` to know whether the model follows. Raises `AttentionError` for an unknown mode, for an
-    encoder-decoder, which has no single attention to choose, and where layers cannot be given masks of their own.
+    This only declares the mode: `verify` tells whether the model follows. Raises `AttentionError` for an unknown mode,
+    for an encoder-decoder, which has no single attention to choose, and if layers cannot be given their own masks.
     """
     _check_mode(mode)
     backbone = base_model(model)
@@ -50,11 +52,12 @@ def set_attention(model: nn.Module, mode: str) -> None:
     if (masks := layer_masks(model)) is not None:
         masks.remove()
     backbone.poolwise_masks = None if mode in MODES else LayerMasks(backbone, mode, backend(model))
+    # modes with hooks start from causal: the hooks replace the masks of the layers that differ
     backbone.config.get_text_config().is_causal = mode != "bidirectional"
 
 
 def get_attention(model: nn.Module) -> str:
-    """The mode that `model` declares: `config.is_causal` where set, otherwise what its modules say of themselves."""
+    """The mode that `model` declares: that of its hooks, `config.is_causal` if set, else its modules' flags."""
     if (masks := layer_masks(model)) is not None:
         return masks.mode
     backbone = base_model(model)
@@ -64,6 +67,19 @@ def get_attention(model: nn.Module) -> str:
         flags = {getattr(module, "is_causal", None) for module in backbone.modules()} - {None}
         declared = flags != {False} and not getattr(config, "use_bidirectional_attention", False)
     return "causal" if declared else "bidirectional"
+
+
+@contextlib.contextmanager
+def restored_attention(model: nn.Module) -> Iterator[None]:
+    """Restores the model's mode at the end of the block, and whether it declares one at all."""
+    config = base_model(model).config.get_text_config()
+    mode, undeclared = get_attention(model), not hasattr(config, "is_causal")
+    try:
+        yield
+    finally:
+        set_attention(model, mode)
+        if undeclared:
+            del config.is_causal
 
 
 def backend(model: nn.Module) -> str:
@@ -77,7 +93,7 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def takes_position_ids(model: nn.Module) -> bool:
-    """Whether the forward pass names `position_ids` (Mamba, for one, has no positions)."""
+    """Whether the forward pass has a parameter `position_ids` (Mamba, for one, has no positions)."""
     return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
@@ -99,7 +115,7 @@ def check_window(model: nn.Module, mode: str, max_length: int) -> None:
 
 
 def sliding_window(model: nn.Module) -> int | None:
-    """The sliding window, in tokens, of the layers that have one; None where every layer sees all tokens."""
+    """The sliding window, in tokens, of the layers that have one; None if every layer attends to all tokens."""
     config = base_model(model).config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and "sliding_attention" not in layer_types:
@@ -107,33 +123,25 @@ def sliding_window(model: nn.Module) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-class Probe(NamedTuple):
-    """One padding case. All changes are relative to the largest absolute entry of the state they change."""
-
-    influence: Tensor  # (T, T): [i, j] how far state i moves when token j changes
-    padding: Tensor  # (T,): how far state i moves when the padding's content changes
-    noise: float  # how far the states of two equal rows of the batch differ
-    positions: float  # how far states move when the model counts positions itself; 0 in a padded batch
-    states: Tensor  # (T, D) of the unchanged row
-
-
-def influence(model: nn.Module, padding: str = "none", length: int = PROBE_LENGTH) -> Tensor:
+def influence(model: nn.Module, padding: str = "none", length: int = SHOWN_LENGTH) -> Tensor:
     """The influence matrix (T, T) fp32 on CPU: [i, j] is the largest change of state i when token j changes.
 
     Relative to the largest absolute entry of state i; T = `length` real tokens; `padding`: "none", "left" or "right".
-    A causal model's matrix is lower triangular. The model is left as found: modes, gradients, random state.
+    A causal model's matrix is lower triangular. Modes, gradients and random state of the model are restored.
     """
-    return _probe(model, padding, length).influence
+    if padding not in PADDINGS:
+        raise AttentionError(f"padding = {padding!r}: allowed are {', '.join(map(repr, PADDINGS))}")
+    return _probe(model, (padding,), length)[padding, None].influence
 
 
 def verify(model: nn.Module, mode: str) -> None:
     """Raise `AttentionError` unless `model` attends as `mode` says: unpadded, left- and right-padded, on its backend.
 
     causal: no state moves with a later token, and each but the first moves with some earlier one. bidirectional: each
-    state moves with some earlier and some later token (some, because a sliding window hides far ones). The prefix modes
-    likewise, the first `PROBE_PREFIX` tokens being the prompt. With the last N layers bidirectional, states are also
-    causal before them and bidirectional after the first of them. In all, what stands in the padding moves nothing,
-    neither does the padding side, and `position_ids` are what the model expects.
+    state moves with some earlier and some later token (some, because a sliding window hides distant ones). The prefix
+    modes likewise, the first `PROBE_PREFIX` tokens being the prompt. With the last N layers bidirectional, states are
+    also causal before them and bidirectional after the first of them. In all modes neither the content of the padding
+    nor its side moves a state, and `position_ids` are what the model expects.
     """
     _check_mode(mode)
     reason, _ = _examine(model, mode)
@@ -142,13 +150,11 @@ def verify(model: nn.Module, mode: str) -> None:
 
 
 def verdict(model: nn.Module) -> dict[str, Any]:
-    """What `poolwise probe` prints: both modes tried on `model`, which keeps the mode it had.
+    """What `poolwise probe` prints: causal and bidirectional attention tried on `model`, whose own mode is restored.
 
     Keys: model, backend, dtype, declared, modes; modes[mode] has ok, reason (None if ok) and
     influence[padding], the (T, T) matrix as lists.
     """
-    config = base_model(model).config.get_text_config()
-    before = {"is_causal": config.is_causal} if hasattr(config, "is_causal") else {}
     answer: dict[str, Any] = {
         "model": _name(model),
         "backend": backend(model),
@@ -156,20 +162,15 @@ def verdict(model: nn.Module) -> dict[str, Any]:
         "declared": get_attention(model),
         "modes": {},
     }
-    try:
+    with restored_attention(model):
         for mode in MODES:
             set_attention(model, mode)
-            reason, matrices = _examine(model, mode)
+            reason, matrices = _examine(model, mode, SHOWN_LENGTH)
             answer["modes"][mode] = {
                 "ok": reason is None,
                 "reason": reason,
                 "influence": {padding: matrix.tolist() for padding, matrix in matrices.items()},
             }
-    finally:
-        if before:
-            config.is_causal = before["is_causal"]
-        elif hasattr(config, "is_causal"):
-            del config.is_causal
     return answer
 
 
@@ -183,20 +184,36 @@ def _check_mode(mode: str) -> None:
         raise AttentionError(f"attention = {mode!r}: allowed are {allowed}{suggest(mode, ATTENTIONS)}")
 
 
-def _examine(model: nn.Module, mode: str) -> tuple[str | None, dict[str, Tensor]]:
-    """Probe each padding case: what speaks against `mode` first (None: nothing), and all influence matrices."""
-    probes = {padding: _probe(model, padding) for padding in PADDINGS}
-    seen = {padding: _contradiction(probe, probes["none"], mode) for padding, probe in probes.items()}
-    for layer, inner in inner_modes(model, mode):
-        for padding in PADDINGS:
-            words = _contradiction(probe := _probe(model, padding, layer=layer), probe, inner)
-            seen[padding] = seen[padding] or (words and f"after layer {layer + 1}, which must be {inner}, {words}")
+class Probe(NamedTuple):
+    """What one padding case shows. All changes are relative to the largest absolute entry of the state they change."""
+
+    influence: Tensor  # (T, T): [i, j] how far state i moves when token j changes
+    padding: Tensor  # (T,): how far state i moves when the padding's content changes
+    noise: float  # how far the states of two equal rows of the batch differ
+    states: Tensor  # (T, D) of the unchanged row
+
+
+def _examine(model: nn.Module, mode: str, length: int = PROBE_LENGTH) -> tuple[str | None, dict[str, Tensor]]:
+    """The first contradiction to `mode` as a message (None: the model follows), and all influence matrices."""
+    inner = inner_modes(model, mode)
+    layers = (None, *(layer for layer, _ in inner))
+    # unpadded rows are a batch of their own, because models take another path through a batch without padding
+    probes = {**_probe(model, ("none",), length, layers), **_probe(model, ("left", "right"), length, layers)}
+    seen = {}
+    for padding in PADDINGS:
+        found = _contradiction(probes[padding, None], probes["none", None], mode)
+        if padding == "none":
+            found = found or _positions(model, probes["none", None], length)
+        for layer, inner_mode in inner:
+            words = _contradiction(probes[padding, layer], probes[padding, layer], inner_mode)
+            found = found or (words and f"after layer {layer + 1}, which must be {inner_mode}, {words}")
+        seen[padding] = found
     reason = next((_refusal(model, mode, padding, words) for padding, words in seen.items() if words), None)
-    return reason, {padding: probe.influence for padding, probe in probes.items()}
+    return reason, {padding: probes[padding, None].influence for padding in PADDINGS}
 
 
 def _contradiction(probe: Probe, unpadded: Probe, mode: str) -> str:
-    """What `probe` shows against `mode`, in words; empty when it agrees."""
+    """How `probe` contradicts `mode`, in words; empty if it agrees."""
     T, dtype = len(probe.influence), probe.states.dtype
     if not (probe.states.isfinite().all() and probe.influence.isfinite().all()):
         return f"hidden states are not finite numbers in {dtype}"
@@ -217,9 +234,19 @@ def _contradiction(probe: Probe, unpadded: Probe, mode: str) -> str:
     apart = float(relative_change(probe.states.double(), unpadded.states.double()).max())
     if apart > AGREEMENT.get(dtype, 0.2):
         return f"real tokens change by {apart:.1e} of their size against an unpadded batch"
-    if probe.positions > AGREEMENT.get(dtype, 0.2):
-        return f"positions counted from 0 give other states than the model's own (by {probe.positions:.1e})"
     return ""
+
+
+def _positions(model: nn.Module, unpadded: Probe, length: int) -> str:
+    """How explicit positions contradict those that the model counts itself, in words; empty if they agree."""
+    if not takes_position_ids(model):
+        return ""
+    ids = probe_ids(model, length)[0][None]
+    own = _states(model, ids, torch.ones_like(ids), explicit_positions=False)[None][0].cpu()
+    apart = float(relative_change(own.double(), unpadded.states.double()).max())
+    if apart <= AGREEMENT.get(own.dtype, 0.2):
+        return ""
+    return f"positions counted from 0 give other states than the model's own (by {apart:.1e})"
 
 
 def _refusal(model: nn.Module, mode: str, padding: str, seen: str) -> str:
@@ -230,7 +257,7 @@ def _refusal(model: nn.Module, mode: str, padding: str, seen: str) -> str:
         fixes.insert(0, "attn_implementation = 'eager'")
     return (
         f"{_name(model)} on attention backend {backend(model)!r} is not {mode} in {_CASES[padding]}: "
-        f"declared is config.is_causal = {getattr(config, 'is_causal', None)}, seen is that {seen}. "
+        f"declared is config.is_causal = {getattr(config, 'is_causal', None)}, measured is that {seen}. "
         f"Fix: try {', or '.join(fixes)}."
     )
 
@@ -240,38 +267,41 @@ def relative_change(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().amax(-1) / b.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _probe(model: nn.Module, padding: str, length: int = PROBE_LENGTH, layer: int | None = None) -> Probe:
-    """One forward of length + 3 rows: unchanged, one per changed token, changed padding, unchanged again.
+def _probe(
+    model: nn.Module, paddings: Sequence[str], length: int, layers: Sequence[int | None] = (None,)
+) -> dict[tuple[str, int | None], Probe]:
+    """What each padding case shows of each layer (None: the model's output), from one forward of all their rows.
 
-    Of the model's last states, or of those that the decoder layer of index `layer` gives.
+    The rows of a case: unchanged, one per changed token, the padding changed, unchanged again.
     """
-    if padding not in PADDINGS:
-        raise AttentionError(f"padding = {padding!r}: allowed are {', '.join(map(repr, PADDINGS))}")
     ids, changed = probe_ids(model, length + PROBE_PADDING)
-    pads = 0 if padding == "none" else PROBE_PADDING
-    start = pads if padding == "left" else 0
-    real = slice(start, start + length)
-    # the last `pads` ids fill the padding, so that real tokens are the same in each case
-    filled, other = ids[: length + pads].roll(start), changed[: length + pads].roll(start)
-    rows = filled.repeat(length + 3, 1)
-    mask = torch.zeros_like(rows)
-    mask[:, real] = 1
-    single = torch.arange(length, device=ids.device)
-    rows[single + 1, single + start] = other[real]
-    rows[length + 1] = torch.where(mask[0].bool(), filled, other)
-    states = _states(model, rows, mask, layer=layer)[:, real].cpu()
-    first = states[0].double()  # on CPU: some devices have no float64
-    positions = 0.0
-    if padding == "none" and layer is None and takes_position_ids(model):
-        own = _states(model, rows[:1], mask[:1], explicit_positions=False)[0].cpu()
-        positions = float(relative_change(own.double(), first).max())
-    return Probe(
-        influence=relative_change(states[1 : length + 1].double(), first).T.float(),
-        padding=relative_change(states[length + 1].double(), first).float(),
-        noise=float(relative_change(states[length + 2].double(), first).max()),
-        positions=positions,
-        states=states[0],
-    )
+    pads = 0 if "none" in paddings else PROBE_PADDING
+    rows, masks = [], []
+    for padding in paddings:
+        start = pads if padding == "left" else 0
+        # the last `pads` ids fill the padding, so that the real tokens are the same in each case
+        filled, other = (part[: length + pads].roll(start) for part in (ids, changed))
+        mask = torch.zeros_like(filled)
+        mask[start : start + length] = 1
+        case = filled.repeat(length + 3, 1)
+        tokens = torch.arange(length, device=ids.device)
+        case[tokens + 1, tokens + start] = other[start : start + length]
+        case[length + 1] = torch.where(mask.bool(), filled, other)
+        rows.append(case)
+        masks.append(mask.expand_as(case))
+    probes = {}
+    for layer, states in _states(model, torch.cat(rows), torch.cat(masks), layers).items():
+        for padding, case in zip(paddings, states.cpu().chunk(len(paddings)), strict=True):
+            start = pads if padding == "left" else 0
+            real = case[:, start : start + length]
+            first = real[0].double()  # on the CPU, because some devices have no float64
+            probes[padding, layer] = Probe(
+                influence=relative_change(real[1 : length + 1].double(), first).T.float(),
+                padding=relative_change(real[length + 1].double(), first).float(),
+                noise=float(relative_change(real[length + 2].double(), first).max()),
+                states=real[0],
+            )
+    return probes
 
 
 def _embeddings(model: nn.Module) -> Tensor:
@@ -280,9 +310,9 @@ def _embeddings(model: nn.Module) -> Tensor:
 
 
 def probe_ids(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
-    """Token ids (count,) and for each another id to change it to, far away in the embedding space.
+    """Token ids (count,), and for each another id to change it to, distant in the embedding space.
 
-    Taken from the whole vocabulary without the ids that the configuration names (padding, BOS, EOS, image tokens, …).
+    Taken from the whole vocabulary except the ids that the configuration names (padding, BOS, EOS, image tokens, …).
     """
     weight = _embeddings(model).detach()
     config = base_model(model).config
@@ -302,40 +332,64 @@ def probe_ids(model: nn.Module, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _states(
-    model: nn.Module, ids: Tensor, mask: Tensor, explicit_positions: bool = True, layer: int | None = None
-) -> Tensor:
-    """States (B, T, D), the last ones or a layer's, of one forward in eval mode, which leaves no trace in the model."""
+    model: nn.Module,
+    ids: Tensor,
+    mask: Tensor,
+    layers: Sequence[int | None] = (None,),
+    explicit_positions: bool = True,
+) -> dict[int | None, Tensor]:
+    """The states (B, T, D) that each layer (None: the model) gives in one forward in eval mode."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if explicit_positions and takes_position_ids(model):
         inputs["position_ids"] = position_ids(mask)
     if "use_cache" in inspect.signature(base_model(model).forward).parameters:
         inputs["use_cache"] = False
-    kept: list[Any] = []
-    watched = [] if layer is None else [decoder_layers(base_model(model))[layer]]
-    hooks = [module.register_forward_hook(lambda *call: kept.append(call[-1])) for module in watched]
-    with evaluating(model), torch.no_grad(), attending(model, mask, PROBE_PREFIX):
-        output = model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    output = kept[0] if kept else output
-    states = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+    outputs: dict[int | None, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            if layer is not None:
+                hook = decoder_layers(base_model(model))[layer].register_forward_hook(
+                    lambda module, args, output, layer=layer: outputs.update({layer: output})
+                )
+                stack.callback(hook.remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(attending(model, mask, PROBE_PREFIX))
+        outputs[None] = model(**inputs)
+    return {layer: _tensor(outputs[layer]) for layer in layers}
+
+
+def _tensor(output: Any) -> Tensor:
+    """The states in what a layer or a model returns."""
+    if isinstance(output, Tensor):
+        return output
+    states = getattr(output, "last_hidden_state", None)
     return output[0] if states is None else states
 
 
 @contextlib.contextmanager
+def restored_mode(model: nn.Module) -> Iterator[None]:
+    """Restores each submodule's mode (training or eval) and the random state at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    with restored_rng(model):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; each submodule's own mode and the random state restored after."""
-    training = [module for module in model.modules() if module.training]
-    # Not torch.random.fork_rng: it asks for the current accelerator even if no device is given, and a probe on the CPU
-    # must not touch a GPU.
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    on_cpu, on_gpu = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
+    """Eval mode inside, on one thread; modes, threads and random state are restored.
+
+    A probe's batches are so small that a second thread costs more than it computes.
+    """
+    threads = torch.get_num_threads()
+    with restored_mode(model):
         model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        torch.set_rng_state(on_cpu)
-        for device, state in on_gpu.items():
-            torch.cuda.set_rng_state(state, device)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
