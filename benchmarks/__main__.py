@@ -16,6 +16,8 @@ BENCHMARKS = {
     "encode": "benchmarks.encode",
     "queries": "benchmarks.queries",
     "train": "benchmarks.train",
+    "step": "benchmarks.step",
+    "check": "benchmarks.check",
     "memory": "benchmarks.memory",
     "study": "benchmarks.study",
     "heads": "benchmarks.heads",

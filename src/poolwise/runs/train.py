@@ -36,6 +36,7 @@ from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import torch_dtype
 from poolwise.model.encoder import derived_seed
+from poolwise.model.lora import fast_training
 from poolwise.model.packing import choose, joined
 from poolwise.runs import layout
 from poolwise.study.design import Design
@@ -66,7 +67,8 @@ def train(
     At each step of `milestones` the encoder is also saved to `folder/step-N`. `designs`: those it is compared with,
     which are all trained in one layout of the batches (`decoder.packing`): packed, unless one of them cannot be.
 
-    Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is). Raises
+    Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is), and what
+    `fast_training` used. Raises
     TrainingError for a loss that is not finite or that stays at chance level.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -111,7 +113,7 @@ def train(
     if resume is not None:
         watch.losses = _logged(resume)
         watch.recent.extend(watch.losses.values())
-    with backbone.in_layout(layout):
+    with backbone.in_layout(layout), fast_training(backbone, recipe) as kernels:
         trainer = _Trainer(
             model=encoder,
             args=arguments,
@@ -126,6 +128,7 @@ def train(
     return {
         "layout": layout,
         "layout_reason": reason,
+        "kernels": kernels,
         "losses": watch.losses,
         "seconds": time.perf_counter() - started,
         "world_size": world,
