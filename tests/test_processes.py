@@ -159,6 +159,15 @@ def test_auto_is_bf16_only_where_a_gpu_computes_in_it(monkeypatch: pytest.Monkey
     assert torch_dtype("auto") == torch.bfloat16
 
 
+def test_one_process_writes_a_checkpoint(base: str, tmp_path: Path) -> None:
+    """Both wrote the same files at once: half-written weights, or an error for a file that the other has removed."""
+    encoder = build(recipe(base), DESIGNS["m1"], 0, device="cpu")
+    for rank, written in ((1, []), (0, ["adapter", "pooling.safetensors"])):
+        trainer: Any = SimpleNamespace(args=SimpleNamespace(should_save=rank == 0), model=encoder)
+        training._Trainer._save(trainer, str(tmp_path))
+        assert sorted(path.name for path in tmp_path.iterdir()) == written
+
+
 def test_a_batch_that_cannot_be_split(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = recipe(base)
     encoder = build(given, DESIGNS["m1"], 0, device="cpu")

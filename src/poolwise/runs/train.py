@@ -151,6 +151,8 @@ class _Trainer(SentenceTransformerTrainer):
     """sentence-transformers' trainer; its checkpoints hold what was tuned, not the base."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return  # transformers asks every process, and two must not write one file
         target = Path(output_dir or str(self.args.output_dir))
         target.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self.model, target)
