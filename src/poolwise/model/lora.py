@@ -170,6 +170,7 @@ class _Group:
             for part in layer.get_base_layer().parameters() if len(self.layers) > 1 else ():
                 if part.untyped_storage().nbytes() > part.nbytes:
                     part.data = part.data.clone()
+        self.weight, self.bias = torch.empty(0), None  # frees one group before the next is copied
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -255,7 +256,7 @@ def _attach_if_equal(backbone: Backbone, groups: list[_Group]) -> str:
 
 
 COMPILE_STEPS = 200
-"""Steps of a training from which on compiling repays itself: it takes some twenty seconds, less when it is cached."""
+"""Steps of a training from which on compiling repays itself: it takes tens of seconds, few when cached."""
 COMPILERS = 4
 """Processes that generate code for one training."""
 
