@@ -24,10 +24,11 @@ from poolwise.encoding import shortcuts as adopted_file
 from poolwise.encoding.encode import encode_file, open_model
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.server import serving
-from poolwise.encoding.shortcuts import STANDARD, adopted, moved
+from poolwise.encoding.shortcuts import adopted, moved
 from poolwise.errors import AttentionError, ModelError
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import ensure_eos
+from poolwise.model.encoder import STANDARD
 from poolwise.model.packing import refusal
 from poolwise.scoring.evaluate import evaluate, model_identity
 from poolwise.study.design import Design

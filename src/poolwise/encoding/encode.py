@@ -15,8 +15,8 @@ from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import DataError, ModelError, PoolwiseError, suggest
 from poolwise.files import open_atomic
-from poolwise.model.checkpoint import RUN_FILE, load
-from poolwise.scoring.references import LEXICAL, reference
+from poolwise.model.checkpoint import load_any
+from poolwise.study.catalogue import LEXICAL
 
 SIDES = ("query", "document")
 SAID_EVERY = 10.0
@@ -28,16 +28,9 @@ def open_model(model: str | Path) -> FastEncoder:
 
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded or a lexical reference.
     """
-    folder = Path(model)
-    steps = {int(step.name[5:]): step for step in folder.glob("training/step-*") if step.name[5:].isdigit()}
-    if steps:
-        folder = steps[max(steps)]
-    exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
-    if exported or (folder / RUN_FILE).exists():
-        return FastEncoder(load(folder))
     if str(model) in LEXICAL:
         raise ModelError(f"model {str(model)!r} knows only the texts of a task, it has no vectors; name an encoder")
-    return FastEncoder(reference(str(model)))
+    return FastEncoder(load_any(model))
 
 
 def prompt_of(fast: FastEncoder, prompt: str | None, side: str | None) -> str:

@@ -1,8 +1,4 @@
-"""What shows that a model is not the one it was: its weights were written to or replaced, or its settings changed.
-
-Autograd counts the writes to each tensor. It does not see the steps of fused optimisers, so these are counted here; nor
-writing through `weight.data`, nor to weights that were made in inference mode: nothing but reading all weights would.
-"""
+"""Encoding by batches of similar length, with every shortcut checked before it is used."""
 
 from __future__ import annotations
 
@@ -19,13 +15,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
 from poolwise.encoding.rows import Row, batches, longest_first, padded, rows_of, spread
 from poolwise.encoding.shortcuts import (
     Prefix,
+    VectorCache,
     adopted,
     can_prune,
     can_reuse,
@@ -41,48 +36,6 @@ from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import base_model, decoder_layers, lock_of
 from poolwise.model.packing import refusal, sent
 from poolwise.study.catalogue import spec_of
-
-_fused_steps = 0
-
-
-def _count(optimizer: Optimizer, *_: Any) -> None:
-    global _fused_steps
-    _fused_steps += any(group.get("fused") for group in optimizer.param_groups)
-
-
-register_optimizer_step_post_hook(_count)
-
-
-class Stamp:
-    """A model's state. It holds the storages of the weights, so that no address is used again; a copy or a pickle of it
-    holds nothing and fits no model."""
-
-    def __init__(self, model: SentenceTransformer) -> None:
-        self.state: Any = _state(model)
-        self.storages = [weight.untyped_storage() for weight in _weights(model)]
-
-    def fits(self, model: SentenceTransformer) -> bool:
-        """Whether the model is as it was."""
-        return bool(self.state == _state(model))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"state": None, "storages": []}
-
-
-def _state(model: SentenceTransformer) -> Any:
-    written = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in _weights(model)]
-    return _fused_steps, model.max_seq_length, model.truncate_dim, written
-
-
-def _weights(model: nn.Module) -> list[Tensor]:
-    """All parameters; shared ones may come twice. Twice as fast as `parameters()`, which names them too."""
-    found: list[Tensor] = []
-    modules = [model]
-    for module in modules:  # which grows meanwhile
-        found += [weight for weight in module._parameters.values() if weight is not None]
-        modules += [part for part in module._modules.values() if part is not None]
-    return found
-
 
 WINDOW = 8192
 """Texts that are tokenised, sorted and encoded together; the memory of a stream."""
@@ -118,7 +71,8 @@ class FastEncoder:
     """`encode(texts)` -> (N, D) fp32, for an encoder of `poolwise.build` or `poolwise.load` and models that `adopted`
     takes; any other attribute is the encoder's own. Further models are encoded by their own `encode`: `notes` says why.
 
-    Weights, length limit and `truncate_dim` may change while it lives, see `refresh`. Threads may share it.
+    What it derives from the model (merged weights, states of prompts, embeddings it keeps) is made once: call `refresh`
+    after the model's weights, length limit or `truncate_dim` have changed. Threads may share it.
 
     Args:
         budget: tokens of a batch; None: by device.
@@ -135,8 +89,7 @@ class FastEncoder:
         self.refresh()
 
     def refresh(self) -> None:
-        """Make anew what is made of the encoder's weights and settings. It is called where they have changed, and need
-        be called only after what cannot be seen: writing through `weight.data`, or to weights of inference mode."""
+        """Rebuild everything derived from the encoder's weights and settings, and forget kept embeddings."""
         with lock_of(base_model(getattr(self.given[0], "model", self.given))):  # it is looked at and copied
             self._open()
 
@@ -155,7 +108,7 @@ class FastEncoder:
                 self.ours, encoder, reason = False, self.given, str(error).split("\n")[0].split(". Fix")[0]
                 self.notes = [f"{UNSHORTENED}: {reason or type(error)}"]
         self.encoder = lighter(encoder.eval()) if self.ours else encoder
-        self.kept: dict[tuple[str | None, str, str], np.ndarray] = {}
+        self.kept = VectorCache(self.keep)
         self.layout = "padded"
         if self.ours:
             backbone = self.backbone
@@ -168,7 +121,6 @@ class FastEncoder:
             self._checked: Counter[tuple[str, str]] = Counter()
             self._prefixes: dict[str, Prefix | None] = {}
             self._is_compiled = False
-        self._stamp = Stamp(self.given)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "encoder" not in self.__dict__:  # a copy or a pickle that is being made
@@ -194,8 +146,6 @@ class FastEncoder:
         """At the start of every call."""
         with self._lock:
             self.counts.asked += asked
-            if not self._stamp.fits(self.given):
-                self.refresh()
             if self.encoder.training:
                 self.encoder.eval()
 
@@ -209,16 +159,14 @@ class FastEncoder:
             return np.zeros((0, self.encoder.get_embedding_dimension() or 0), np.float32)
         if self.by_batch:
             return self._own(texts, prompt, None, batch_size)
-        side, kept = None if self.ours else side, self.kept
-        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in kept]
-        fresh: dict[str, np.ndarray] = {}
-        if new:
-            made = self._stream(new, prompt, None) if self.ours else [self._own(new, prompt, side, batch_size)]
-            fresh = dict(zip(new, np.concatenate([*made]), strict=True))
-        answer = [fresh[text] if text in fresh else kept[side, prompt, text] for text in texts]
-        if new and (len(kept) + len(new)) * fresh[new[0]].nbytes <= self.keep:
-            kept.update({(side, prompt, text): vector for text, vector in fresh.items()})
-        return np.stack(answer)
+        side = None if self.ours else side
+
+        def compute(new: Sequence[str]) -> np.ndarray:
+            if not self.ours:
+                return self._own(new, prompt, side, batch_size)
+            return np.concatenate([*self._stream(new, prompt, None)])
+
+        return self.kept.get(texts, side, prompt, compute)
 
     def stream(self, texts: Iterable[str], prompt: str = "", total: int | None = None) -> Iterator[np.ndarray]:
         """Embeddings of any number of texts, a window (n, D) at a time, in order; the next is tokenised meanwhile.

@@ -24,9 +24,8 @@ from poolwise.encoding.rows import Row, padded
 from poolwise.errors import ModelError
 from poolwise.model.attention import get_attention, verify
 from poolwise.model.backbone import TEXT, Backbone
-from poolwise.model.encoder import PoolingHead
+from poolwise.model.encoder import STANDARD, PoolingHead
 from poolwise.model.hooks import decoder_layers, last_index
-from poolwise.study.catalogue import POOLINGS
 
 BY_LENGTH = {"dynamic", "longrope"}
 """Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
@@ -205,8 +204,41 @@ def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
     return half
 
 
-STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
-"""Our pooling -> the mode of sentence-transformers' own."""
+class VectorCache:
+    """Vectors of texts by side, prompt and text, up to `limit` bytes. `whole`: whether everything so far was kept."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.bytes, self.whole = limit, 0, True
+        self.known: dict[tuple[str | None, str, str], np.ndarray] = {}
+
+    def rows(
+        self, texts: Sequence[str], side: str | None, prompt: str, compute: Callable[[list[str]], np.ndarray]
+    ) -> np.ndarray | list[np.ndarray]:
+        """One array a text; `compute` gets the texts that are not known, each once, and gives (N, …)."""
+        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self.known]
+        if not new:
+            return [self.known[side, prompt, text] for text in texts]
+        made = compute(new)
+        fresh = dict(zip(new, made, strict=True)) if self.limit or len(new) < len(texts) else {}
+        if self.bytes + made.nbytes <= self.limit:
+            self.known.update({(side, prompt, text): row for text, row in fresh.items()})
+            self.bytes += made.nbytes
+        else:
+            self.whole = False
+        if len(new) == len(texts):
+            return made
+        return [fresh[text] if text in fresh else self.known[side, prompt, text] for text in texts]
+
+    def get(
+        self, texts: Sequence[str], side: str | None, prompt: str, compute: Callable[[list[str]], np.ndarray]
+    ) -> np.ndarray:
+        """`rows` as one array (N, …) that shares no memory with what is kept."""
+        found = self.rows(texts, side, prompt, compute)
+        if isinstance(found, np.ndarray):
+            return found.copy() if self.limit else found
+        return np.stack(found)
+
+
 AGREEMENT = {
     torch.float32: (1e-5, 1e-8),
     torch.float64: (1e-5, 1e-8),

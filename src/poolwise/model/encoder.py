@@ -24,9 +24,12 @@ from poolwise.model.base import base_identity, base_path, cannot_load, check_pos
 from poolwise.model.hooks import decoder_layers
 from poolwise.pooling.cost import resolve_args
 from poolwise.pooling.poolings import module_class
-from poolwise.study.catalogue import spec_of
+from poolwise.study.catalogue import POOLINGS, spec_of
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
+
+STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
+"""Our pooling -> the mode of sentence-transformers' `Pooling` that computes the same."""
 
 
 class PoolingHead(Module):
