@@ -17,7 +17,6 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import masking_utils
 
 from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
@@ -231,19 +230,15 @@ def test_packed_encoding_equals_one_text_at_a_time(
 def test_nothing_of_a_batch_waits_for_the_device(name: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a number from "meta" raises, and so does a tensor of the CPU among its own."""
     fast = packing_encoder(base, DESIGNS[name], dtype="bfloat16", lora=Lora(rank=4))
-    rows = sorted(fast._tokenise(some_texts(12), ""), key=lambda row: -len(row["input_ids"]))
+    window = fast._prepare(some_texts(12), "")
     with_kernel(monkeypatch)  # torch's own, which knows its shapes
-    monkeypatch.setattr(
-        masking_utils, "find_packed_sequence_indices", lambda positions: None
-    )  # transformers looks once
     monkeypatch.setattr(torch, "autocast", lambda *args, **given: contextlib.nullcontext())  # knows no "meta"
     fast.encoder.to("meta")
-    with torch.inference_mode():
-        out = fast._forward(rows, None, False)
-    assert out.device.type == "meta"
-    assert out.shape == (12, 32)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        out.sum().item()
+    vectors = fast._window(window, "", 60)
+    assert vectors.host.device.type == "meta"
+    assert vectors.shape == (12, 32)
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        vectors.into(np.empty(vectors.shape, np.float32))
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -252,7 +252,7 @@ def test_families_that_can_be_packed(family: str, mode: str) -> None:
 
 
 def test_families_that_cannot() -> None:
-    assert "0 of its 2 layers were told" in str(refusal(tiny_model("stablelm"), "causal", LONG))
+    assert "0 of its 2 layers received" in str(refusal(tiny_model("stablelm"), "causal", LONG))
     assert "sliding window of 4 tokens, shorter than max_length = 64" in str(
         refusal(tiny_model("mistral_window"), "causal", LONG)
     )

@@ -111,6 +111,8 @@ class Batcher:
 
     def _tokens(self, texts: Sequence[str], prompt: str) -> int:
         """Tokens of the texts with their prompts, as far as the model reads them."""
+        if self.fast.ours:
+            return int(self.fast.tokenise(texts, prompt).lengths.sum())
         count = 0
         for start in range(0, len(texts), 64):
             features = self.fast.encoder.preprocess([*texts[start : start + 64]], prompt=prompt or None)

@@ -20,12 +20,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from poolwise.encoding.rows import Row, padded
+from poolwise.encoding.rows import features
 from poolwise.errors import ModelError
 from poolwise.model.attention import get_attention, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.encoder import STANDARD, PoolingHead
 from poolwise.model.hooks import decoder_layers, last_index
+from poolwise.model.packing import Ragged
 
 BY_LENGTH = {"dynamic", "longrope"}
 """Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
@@ -39,26 +40,23 @@ def can_reuse(backbone: Backbone) -> bool:
     return backbone.attention == "causal" and not kinds & BY_LENGTH
 
 
-def shared_prefix(rows: Sequence[Tensor]) -> Tensor:
-    """The token ids (P,) that all rows begin with, less each row's last token, so that none is left empty."""
-    shortest = min(rows, key=len)
-    first = rows[0][: len(shortest) - 1]
-    same = len(first)
-    for row in rows:
-        differ = (row[:same] != first[:same]).nonzero()
-        same = int(differ[0]) if len(differ) else same
-    return first[:same]
+def shared_prefix(*parts: Ragged) -> np.ndarray:
+    """The token ids (P,) that all texts begin with, less each text's last token, so that none is left empty."""
+    shortest = max(0, min(int(rows.lengths.min()) for rows in parts) - 1)
+    heads = np.concatenate([rows.ids[rows.starts[:, None] + np.arange(shortest)] for rows in parts])
+    same = (heads == heads[0]).all(0)
+    return heads[0][: shortest if same.all() else int(same.argmin())]
 
 
 @dataclass
 class Prefix:
     """P tokens and what a decoder makes of them.
 
-    ids (P,); keys and values (1, K, P, E) of each layer; states (1, P, D) of the last layer; totals (1, L, D): sums of
-    each layer's states over the `pooled` tokens, for designs that pool layers by their mean.
+    ids (P,), on the CPU; keys and values (1, K, P, E) of each layer; states (1, P, D) of the last layer; totals
+    (1, L, D): sums of each layer's states over the `pooled` tokens, for designs that pool layers by their mean.
     """
 
-    ids: Tensor
+    ids: np.ndarray
     cache: list[tuple[Tensor, Tensor]]
     states: Tensor
     totals: Tensor | None
@@ -69,27 +67,29 @@ class Prefix:
         """P."""
         return len(self.ids)
 
-    def serves(self, backbone: Backbone, rows: Sequence[Row]) -> bool:
-        """Whether all these texts begin with it and go on after it; where layers are pooled by their mean, also whether
-        of its tokens those are pooled that were summed up: of a text without content, it may be all of them."""
-        ids = [row["input_ids"][: self.length] for row in rows if len(row["input_ids"]) > self.length]
-        if len(ids) < len(rows) or not (torch.stack(ids) == self.ids).all():
+    def serves(self, backbone: Backbone, rows: Ragged) -> bool:
+        """Whether all these texts begin with it and go on after it. If layers are pooled by their mean, also whether
+        the tokens of it that are pooled are those summed up: of a text without content, all of them may be."""
+        if rows.lengths.min() <= self.length:
+            return False
+        if not (rows.ids[rows.starts[:, None] + np.arange(self.length)] == self.ids).all():
             return False
         if self.totals is None:
             return True
-        pooled = backbone._pooling_mask(padded(rows, "cpu"))[:, : self.length]
+        pooled = backbone._pooling_mask(features(rows, "cpu"))[:, : self.length]
         return bool((pooled.bool().sum(1) == self.pooled).all())
 
     @classmethod
-    def of(cls, backbone: Backbone, ids: Tensor, row: Row) -> Prefix | None:
-        """Run the prefix `ids` (P,) of `row` through the decoder; None where it gives no keys and values to reuse."""
+    def of(cls, backbone: Backbone, ids: np.ndarray, row: Ragged) -> Prefix | None:
+        """Run the prefix `ids` (P,) of the one text `row` through the decoder; None if it gives no keys and values that
+        can be reused."""
         device = backbone.model.device
-        mask = torch.ones(1, len(row["input_ids"]), dtype=torch.long, device=device)
-        whole = {**{name: value[None].to(device) for name, value in row.items()}, "attention_mask": mask}
+        whole = features(row, device)
+        mask = whole["attention_mask"]
         pooled = backbone._pooling_mask(whole)[:, : len(ids)].bool()
         cache = DynamicCache(config=backbone.model.config.get_text_config())
         inputs = {
-            "input_ids": ids[None].to(device),
+            "input_ids": whole["input_ids"][:, : len(ids)],
             "attention_mask": mask[:, : len(ids)],
             "position_ids": torch.arange(len(ids), device=device)[None],
         }
@@ -106,16 +106,16 @@ class Prefix:
             return None  # a sliding window shorter than the prefix, or layers of another kind
         return cls(ids, whole_keys, output.last_hidden_state, totals, int(pooled.sum()))
 
-    def forward(self, backbone: Backbone, features: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, backbone: Backbone, given: dict[str, Any]) -> dict[str, Any]:
         """What `backbone` adds to the features (B, T) of texts that begin with the prefix, padded on the right."""
-        texts, start, mask = len(features["input_ids"]), self.length, features["attention_mask"]
-        pooled = backbone._pooling_mask(features)
+        texts, start, mask = len(given["input_ids"]), self.length, given["attention_mask"]
+        pooled = backbone._pooling_mask(given)
         cache = DynamicCache(config=backbone.model.config.get_text_config())
         for number, (keys, values) in enumerate(self.cache):
             cache.update(keys.expand(texts, -1, -1, -1), values.expand(texts, -1, -1, -1), number)
         width = mask.shape[1] - start
         inputs = {
-            "input_ids": features["input_ids"][:, start:],
+            "input_ids": given["input_ids"][:, start:],
             "attention_mask": mask,
             "position_ids": torch.arange(start, start + width, device=mask.device).expand(texts, -1),
             "past_key_values": cache,
@@ -132,10 +132,10 @@ class Prefix:
                 assert self.totals is not None
                 own = rest.bool().sum(1)[:, None, None]
                 vectors = (vectors * own + self.totals) / (own + self.pooled)
-            features["layer_embeddings"] = vectors
-        features["token_embeddings"] = torch.cat([self.states.expand(texts, -1, -1), states], 1)
-        features["pooling_mask"] = pooled
-        return features
+            given["layer_embeddings"] = vectors
+        given["token_embeddings"] = torch.cat([self.states.expand(texts, -1, -1), states], 1)
+        given["pooling_mask"] = pooled
+        return given
 
 
 def can_prune(backbone: Backbone) -> bool:
@@ -145,7 +145,7 @@ def can_prune(backbone: Backbone) -> bool:
 
 
 @contextlib.contextmanager
-def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterator[None]:
+def pruned(backbone: Backbone, given: dict[str, Any], prune: bool) -> Iterator[None]:
     """Inside, the last layer's output projection and feed-forward are computed for the last pooled token only, with
     zeros elsewhere: nothing else of that layer is read by last-token pooling. So it is in the thread that opens it;
     another one, in the `encode` of a model that shares the layer, finds it whole."""
@@ -153,7 +153,7 @@ def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterato
         yield
         return
     layer = cast(Any, decoder_layers(backbone.model)[-1])
-    last = last_index(backbone._pooling_mask(features))
+    last = last_index(backbone._pooling_mask(given))
     texts = torch.arange(len(last), device=last.device)
     parts = (layer.mlp, layer.self_attn.o_proj)
     for part in parts:

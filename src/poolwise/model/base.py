@@ -159,29 +159,41 @@ FORMS = {
 }
 
 
+def template_parts(
+    template: str, prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], list[int] | None, list[int], int, str]:
+    """Ids before a text, between its two copies (None: one copy) and after it; the tokens left to each copy; and what
+    is written in front of a copy before it is tokenised.
+
+    Raises `ModelError` if prompt and template leave no token to the text.
+    """
+    form = FORMS[template]
+    leading, trailing = special_frame(tokenizer)
+    before = leading + _ids(tokenizer, prompt + form.before)
+    between = None if form.between is None else _ids(tokenizer, form.between)
+    after = _ids(tokenizer, form.after) + (trailing if between is not None else [])
+    used = len(before) + len(between or ()) + len(after)
+    room = (max_length - used) // (1 if between is None else 2)
+    if room < 1:
+        raise ModelError(
+            f"recipe.max_length = {max_length} leaves no room for a text beside its prompt and template {template!r} "
+            f"({used} tokens); give a larger max_length or a shorter prompt"
+        )
+    return before, between, after, room, form.space
+
+
 def write(
     template: str, texts: Sequence[str], prompt: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[list[int]], int]:
     """Ids of each text in its template, at most `max_length` of them; and how many of them stand before the text.
 
-    Raises `ModelError` where prompt and template leave no token to the text.
+    Raises `ModelError` if prompt and template leave no token to the text.
     """
-    form = FORMS[template]
-    leading, trailing = special_frame(tokenizer)
-    before = leading + _ids(tokenizer, prompt + form.before)
-    between = [] if form.between is None else _ids(tokenizer, form.between)
-    after = _ids(tokenizer, form.after) + (trailing if form.between is not None else [])
-    copies = 1 if form.between is None else 2
-    room = (max_length - len(before) - len(between) - len(after)) // copies
-    if room < 1:
-        raise ModelError(
-            f"recipe.max_length = {max_length} leaves no room for a text beside its prompt and template {template!r} "
-            f"({len(before) + len(between) + len(after)} tokens); give a larger max_length or a shorter prompt"
-        )
+    before, between, after, room, space = template_parts(template, prompt, tokenizer, max_length)
     rows = []
     for text in texts:
-        copy = _ids(tokenizer, form.space + text)[:room]
-        rows.append([*before, *copy, *between, *(copy if copies == 2 else []), *after])
+        copy = _ids(tokenizer, space + text)[:room]
+        rows.append([*before, *copy, *([] if between is None else [*between, *copy]), *after])
     return rows, len(before)
 
 
