@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
+from datasets import Dataset
 from mteb.models import ModelMeta
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from torch.utils.data import SequentialSampler
 
 from poolwise.data.tasks import Task, document_text
 from poolwise.encoding.fast import FastEncoder
@@ -19,6 +21,14 @@ SPARSE_TYPES = ("STS", "Classification", "Clustering")
 """Task types whose mteb evaluators take scipy's sparse rows as they are."""
 CONSTANT_TOLERANCE = 1e-5
 """Vectors are equal if no number differs by more than this share of the largest one."""
+
+
+def _texts(inputs: Any) -> list[str]:
+    """The texts of a data loader, in order; from its dataset at once, which is faster than row by row."""
+    data = getattr(inputs, "dataset", None)
+    if isinstance(data, Dataset) and isinstance(inputs.sampler, SequentialSampler) and "text" in data.column_names:
+        return list(data["text"])
+    return [text for batch in inputs for text in batch["text"]]
 
 
 def adapt(model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None) -> Adapter:
@@ -76,7 +86,7 @@ class Encoder(Adapter):
 
         Raises `ModelError` for vectors that are not finite.
         """
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = _texts(inputs)
         side = None if prompt_type is None else str(prompt_type.value)
         prompt = self._prompt(side)
         if prompt:

@@ -258,7 +258,7 @@ def _evaluate_task(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     try:
-        with _quiet(), _own_randomness():
+        with _quiet(), _own_randomness(), _whole_columns():
             return _rows(model, task, identity, batch_size, items, prompts)
     except PoolwiseError as error:
         raise type(error)(str(error) if task.name in str(error) else f"task {task.name!r}: {error}") from error
@@ -379,6 +379,23 @@ def _training_mode_of(model: Any) -> Iterator[None]:
     finally:
         if training:
             model.train()
+
+
+@contextlib.contextmanager
+def _whole_columns() -> Iterator[None]:
+    """Inside, a dataset returns a column as a list, not as a view that reads each value anew: mteb goes through labels
+    and texts value by value, in datasets that it derives itself, and that took longer than the evaluation."""
+    lazily = datasets.Dataset.__getitem__
+
+    def at_once(self: datasets.Dataset, key: Any) -> Any:
+        value = lazily(self, key)
+        return value[:] if isinstance(key, str) else value
+
+    datasets.Dataset.__getitem__ = at_once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        datasets.Dataset.__getitem__ = lazily  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
