@@ -197,9 +197,9 @@ def test_an_embedding_that_is_not_finite_is_told(models, monkeypatch):
 def test_a_file_that_changes_meanwhile_is_told(models, texts, tmp_path, monkeypatch):
     opened = bulk.open_model
 
-    def slow(model: Path) -> FastEncoder:
+    def slow(*given: Any) -> FastEncoder:
         texts.write_text(texts.read_text() + "one more\n")
-        return opened(model)
+        return opened(*given)
 
     monkeypatch.setattr(bulk, "open_model", slow)
     with pytest.raises(DataError, match="24 texts and then 25"):
@@ -243,7 +243,9 @@ def test_every_kind_of_file(tmp_path):
     ],
 )  # fmt: skip
 def test_texts_that_cannot_be_read(name, content, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "open_model", lambda model: pytest.fail("the model is loaded before the texts are known"))
+    monkeypatch.setattr(
+        bulk, "open_model", lambda *given: pytest.fail("the model is loaded before the texts are known")
+    )
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=told):

@@ -249,7 +249,7 @@ def test_a_full_queue_says_so(server: Server, monkeypatch):
 
 
 def test_an_address_that_cannot_be_had(server: Server, monkeypatch):
-    monkeypatch.setattr(serving_file, "open_model", lambda model: pytest.fail("loaded before the port was tried"))
+    monkeypatch.setattr(serving_file, "open_model", lambda *given: pytest.fail("loaded before the port was tried"))
     with (
         pytest.raises(PoolwiseError, match=f"--port {server.server_port}: Address already in use"),
         serving("x", port=server.server_port),

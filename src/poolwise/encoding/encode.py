@@ -6,8 +6,11 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import torch
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
 from poolwise.data.reading import read_texts
@@ -15,22 +18,46 @@ from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import DataError, ModelError, PoolwiseError, suggest
 from poolwise.files import open_atomic
+from poolwise.model.backbone import Backbone
+from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.model.checkpoint import load_any
 from poolwise.study.catalogue import LEXICAL
 
 SIDES = ("query", "document")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 SAID_EVERY = 10.0
 """Seconds between two lines of progress."""
 
 
-def open_model(model: str | Path) -> FastEncoder:
+def open_encoder(model: str | Path, dtype: str | None = None) -> SentenceTransformer:
     """A trial's folder (its last step) or one of its steps, an exported folder, a sentence-transformers model by name.
+
+    dtype: one of `DTYPES` to convert the weights to, LoRA merged first; `auto` is bfloat16 if the device computes in
+    it, else float32; None: as stored.
 
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded or a lexical reference.
     """
+    if dtype not in (None, *DTYPES):
+        raise PoolwiseError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
     if str(model) in LEXICAL:
         raise ModelError(f"model {str(model)!r} knows only the texts of a task, it has no vectors; name an encoder")
-    return FastEncoder(load_any(model))
+    encoder = load_any(model)
+    if dtype is None:
+        return encoder
+    on_cpu = encoder.device.type == "cpu"
+    wanted = torch.bfloat16 if dtype == "auto" and on_cpu and cpu_bfloat16_gain() > 1 else torch_dtype(dtype)
+    if not isinstance(encoder[0], Backbone):
+        return cast(Any, encoder).to(wanted)
+    backbone = cast(Any, encoder[0])
+    if isinstance(backbone.model, PeftModel):
+        backbone.model = cast(Any, backbone.model.float()).merge_and_unload()  # so that LoRA is rounded only once
+    backbone.model.to(wanted)  # the pooling stays in fp32; `FastEncoder` converts its matrices
+    return encoder
+
+
+def open_model(model: str | Path, dtype: str | None = None) -> FastEncoder:
+    """`open_encoder`, ready for fast encoding."""
+    return FastEncoder(open_encoder(model, dtype))
 
 
 def prompt_of(fast: FastEncoder, prompt: str | None, side: str | None) -> str:
@@ -71,9 +98,11 @@ def encode_file(
     prompt: str | None = None,
     side: str | None = None,
     field: str = "text",
+    dtype: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Encode a file of texts (see `read_texts`) into a NumPy file (N, D) fp32, row n for text n; arguments as `encode`.
+    """Encode a file of texts (see `read_texts`) into a NumPy file (N, D) fp32, row n for text n. Arguments as those of
+    `encode`, and `dtype` as that of `open_encoder`.
 
     The texts are read twice: once to count and check them before the model is loaded, then a window at a time while the
     vectors are written, so memory does not grow with the file. `to` appears whole or not at all. `say` gets lines of
@@ -88,7 +117,7 @@ def encode_file(
     total = sum(1 for _ in read_texts(texts, field, say))
     if not total:
         raise DataError(f"{texts}: no text in it")
-    fast = open_model(model)
+    fast = open_model(model, dtype)
     prompt = prompt_of(fast, prompt, side)
     done, started, said = 0, time.perf_counter(), time.perf_counter()
     with open_atomic(to) as file:  # not a memory map: on a full disk that would kill the process

@@ -249,8 +249,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080) -> Iterator[Server]:
-    """A server with `model` (see `open_model`) loaded and warm, for `serve_forever`; port 0: any that is free.
+def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080, dtype: str | None = None) -> Iterator[Server]:
+    """A server with `model` (see `open_encoder`) loaded and warm, for `serve_forever`; port 0: any that is free.
 
     Raises PoolwiseError where the address cannot be had, before the model is loaded, and what `open_model` raises.
     """
@@ -261,16 +261,16 @@ def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080) -> Ite
             f"--host {host} --port {port}: {error.strerror or error}; give an address of this machine and a free port"
         ) from None
     with server:
-        server.model, server.batcher = str(model), Batcher(open_model(model))
+        server.model, server.batcher = str(model), Batcher(open_model(model, dtype))
         try:
             yield server
         finally:
             server.batcher.close()
 
 
-def serve(model: str | Path, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve(model: str | Path, host: str, port: int, say: Callable[[str], None], dtype: str | None = None) -> None:
     """Serve until Ctrl-C; `say` gets what is served, where, and the encoder's notes."""
-    with serving(model, host, port) as server:
+    with serving(model, host, port, dtype) as server:
         say(f"{model} ({server.batcher.width} numbers a text): http://{host}:{server.server_port}{ROUTE}; Ctrl-C stops")
         for note in server.batcher.fast.notes:
             say(f"note: {note}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,6 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from poolwise.errors import ModelError
 from poolwise.files import cached_if_unreachable
 from poolwise.study.recipe import Recipe
+
+CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+"""What Linux calls the instructions that compute in bfloat16, on x86 and on Arm."""
 
 
 def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base_model") -> str:
@@ -62,6 +67,29 @@ def torch_dtype(name: str) -> torch.dtype:
         computes = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if computes else torch.float32
     return cast(torch.dtype, getattr(torch, name))
+
+
+@functools.cache
+def cpu_bfloat16_gain() -> float:
+    """How many times faster this CPU multiplies matrices in bfloat16 than in float32, measured once in about 50 ms; 1.0
+    if its flags name no instructions for it (AVX512-BF16, AMX, or Arm's), where bfloat16 is emulated."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return 1.0
+    if not flags & CPU_BFLOAT16:
+        return 1.0
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        a @ b
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def ensure_eos(tokenizer: PreTrainedTokenizerBase) -> None:
