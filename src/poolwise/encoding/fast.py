@@ -7,10 +7,11 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -163,7 +164,12 @@ class FastEncoder:
             self.reuses = not known and can_reuse(backbone)
             self._checked: Counter[tuple[str, str]] = Counter()
             self._prefixes: dict[str, Prefix | None] = {}
+            self._forwards: list[tuple[Any, Any]] = []  # compiled layers
             self._is_compiled = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not compiled: compiled layers are bound to the weights of the original."""
+        return {**self.__dict__, "_forwards": [], "_is_compiled": False}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "encoder" not in self.__dict__:  # while a copy or a pickle is made
@@ -297,11 +303,11 @@ class FastEncoder:
                 with self._lock:
                     if tokens is not None:
                         start = int(rows.starts[first])
-                        vectors = self._packed(batch, tokens[:, start : start + len(batch.ids)])
+                        run = partial(self._packed, batch, tokens[:, start : start + len(batch.ids)])
                     else:
                         served = prefix if prefix and prefix.serves(self.backbone, batch) else None
-                        vectors = self._padded(batch, served, prune and served is None)
-                    found.append(vectors.float())
+                        run = partial(self._padded, batch, served, prune and served is None)
+                    found.append(self._compiled(run).float())
             return Vectors(found, window.order, self.encoder.truncate_dim)
 
     def _packed(self, rows: Ragged, tokens: Tensor) -> Tensor:
@@ -387,13 +393,32 @@ class FastEncoder:
     def compile(self) -> None:
         """Compile the decoder layers now; the first batches after it take as long as the compiler needs.
 
-        Not if each layer's output is collected by a hook: the compiled layer would take the hook along. Nor the last
-        layer if it runs for one token: what replaces its parts is new for each batch, and so would its compilation be.
+        Not the last layer if it runs for one token: what replaces its parts is new for each batch, and so would its
+        compilation be.
         """
         self._is_compiled = True
-        if self.backbone.collector is None:
-            for layer in decoder_layers(self.backbone.model)[: -1 if self.prunes else None]:
-                layer.compile(dynamic=True)
+        layers = decoder_layers(self.backbone.model)[: -1 if self.prunes else None]
+        self._forwards = [(layer, torch.compile(layer.forward, dynamic=True)) for layer in layers]
+
+    def _compiled(self, run: Callable[[], Tensor]) -> Tensor:
+        """`run` with the layers as they are compiled, if they are. Hooks on the layers, which collect their vectors,
+        stay outside of what is compiled. If the compiler fails, the encoder goes on without it."""
+        if not self._forwards:
+            return run()
+        try:
+            for layer, forward in self._forwards:
+                layer.forward = forward
+            return run()
+        except Exception as error:  # of the compiler, of which there are many kinds; any other is raised again below
+            for layer, _ in self._forwards:
+                del layer.forward
+            self._forwards = []
+            reason = str(error).strip().split("\n")[0]
+            self.notes.append(f"the decoder layers are not compiled: {type(error).__name__}: {reason}")
+            return run()
+        finally:
+            for layer, _ in self._forwards:
+                del layer.forward
 
     def _tokens_of_a_batch(self) -> int:
         """On CUDA as many as fit: the widest states of a layer are counted, which live side by side while it runs."""

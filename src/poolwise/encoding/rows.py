@@ -19,7 +19,7 @@ from poolwise.model.hooks import lock_of
 from poolwise.model.packing import Ragged, flat_index, sent
 
 CHUNK = 256
-"""Texts that `preprocess` pads together, of similar length."""
+"""Texts of one call of a tokenizer: few enough for its memory to be used again, which is faster than fresh memory."""
 COMPARED = 4
 """Texts of a window, from its longest to its shortest, whose ids are compared with those of `preprocess`."""
 ODD = (
@@ -41,9 +41,9 @@ REMEMBERED = 64
 class Tokeniser:
     """Texts to the token ids that an encoder's `preprocess` gives, without padding and without a tensor for each text.
 
-    All texts go through the Rust tokenizer in one call (in one for each of `threads`). Its ids are compared with those
-    of `preprocess` on `ODD` and on the first texts of each prompt, and again when texts are truncated for the first
-    time. If they differ, or the tokenizer has no Rust part, `preprocess` is used, and a line in `notes` says why.
+    Texts go to the Rust tokenizer unpadded, in `threads` threads. Its ids are compared with those of `preprocess` on
+    `ODD` and on the first texts of each prompt, and again when texts are truncated for the first time. If they differ,
+    or the tokenizer has no Rust part, `preprocess` is used, and a line in `notes` says why.
     """
 
     def __init__(self, encoder: SentenceTransformer, notes: list[str], threads: int = 1) -> None:
@@ -110,13 +110,12 @@ class Tokeniser:
         def encode(part: Sequence[str]) -> list[list[int]]:
             return [encoding.ids for encoding in backend.encode_batch_fast(part, add_special_tokens=special)]
 
-        size = -(-len(texts) // self.threads)
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)] if texts else []
-        if len(parts) > 1:
+        parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+        if self.threads > 1 and len(parts) > 1:
             with ThreadPoolExecutor(self.threads) as pool:
                 ids = [*chain.from_iterable(pool.map(encode, parts))]
         else:
-            ids = encode(texts)
+            ids = [*chain.from_iterable(map(encode, parts))]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return Ragged(np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths)
 
