@@ -174,7 +174,7 @@ def test_a_kernel_that_lets_texts_see_each_other_is_noticed(base: str, kernel: K
         return right(self, query, key, value, whole, whole, len(query), len(query), **given)
 
     monkeypatch.setattr(Kernel, "__call__", leaking)
-    assert "with the texts beside it" in str(refusal(encoder[0].model, "bidirectional", 64))
+    assert "with its neighbours in the pack" in str(refusal(encoder[0].model, "bidirectional", 64))
 
 
 def test_which_kernel_is_taken() -> None:

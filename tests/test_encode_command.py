@@ -202,7 +202,7 @@ def test_a_file_that_changes_meanwhile_is_told(models, texts, tmp_path, monkeypa
         return opened(*given)
 
     monkeypatch.setattr(bulk, "open_model", slow)
-    with pytest.raises(DataError, match="24 texts and then 25"):
+    with pytest.raises(DataError, match="24 texts, then 25"):
         encode_file(models["own"], texts, tmp_path / "v.npy")
     assert files(tmp_path) == {"texts.txt"}
 
@@ -228,7 +228,7 @@ def test_every_kind_of_file(tmp_path):
     [
         ("t.txt", b"one\n\ntwo\n", "line 2: the text is empty; each row of the vectors belongs to one text"),
         ("t.txt", b"one\n\xff\n", "line 2: not UTF-8"),
-        ("t.txt", b"", "no text in it"),
+        ("t.txt", b"", "holds no text"),
         ("t.doc", b"one", r"unknown kind of file '\.doc'; allowed: \.txt"),
         ("t.jsonl", b'{"text": "a"}\n{"text": }\n', "line 2: not valid JSON"),
         ("t.jsonl", b'{"text": "a"}\n{"txet": "a"}\n', "line 2: no field 'text', it has 'txet'; did you mean 'txet'"),
@@ -263,7 +263,7 @@ def test_other_mistakes(models, texts, tmp_path, capfd, monkeypatch):
     assert code == 2
     assert "give one of them" in err
     for model, to, error in (
-        (models["own"], tmp_path / "v.txt", "name it like vectors.npy"),
+        (models["own"], tmp_path / "v.txt", "give a name like vectors.npy"),
         ("bm25", tmp_path / "v.npy", "it has no vectors"),
         (models["own"], texts / "below" / "v.npy", "cannot be written"),
     ):

@@ -17,7 +17,7 @@ from poolwise.encoding import fast as encoding
 from poolwise.encoding import shortcuts
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.rows import Tokeniser, spread
-from poolwise.encoding.shortcuts import AGREEMENT, Prefix, disagreement, moved, turned
+from poolwise.encoding.shortcuts import AGREEMENT, Prefix, angle_change, disagreement, number_change
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder, tiny_model, tiny_tokenizer
@@ -165,17 +165,17 @@ def test_in_half_precision_the_angle_counts(width: int) -> None:
         most, widest = AGREEMENT[dtype]
         noise = torch.randn(4, width, generator=generator)
         wrong = right + 0.9 * most / noise.abs().max() * noise
-        assert moved(wrong, right) <= most
-        assert turned(wrong, right) > 3 * widest
+        assert number_change(wrong, right) <= most
+        assert angle_change(wrong, right) > 3 * widest
         assert "1 - cosine" in disagreement(wrong, right, dtype)
         rounded = right.to(dtype).float()
         assert disagreement(rounded, right, dtype) == ""
     one = right.clone()
     one[0, 0] += 0.03  # a single number: the angle hardly moves
-    assert turned(one, right) < AGREEMENT[torch.bfloat16][1]
+    assert angle_change(one, right) < AGREEMENT[torch.bfloat16][1]
     assert disagreement(one, right, torch.bfloat16)
-    assert turned(right * 3, right) == pytest.approx(0, abs=1e-12)
-    assert turned(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    assert angle_change(right * 3, right) == pytest.approx(0, abs=1e-12)
+    assert angle_change(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
     assert disagreement(right * torch.nan, right, torch.bfloat16)
 
 

@@ -23,20 +23,20 @@ from poolwise.encoding.rows import Tokeniser, batches, features, pooled_tokens, 
 from poolwise.encoding.shortcuts import (
     Prefix,
     VectorCache,
-    adopted,
+    adopt,
     can_prune,
     can_reuse,
     check,
     disagreement,
-    lighter,
-    own_vectors,
+    encode_by_model,
+    lighten,
     pruned,
     shared_prefix,
 )
 from poolwise.model.backbone import DIFFERENT, Backbone
 from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import PackedReduction, base_model, decoder_layers, lock_of
-from poolwise.model.packing import Ragged, Segments, flat_index, packed_attention_on, refusal, run_pack, sent
+from poolwise.model.packing import Ragged, Segments, flat_index, packed_attention_on, pinned, refusal, run_pack, sent
 from poolwise.study.catalogue import spec_of
 
 WINDOW = 8192
@@ -64,7 +64,7 @@ UNSHORTENED = "encoded without shortcuts, by the model's own `encode`"
 
 @dataclass
 class Counts:
-    """What was asked and what was done: texts and tokens; `computed` is `tokens` with padding, less what was reused."""
+    """Texts asked for and encoded, their tokens, and the tokens computed: with padding, without what was reused."""
 
     asked: int = 0
     encoded: int = 0
@@ -110,11 +110,11 @@ class Vectors:
 
 
 class FastEncoder:
-    """`encode(texts)` -> (N, D) fp32, for an encoder of `poolwise.build` or `poolwise.load` and models that `adopted`
-    takes; any other attribute is the encoder's own. Other models are encoded by their own `encode`: `notes` says why.
+    """`encode(texts)` -> (N, D) fp32, for encoders of `poolwise.build` and `poolwise.load` and models that `adopt`
+    accepts. Other models are encoded by their own `encode`; `notes` says why. Other attributes are the encoder's own.
 
-    What it derives from the model (merged weights, states of prompts, embeddings it keeps) is made once: call `refresh`
-    after the model's weights, length limit or `truncate_dim` have changed. Threads may share it.
+    Everything derived from the model (merged weights, states of prompts, kept embeddings) is computed once: call
+    `refresh` after its weights, length limit or `truncate_dim` have changed. Threads may share a FastEncoder.
 
     Args:
         budget: tokens of a batch; None: by device, on CUDA by its free memory and the model's width.
@@ -144,12 +144,12 @@ class FastEncoder:
             self.notes = [f"{UNSHORTENED}: its head reads padding, so an embedding depends on the texts beside it"]
         elif not isinstance(encoder[0], Backbone):
             try:
-                encoder = adopted(self.given)
+                encoder = adopt(self.given)
                 check(self.given, FastEncoder(encoder).encode)
-            except Exception as error:  # whatever a model that poolwise has never seen may raise
+            except Exception as error:  # an unknown model may raise anything
                 self.ours, encoder, reason = False, self.given, str(error).split("\n")[0].split(". Fix")[0]
                 self.notes = [f"{UNSHORTENED}: {reason or type(error)}"]
-        self.encoder = lighter(encoder.eval()) if self.ours else encoder
+        self.encoder = lighten(encoder.eval()) if self.ours else encoder
         self.kept = VectorCache(self.keep)
         self.layout = "padded"
         if self.ours:
@@ -159,7 +159,7 @@ class FastEncoder:
                 self.layout = "packed"
             self.tokenise = Tokeniser(self.encoder, self.notes, min(TOKENISERS, _cores()) if on_cuda else 1)
             self.last_only = spec_of(self.head.pooling).reads_last_token_alone(self.head.arguments)
-            known = backbone.frozen is not None  # states are looked up, so nothing is left to save
+            known = backbone.frozen is not None  # its states are looked up, so shortcuts would save nothing
             self.prunes = not known and self.last_only and self.layout == "padded" and can_prune(backbone)
             self.reuses = not known and can_reuse(backbone)
             self._checked: Counter[tuple[str, str]] = Counter()
@@ -188,7 +188,7 @@ class FastEncoder:
 
     @property
     def _lock(self) -> AbstractContextManager[Any]:
-        """Held for one batch, not for a call: threads take turns."""
+        """Held for one batch at a time, so that threads take turns."""
         return self.backbone.lock if self.ours else lock_of(self.given)
 
     def _begin(self, asked: int) -> None:
@@ -238,7 +238,7 @@ class FastEncoder:
         """(N, D) by the encoder's own `encode`."""
         with self._lock:
             self.counts.encoded += len(texts)
-        return own_vectors(self.encoder, texts, side, prompt, batch_size)
+        return encode_by_model(self.encoder, texts, side, prompt, batch_size)
 
     def _windows(self, texts: Iterable[str], prompt: str, total: int | None) -> Iterator[Vectors]:
         """One window after the other; those of packs are handed out when the next one has been launched."""
@@ -279,11 +279,8 @@ class FastEncoder:
         if self.layout != "packed" or self.backbone.frozen is not None:
             return Window(rows, order, None)
         rows.pooled = pooled_tokens(self.backbone, rows)
-        return Window(rows, order, self._pinned(torch.from_numpy(np.stack([rows.ids, rows.positions]))))
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """The tensor in memory from which a GPU copies without the host waiting; as it is without a GPU."""
-        return tensor.pin_memory() if self.encoder.device.type == "cuda" else tensor
+        tokens = torch.from_numpy(np.stack([rows.ids, rows.positions]))
+        return Window(rows, order, pinned(tokens, self.encoder.device))
 
     def _window(self, window: Window, prompt: str, budget: int) -> Vectors:
         """The embeddings of one window; on CUDA all of it is queued and nothing waits for the device."""
@@ -316,13 +313,13 @@ class FastEncoder:
         self.counts.computed += len(rows.ids)
         backbone, device = self.backbone, self.encoder.device
         segments = Segments(rows.lengths, device)
-        pooled = self._pinned(torch.from_numpy(np.ones(len(rows.ids), bool) if rows.pooled is None else rows.pooled))
+        pooled = torch.from_numpy(np.ones(len(rows.ids), bool) if rows.pooled is None else rows.pooled)
         with packed_attention_on(backbone.model):
             states, vectors = run_pack(backbone.model, backbone.collector, segments, tokens, pooled)
         if vectors is not None:
             return self._embedding({"layer_embeddings": vectors})
         if self.last_only:
-            last = PackedReduction("last", segments.ends, pooled)(states[None])
+            last = PackedReduction("last", segments.ends, pinned(pooled, device))(states[None])
             real = torch.ones(len(rows), 1, dtype=torch.bool, device=device)
             return self._embedding({"token_embeddings": last[:, None], "pooling_mask": real})
         width = segments.longest
@@ -359,7 +356,7 @@ class FastEncoder:
                 short = self._padded(rows, prefix, prefix is None)
                 plain = self.encoder(features(rows, self.encoder.device))["sentence_embedding"]
                 if apart := disagreement(short, plain, next(self.backbone.model.parameters()).dtype):
-                    self.notes.append(f"the shortcut {name!r} moved embeddings {apart} and is not used")
+                    self.notes.append(f"the shortcut {name!r} changes embeddings {apart} and is not used")
                     if prefix is not None:
                         self.reuses = False
                     else:
@@ -437,7 +434,7 @@ def sentence_vectors(model: Any, texts: Sequence[str], side: str | None, prompt:
     """(N, D) fp32 embeddings by a `FastEncoder`, or by a sentence-transformers model's own `encode`."""
     if isinstance(model, FastEncoder):
         return model.encode(texts, prompt, side=side, batch_size=batch_size)
-    return own_vectors(model, texts, side, prompt, batch_size)
+    return encode_by_model(model, texts, side, prompt, batch_size)
 
 
 def _cores() -> int:

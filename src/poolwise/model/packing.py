@@ -50,10 +50,14 @@ UNKNOWN_TERMS = ("softcap", "s_aux", "position_bias")  # Gemma 2, gpt-oss and T5
 SIMILAR = 2  # in a group, the longest text is at most this many times as long as the shortest
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` in pinned memory if it is on the CPU and `device` is a GPU: only from there are copies asynchronous."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. From the CPU to CUDA the copy is asynchronous: it does not wait for queued kernels."""
-    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
-    return pinned.to(device, non_blocking=True)
+    """`tensor` on `device`. From the CPU to a GPU the host does not wait for the copy, nor for kernels before it."""
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 def flat_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -126,12 +130,10 @@ class Segments:
     Compiled layers may read numbers and `ends`, but not `lengths`, which would make them recompile for each pack.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device, ends: Tensor | None = None):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.longest = int(self.lengths.max())
-        if ends is None:
-            ends = sent(torch.from_numpy(np.append(0, self.lengths.cumsum()).astype(np.int32)), device)
-        self.ends = ends
+        self.ends = sent(torch.from_numpy(np.append(0, self.lengths.cumsum()).astype(np.int32)), device)
         self.calls = 0
         self.kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -155,21 +157,14 @@ class Segments:
 
 
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    segments: Segments | None = None,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, is_causal: bool | None = None, segments: Segments | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention inside each segment; transformers' `sdpa` where there are none.
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention inside each segment; without segments, transformers' `sdpa`.
 
     query (1, H, N, E), key and value (1, K, N, E), H a multiple of K -> (1, N, H, E). Raises ModelError for what it
-    cannot honour: a mask, a sliding window shorter than a text, soft caps, sinks, position biases.
+    does not implement: a mask, a sliding window shorter than a text, soft caps, sinks, position biases.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -190,7 +185,7 @@ def packed_attention(
         bounds = (segments.ends, segments.ends, segments.longest, segments.longest)
         out = VARLEN(*states, *bounds, scale=scaling, window_size=(-1, 0 if causal else -1), **_fewer_keys(grouped))
         return out[None], None
-    # split, not sliced: the gradient of a slice is as large as the whole, that of all parts of a split together
+    # split, not sliced: each slice's gradient would be as large as the whole tensor, those of a split only together
     parts = zip(segments.runs, *(tensor.split(segments.sizes) for tensor in states), strict=True)
     attended = []
     for run, *split in parts:
@@ -203,23 +198,18 @@ def packed_attention(
 
 
 def _fewer_keys(grouped: bool) -> dict[str, bool]:
-    """What tells VARLEN that keys have fewer heads than queries; torch < 2.12 accepts them without being told."""
+    """The argument by which VARLEN accepts fewer heads of keys than of queries; torch < 2.12 needs and has none."""
     return {"enable_gqa": grouped} if TAKES_GQA else {}
 
 
 def _takes_varlen(query: Tensor, dropout: float) -> bool:
-    """Whether torch's own FlashAttention knows these sizes and numbers: half precision, no dropout."""
-    return (
-        VARLEN is not None
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and not dropout
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-    )
+    """Whether torch's own FlashAttention computes this: half precision, heads of up to 256 numbers, no dropout."""
+    half, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return VARLEN is not None and half and not dropout and size <= 256 and size % 8 == 0
 
 
 def _packed_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No mask for a pack, which is the one batch given without a padding mask; `sdpa`'s for all others."""
+    """`sdpa`'s mask for padded batches. A batch without a padding mask needs none."""
     return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
@@ -228,7 +218,7 @@ AttentionMaskInterface.register(PACKED_SDPA, _packed_mask)
 
 
 class Rows(Ragged):
-    """The texts of a padded batch, whichever side it is padded on. came (B, T): its mask."""
+    """The texts of a padded batch, whichever side it is padded on. came (B, T): the mask of that batch."""
 
     def __init__(self, ids: Tensor, mask: Tensor, pooled: Tensor):
         self.came = mask.cpu().bool()
@@ -236,7 +226,7 @@ class Rows(Ragged):
         super().__init__(next(real).long().numpy(), self.came.sum(1).numpy(), next(real).bool().numpy())
 
     def as_it_came(self, states: Tensor) -> Tensor:
-        """States (N, D) of all real tokens, text by text, put back to (B, T, D); zeros where there is padding."""
+        """States (N, D) of all real tokens, text by text -> (B, T, D), padded as the batch was, with zeros."""
         padded = states.new_zeros(self.came.numel(), states.shape[-1])
         places = sent(self.came.flatten().nonzero()[:, 0], states.device)
         return padded.index_copy(0, places, states).view(*self.came.shape, -1)
@@ -249,12 +239,9 @@ def joined(columns: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: torch.cat([F.pad(column[name], (0, width - column[name].shape[1])) for column in columns])
         for name in ("input_ids", "attention_mask")
     }
-    device = batch["input_ids"].device
-    prompts = [torch.as_tensor(column.get("prompt_length", 0), device=device).reshape(-1) for column in columns]
-    batch["prompt_length"] = torch.cat(
-        [prompt[:1].expand(len(column["input_ids"])) for prompt, column in zip(prompts, columns, strict=True)]
-    )
-    return batch
+    prompts = [(torch.as_tensor(column.get("prompt_length", 0)), len(column["input_ids"])) for column in columns]
+    lengths = torch.cat([prompt.reshape(-1)[:1].expand(texts) for prompt, texts in prompts])
+    return {**batch, "prompt_length": lengths.to(batch["input_ids"].device)}
 
 
 def run_pack(
@@ -265,16 +252,13 @@ def run_pack(
     tokens (2, N) on the device: ids, and the place of each in its text. pooled (N,) bool on the CPU. Raises ModelError
     if a layer does not attend by segments.
     """
-    positions = tokens[1:].clone()  # a view's offset would be one more size for compiled layers to depend on
+    positions = tokens[1:].clone()  # the offset of a view would be one more size for compiled layers to depend on
     inputs = {"input_ids": tokens[:1], "position_ids": positions, "return_dict": True}
     inputs |= segments.arguments("flash" in backend(model))
-    vectors = None
-    if collector is None:
+    on = contextlib.nullcontext()
+    with on if collector is None else collector.collect_packed(segments.ends, pinned(pooled, tokens.device)):
         states = model(**inputs).last_hidden_state
-    else:
-        with collector.collect_packed(segments.ends, pooled):
-            states = model(**inputs).last_hidden_state
-            vectors = collector.vectors(states)
+        vectors = None if collector is None else collector.vectors(states)
     check_calls(model, segments)
     return states[0], vectors
 
@@ -282,7 +266,7 @@ def run_pack(
 def forward_packed(
     model: nn.Module, collector: LayerCollector | None, rows: Rows, *, once: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """States as the batch came, zeros where there is padding, and the collected vectors (B, L, D): one packed forward.
+    """States (B, T, D), padded as the batch was, with zeros, and collected vectors (B, L, D), from one packed forward.
 
     once: texts with equal tokens, equally pooled, are encoded once; exact only without dropout. Raises ModelError if a
     layer does not attend by segments.
@@ -300,7 +284,7 @@ def forward_packed(
 
 
 def _longest_first(rows: Rows, once: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to encode, the longest first, and for each row of the batch its place among them."""
+    """Rows to encode, the longest first, and the place among them of each row of the batch."""
     first = np.arange(len(rows))
     if once:
         seen: dict[tuple[bytes, bytes], int] = {}
@@ -316,8 +300,9 @@ def _longest_first(rows: Rows, once: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_calls(model: nn.Module, segments: Segments) -> None:
+    """Raise ModelError unless every layer has read the segments; a layer that has not attends across texts."""
     if "flash" in backend(model):
-        return  # FlashAttention does not count; `refusal` has seen what it does
+        return  # FlashAttention does not count; `refusal` has checked what it computes
     layers = len(decoder_layers(model))
     if segments.calls != layers:
         raise ModelError(f"{segments.calls} of its {layers} layers received the ends of the texts of a pack")
@@ -326,7 +311,7 @@ def check_calls(model: nn.Module, segments: Segments) -> None:
 def forward_grouped(
     run: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]], rows: Rows, prefix: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The same from padded forwards of texts of similar length.
+    """The same as `forward_packed`, from padded forwards of texts of similar length.
 
     `run` takes ids, mask and pooled mask of each group, and its part of `prefix` (B, 1), the lengths of the prompts.
     """
@@ -351,7 +336,7 @@ def forward_grouped(
 
 @contextlib.contextmanager
 def packed_attention_on(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` can read packs: an `sdpa` model has the attention registered above. FlashAttention needs none."""
+    """Inside, `model` attends by segments: `sdpa` is replaced by the attention above, FlashAttention is not."""
     backbone, before = base_model(model), backend(model)
     if before == "sdpa":
         backbone.set_attn_implementation(PACKED_SDPA)
@@ -367,17 +352,17 @@ PROBE_LENGTHS = [8, 6, 4]  # tokens of the probed text and its neighbours, the l
 
 
 def refusal(model: nn.Module, mode: str, max_length: int) -> str | None:
-    """Why `model` cannot be trained packed under attention `mode` on texts of `max_length` tokens; None if it can.
+    """Why `model` cannot be packed under attention `mode` on texts of `max_length` tokens; None if it can.
 
-    It is set to `mode`, packed, and looked at: a text's states must not move when its neighbours on both sides change,
-    must be those of the text alone, and each layer must have been told the segments. Left as found.
+    It is set to `mode` and probed: a text's states must not change with its neighbours in the pack, must be those of
+    the text alone, and each layer must have read the segments. Afterwards the model is as it was before.
     """
     config = base_model(model).config.get_text_config()
     name = type(base_model(model)).__name__
     if not takes_position_ids(model):
-        return f"{name} takes no positions"
+        return f"{name} takes no position ids"
     if backend(model) not in ("sdpa", "flash_attention_2"):
-        return f"attention backend {backend(model)!r} knows no packs"
+        return f"attention backend {backend(model)!r} cannot attend by segments"
     window = sliding_window(model)
     if window is not None and window < max_length:
         return f"{name} has a sliding window of {window} tokens, shorter than max_length = {max_length}"
@@ -398,7 +383,7 @@ def refusal(model: nn.Module, mode: str, max_length: int) -> str | None:
 
 
 def _contradiction(model: nn.Module) -> str:
-    """What a text's states between two neighbours show against packing, in words; empty when nothing does."""
+    """How a text's states between two neighbours differ from those of the text alone, in words; empty if they agree."""
     ids, changed = probe_ids(model, sum(PROBE_LENGTHS))
     first, text, last = ids.split(PROBE_LENGTHS)
     other_first, _, other_last = changed.split(PROBE_LENGTHS)
@@ -411,7 +396,7 @@ def _contradiction(model: nn.Module) -> str:
     if not _largest_change(other_before, before) > small:
         return "its states do not change with its tokens"
     if (moved := _largest_change(beside, states)) > small:
-        return f"a text's states change by {moved:.1e} of their size with the texts beside it"
+        return f"a text's states change by {moved:.1e} of their size with its neighbours in the pack"
     for expected, where in ((alone, "alone in a pack"), (padded.last_hidden_state[0], "in a padded batch")):
         if not (apart := _largest_change(states, expected)) <= close:
             return f"a text's states differ by {apart:.1e} of their size from those {where}"
@@ -427,34 +412,32 @@ def _packed_states(model: nn.Module, *texts: Tensor) -> tuple[Tensor, ...]:
     ids = torch.cat(texts)
     segments = Segments([len(text) for text in texts], ids.device)
     positions = torch.cat([torch.arange(len(text), device=ids.device) for text in texts])
-    arguments = segments.arguments("flash" in backend(model))
-    states = model(input_ids=ids[None], position_ids=positions[None], **arguments).last_hidden_state[0]
-    check_calls(model, segments)
+    states, _ = run_pack(model, None, segments, torch.stack([ids, positions]), torch.empty(0))
     return states.split(segments.lengths.tolist())
 
 
 def choose(model: nn.Module, designs: Sequence[Design], max_length: int) -> tuple[str, str | None]:
     """The layout in which a study with these `designs` is trained, and why it is not `packed`.
 
-    One layout for all of them: with dropout, two layouts draw other random numbers. `model` is left as found.
+    All designs get the same layout, because with dropout two layouts draw different random numbers.
     """
     for design in designs:
         if reads_padding(design):
-            return "padded", f"the design {design.name} reads padding, so batches must be padded as they come"
+            return "padded", f"the design {design.name} reads padding, so batches stay padded"
     modes = dict.fromkeys(design.attention for design in designs)
-    reasons = [f"attention {mode} needs masks of its own" for mode in modes if mode not in MODES]
+    reasons = [f"attention {mode} needs a mask for each layer" for mode in modes if mode not in MODES]
     if reasons or any(reasons := [reason for mode in modes if (reason := refusal(model, mode, max_length))]):
         return "grouped", f"{reasons[0]}; texts of similar length are padded together instead"
     return "packed", None
 
 
 def reads_padding(design: Design) -> bool:
-    """Whether the states of padding tokens go into a text's embedding, which then depends on the texts beside it."""
+    """Whether the pooling reads padding tokens, so that an embedding depends on the other texts of its batch."""
     return design.spec.reads_padding(design.factors())
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether any layer, adapter or attention of `model` drops numbers at random while it trains."""
+    """Whether any layer, adapter or attention of `model` has dropout."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     settings = vars(base_model(model).config.get_text_config())
     return layers or any(

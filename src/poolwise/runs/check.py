@@ -31,7 +31,8 @@ def check(study: Study) -> dict[str, Any]:
     Wilcoxon test over them can reach, before and after Holm's first step, `mechanisms` (the built-in tasks, which are
     compared over seeds × items rather than over tasks), `training_flops` of all trainings together (evaluation not
     counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design),
-    `bfloat16_gain`, `data` (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when the study runs.
+    `bfloat16_gain`, `data` (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when
+    the study runs.
 
     Raises:
         ModelError: the base model cannot be loaded (AttentionError: it ignores a design's attention mode).
