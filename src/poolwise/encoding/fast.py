@@ -41,7 +41,7 @@ from poolwise.study.catalogue import spec_of
 
 WINDOW = 8192
 """Texts that are tokenised, sorted and encoded together; the memory of a stream."""
-FIRST = (1024, 2048, 4096)
+FIRST = (256, 1024, 2048, 4096)
 """The first windows of packs, which need no sorting: a GPU does not wait until a whole window is tokenised."""
 BUDGET = 512
 """Tokens of a batch on a CPU, padding included: small, so that a layer's states stay in the cache."""

@@ -110,7 +110,8 @@ class Tokeniser:
         def encode(part: Sequence[str]) -> list[list[int]]:
             return [encoding.ids for encoding in backend.encode_batch_fast(part, add_special_tokens=special)]
 
-        parts = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+        size = min(CHUNK, -(-len(texts) // self.threads))
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)] if texts else []
         if self.threads > 1 and len(parts) > 1:
             with ThreadPoolExecutor(self.threads) as pool:
                 ids = [*chain.from_iterable(pool.map(encode, parts))]
