@@ -4,14 +4,17 @@
 10,000 documents by slices: every 20th batch of the sorted corpus, so that both sides have the whole corpus's padding.
 The decoder layers are compiled before the clock starts; `compile_seconds`, and `break_even_documents` from which on
 compiling repays itself. `encode_st_plain`: without compilation.
+`encode_bf16`: a 135M shape in bfloat16 against the same in float32, mean pooling, both by us; 1 on a CPU without the
+instructions.
 `encode_paper`: a multi-layers design with a head of the paper's size against the loop and the head of the paper's code:
-batches of 64 in the order of the input, padded to a multiple of 8, queries computed anew for each text.
+batches of 64 in the order of the input, padded to a multiple of 8, queries computed again for each text.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,25 @@ from benchmarks.corpus import Corpus, one_by_one
 from benchmarks.head import Unfolded
 from benchmarks.measure import angle, hardware, interleave, ratio_record
 from poolwise.encoding.fast import FastEncoder
+from poolwise.model.base import cpu_bfloat16_gain
 from poolwise.study.catalogue import PRESETS
 
 DOCUMENTS, BATCH, EVERY = 10_000, 32, 20
 ROUNDS = 5
 PAPER_BATCH, PAPER_ROUNDS = 64, 2
+BF16_TEXTS, DTYPES = 96, ("float32", "bfloat16")
+SMALL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152,
+}  # fmt: skip
+"""SmolLM2-135M's."""
 HEAD_CHUNK = 8  # texts for which the plain head's queries are held at once
 
 
 def run() -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
-        return [*_against_st(Path(first)), _against_paper(Path(second))]
+    folders = [tempfile.TemporaryDirectory() for _ in range(3)]
+    with folders[0] as first, folders[1] as second, folders[2] as third:
+        return [*_against_st(Path(first)), _bf16(Path(second)), _against_paper(Path(third))]
 
 
 def _against_st(folder: Path) -> list[dict[str, Any]]:
@@ -80,6 +91,22 @@ def _against_st(folder: Path) -> list[dict[str, Any]]:
             agreement=angle(some["plain"], alone), **facts,
         ),
     ]  # fmt: skip
+
+
+def _bf16(folder: Path) -> dict[str, Any]:
+    device, clock = hardware()
+    design = {"attention": "causal", "pooling": "mean"}
+    fast = {
+        dtype: FastEncoder(Corpus(folder, dtype, device, design, SMALL).encoder, compiled=False) for dtype in DTYPES
+    }
+    corpus = Corpus(folder, "float32", device, design, SMALL)
+    texts = corpus.texts(corpus.lengths(BF16_TEXTS), different=True)
+    found = {dtype: torch.from_numpy(encoder.encode(texts)) for dtype, encoder in fast.items()}
+    times = interleave({dtype: partial(encoder.encode, texts) for dtype, encoder in fast.items()}, 3, clock=clock)
+    return ratio_record(
+        "encode_bf16", times["float32"], times["bfloat16"], 2.5, agreement=angle(*found.values()), device=device,
+        agreement_of="1 - cosine to float32", documents=len(texts), product_gain=round(cpu_bfloat16_gain(), 2),
+    )  # fmt: skip
 
 
 def _against_paper(folder: Path) -> dict[str, Any]:

@@ -1,35 +1,18 @@
-"""What a device gives: matrix products, copies, launches, the products of a decoder layer, packed attention."""
+"""What a device gives: matrix products, copies, launches, the products of a decoder layer, packed attention; and where
+the time of a call goes."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.device import Figures, Job, fastest
 from benchmarks.measure import deviation, ratio_record, record, wall
 from poolwise.model import packing
-
-if TYPE_CHECKING:
-    from benchmarks.gpu import Job
-
-Figures = Iterator[dict[str, Any]]
-PEAKS = {"H200": (989.4, 4.8), "H100 PCIe": (756.0, 2.0), "H100": (989.4, 3.35), "A100": (312.0, 2.0)}
-"""Part of a device's name -> its data sheet's dense bf16 TFLOP/s and memory TB/s; the first that fits."""
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    start = wall()
-    call()
-    return wall() - start
-
-
-def fastest(call: Callable[[], Any], count: int = 20, tries: int = 3) -> float:
-    """Seconds of one of `count` calls in a row, at best."""
-    call()
-    return min(seconds_of(lambda: [call() for _ in range(count)]) for _ in range(tries)) / count
 
 
 def limits(job: Job) -> Figures:
@@ -96,3 +79,70 @@ def kernel(job: Job) -> Figures:
             f"gpu_varlen_{'causal' if causal else 'bidirectional'}", seconds["runs"], seconds["kernel"], None,
             agreement=agreement, agreement_of="output and gradients, relative, bf16", kernel=used,
         )  # fmt: skip
+
+
+TOP = 8  # names listed in a trace
+GAP = 20.0  # microseconds between two kernels from which on the device counts as waiting for the host
+
+
+class Trace:
+    """What torch's profiler sees between `start` and `stop`. It slows the host down, so read shares, not seconds."""
+
+    def __init__(self, job: Job) -> None:
+        self.on_cuda, self.seconds = job.device == "cuda", 0.0
+        kinds = torch.profiler.ProfilerActivity
+        self.profile = torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if self.on_cuda else [])])
+
+    def start(self) -> None:
+        self.seconds -= wall()
+        self.profile.start()
+
+    def stop(self) -> None:
+        self.seconds += wall()
+        self.profile.stop()
+
+    def figure(self, name: str, **facts: Any) -> dict[str, Any]:
+        """The share of the time in which the device is busy; the kernels that take longest, the gaps between kernels,
+        the launches, and what takes the host longest."""
+        wanted = torch.autograd.DeviceType.CUDA if self.on_cuda else torch.autograd.DeviceType.CPU
+        spans = [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in self.profile.events() or ()
+            if event.device_type == wanted and (self.on_cuda or event.cpu_parent is None)
+        ]
+        entries = list(self.profile.key_averages())
+        launches = [entry for entry in entries if "LaunchKernel" in entry.key]
+        host = sorted(entries, key=lambda entry: -entry.self_cpu_time_total)[:TOP]
+        found = summary(spans)
+        return record(
+            name, found["busy"], found["busy"], found["busy"], None, unit="share of the time from first to last kernel",
+            seconds=self.seconds, launches=sum(entry.count for entry in launches),
+            launch_ms=round(sum(entry.self_cpu_time_total for entry in launches) / 1e3, 1),
+            host_ms={entry.key[:60]: round(entry.self_cpu_time_total / 1e3, 1) for entry in host}, **found, **facts,
+        )  # fmt: skip
+
+
+def summary(spans: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
+    """Of (name, start, end) in microseconds: kernels, the share of the time in which one runs, the longest by name, and
+    the gaps of more than `GAP` between them."""
+    ordered = sorted(spans, key=lambda span: span[1])
+    by_name: dict[str, list[float]] = {}
+    busy, gaps, end = 0.0, list[float](), None
+    for name, start, stop in ordered:
+        by_name.setdefault(name, []).append(stop - start)
+        if end is None or start >= end:
+            gaps += [start - end] if end is not None and start - end > GAP else []
+            busy += stop - start
+        else:
+            busy += max(0.0, stop - end)
+        end = stop if end is None else max(end, stop)
+    whole = end - ordered[0][1] if ordered and end is not None else 0.0
+    longest = sorted(by_name, key=lambda name: -sum(by_name[name]))[:TOP]
+    return {
+        "kernels": len(ordered),
+        "busy": busy / whole if whole else 0.0,
+        "milliseconds": round(whole / 1e3, 1),
+        "gaps": len(gaps),
+        "gap_ms": round(sum(gaps) / 1e3, 1),
+        "top_ms": {name[:60]: [round(sum(by_name[name]) / 1e3, 1), len(by_name[name])] for name in longest},
+    }

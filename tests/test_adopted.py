@@ -24,10 +24,11 @@ from poolwise.encoding import shortcuts as adopted_file
 from poolwise.encoding.encode import encode_file, open_model
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.server import serving
-from poolwise.encoding.shortcuts import STANDARD, adopted, moved
+from poolwise.encoding.shortcuts import adopt, number_change
 from poolwise.errors import AttentionError, ModelError
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import ensure_eos
+from poolwise.model.encoder import STANDARD
 from poolwise.model.packing import refusal
 from poolwise.scoring.evaluate import evaluate, model_identity
 from poolwise.study.design import Design
@@ -118,7 +119,7 @@ def test_tokens_are_the_models_own(root: Path):
     for side in ("left", "right"):
         plain = model(root)
         plain.tokenizer.padding_side, plain.max_seq_length = side, 24
-        ours = adopted(plain)
+        ours = adopt(plain)
         for prompt in (None, PROMPT):
             texts = ["", "a", "word " * 40, *SENTENCES]
             found, expected = ours.preprocess(texts, prompt=prompt), plain.preprocess(texts, prompt=prompt)
@@ -206,8 +207,8 @@ def test_a_model_whose_embeddings_change_with_the_padding_stays_by_itself(root: 
 
 def test_moved_is_relative_to_the_length():
     expected = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    assert moved(torch.tensor([[3.0, 4.5], [0.0, 0.0]]), expected) == pytest.approx(0.1)
-    assert not moved(torch.tensor([[3.0, torch.nan], [0.0, 0.0]]), expected) <= 1
+    assert number_change(torch.tensor([[3.0, 4.5], [0.0, 0.0]]), expected) == pytest.approx(0.1)
+    assert not number_change(torch.tensor([[3.0, torch.nan], [0.0, 0.0]]), expected) <= 1
 
 
 class Own(Transformer):
@@ -265,7 +266,7 @@ def tampered(root: Path) -> SentenceTransformer:
 
 
 OTHERS: list[tuple[Callable[[Path], SentenceTransformer], str]] = [
-    (lambda root: model(root, "bert", "mean"), "BertModel is bidirectional by itself"),
+    (lambda root: model(root, "bert", "mean"), "BertModel is bidirectional by design"),
     (half_blind, "is not bidirectional"),
     (lambda root: model(root, "llama", "lasttoken", Dense(32, 8)), "Transformer, Pooling, Dense"),
     (lambda root: model(root, "llama", "lasttoken", Normalize(), Normalize()), "Normalize, Normalize"),
@@ -302,9 +303,9 @@ def test_what_is_unlike_ours_is_encoded_by_itself(root: Path, number: int, tmp_p
 
 def test_refusals_are_errors_of_poolwise(root: Path):
     with pytest.raises(ModelError, match="truncate_dim"):
-        adopted(shortened(root))
+        adopt(shortened(root))
     with pytest.raises(AttentionError, match="is not bidirectional"):
-        adopted(half_blind(root))
+        adopt(half_blind(root))
 
 
 def test_scores_of_a_reference_stay(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -320,7 +321,7 @@ def test_scores_of_a_reference_stay(root: Path, monkeypatch: pytest.MonkeyPatch)
     def refuse(model: SentenceTransformer) -> SentenceTransformer:
         raise ModelError("no")
 
-    monkeypatch.setattr("poolwise.encoding.fast.adopted", refuse)
+    monkeypatch.setattr("poolwise.encoding.fast.adopt", refuse)
     (old,) = evaluate(plain, [task], identity="m", items=False)
     assert new["score"] == pytest.approx(old["score"], abs=1e-6)
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
-from transformers import masking_utils
 
 from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
@@ -39,7 +38,7 @@ DESIGNS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_folder(tmp_path_factory.mktemp("base"), "qwen2"))
+    return str(tiny_folder(tmp_path_factory.mktemp("base"), "qwen2", num_hidden_layers=4))
 
 
 class Kernel:
@@ -175,7 +174,7 @@ def test_a_kernel_that_lets_texts_see_each_other_is_noticed(base: str, kernel: K
         return right(self, query, key, value, whole, whole, len(query), len(query), **given)
 
     monkeypatch.setattr(Kernel, "__call__", leaking)
-    assert "with the texts beside it" in str(refusal(encoder[0].model, "bidirectional", 64))
+    assert "with its neighbours in the pack" in str(refusal(encoder[0].model, "bidirectional", 64))
 
 
 def test_which_kernel_is_taken() -> None:
@@ -231,25 +230,24 @@ def test_packed_encoding_equals_one_text_at_a_time(
 def test_nothing_of_a_batch_waits_for_the_device(name: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a number from "meta" raises, and so does a tensor of the CPU among its own."""
     fast = packing_encoder(base, DESIGNS[name], dtype="bfloat16", lora=Lora(rank=4))
-    rows = sorted(fast._tokenise(some_texts(12), ""), key=lambda row: -len(row["input_ids"]))
+    window = fast._prepare(some_texts(12), "")
     with_kernel(monkeypatch)  # torch's own, which knows its shapes
-    monkeypatch.setattr(
-        masking_utils, "find_packed_sequence_indices", lambda positions: None
-    )  # transformers looks once
     monkeypatch.setattr(torch, "autocast", lambda *args, **given: contextlib.nullcontext())  # knows no "meta"
     fast.encoder.to("meta")
-    with torch.inference_mode():
-        out = fast._forward(rows, None, False)
-    assert out.device.type == "meta"
-    assert out.shape == (12, 32)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        out.sum().item()
+    vectors = fast._window(window, "", 60)
+    assert vectors.host.device.type == "meta"
+    assert vectors.shape == (12, 32)
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+        vectors.into(np.empty(vectors.shape, np.float32))
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_layers_are_compiled_once_for_all_batches(layout: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many texts, tokens and layers: a layer compiled anew for each would soon run uncompiled."""
-    fast = packing_encoder(base, DESIGNS["m1"], dtype="float32", lora=False)
+@pytest.mark.parametrize(("layout", "name"), [("packed", "m1"), ("packed", "m5"), ("padded", "m1")])
+def test_layers_are_compiled_once_for_all_batches(
+    layout: str, name: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many texts, tokens and layers: a layer compiled again for each would soon run uncompiled. Layers whose
+    vectors are collected too."""
+    fast = packing_encoder(base, DESIGNS[name], dtype="float32", lora=False)
     fast.layout, fast.prunes = layout, layout == "padded"
     expected = one_by_one(fast.encoder, some_texts())
     with_kernel(monkeypatch)
@@ -260,8 +258,8 @@ def test_layers_are_compiled_once_for_all_batches(layout: str, base: str, monkey
         graphs.append(graph)
         return graph.forward
 
-    by_default = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda layer, **given: by_default(layer, backend=backend, **given))
+    by_default = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **given: by_default(forward, backend=backend, **given))
     fast.budget = 150  # one text alone has as many tokens as its longest: that would be a graph of its own
     torch._dynamo.reset()
     fast.compile()
@@ -269,3 +267,20 @@ def test_layers_are_compiled_once_for_all_batches(layout: str, base: str, monkey
     torch._dynamo.reset()
     assert fast.prunes == (layout == "padded")
     assert len(graphs) <= (1 if layout == "packed" else 3)  # padded: with a mask, without one, a text alone
+
+
+def test_a_compiler_that_fails_is_done_without(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = packing_encoder(base, DESIGNS["m1"], dtype="float32", lora=False)
+    expected = fast.encode(some_texts())
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise RuntimeError("no compiler here\nand more lines")
+
+    by_default = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **given: by_default(forward, backend=backend, **given))
+    torch._dynamo.reset()
+    fast.compile()
+    assert (fast.encode(some_texts()) == expected).all()
+    (note,) = fast.notes
+    assert "the decoder layers are not compiled: BackendCompilerFailed" in note
+    assert not any("forward" in vars(layer) for layer in decoder_layers(fast.backbone.model))

@@ -121,17 +121,19 @@ def test_a_file_is_never_held_whole(models, tmp_path, monkeypatch):
     ahead = []
     window = FastEncoder._window
 
-    def seen(self: FastEncoder, rows: list, prompt: str, left: int, started: float, done: int) -> np.ndarray:
-        assert left == 200 - done  # the job's length is known, so a long one can be compiled
-        ahead.append(taken[0] - done)
-        return window(self, rows, prompt, left, started, done)
+    def seen(self: FastEncoder, *given: Any) -> Any:
+        ahead.append(taken[0] - 8 * len(ahead))
+        return window(self, *given)
 
+    left = []
     monkeypatch.setattr(FastEncoder, "_window", seen)
+    monkeypatch.setattr(FastEncoder, "_compile_if_worthwhile", lambda self, seconds: left.append(seconds))
     to = encode_file(models["own"], "any.txt", tmp_path / "v.npy")
     assert np.load(to).shape[0] == 200
     assert passes == [2]
     assert len(ahead) == 25
     assert max(ahead) <= 2 * 8
+    assert len(left) == 24  # the job's length is known, so a long one can be compiled
 
 
 @pytest.mark.parametrize(
@@ -148,12 +150,13 @@ def test_what_stops_it_leaves_nothing_and_the_old_file(failure, raised, told, mo
     to.write_bytes(b"old")
     window, seen = FastEncoder._window, []
 
-    def broken(self: FastEncoder, rows: list, *rest: Any) -> np.ndarray:
-        vectors = window(self, rows, *rest)
+    def broken(self: FastEncoder, *given: Any) -> Any:
+        vectors = window(self, *given)
         seen.append(files(tmp_path) - {"texts.txt", "vectors.npy"})
         if len(seen) == 2 and failure:
             raise failure
-        vectors[3] = np.nan if len(seen) == 2 else vectors[3]
+        with torch.inference_mode():
+            vectors.host[vectors.order.tolist().index(3)] *= np.nan if len(seen) == 2 else 1
         return vectors
 
     monkeypatch.setattr(FastEncoder, "_window", broken)
@@ -194,12 +197,12 @@ def test_an_embedding_that_is_not_finite_is_told(models, monkeypatch):
 def test_a_file_that_changes_meanwhile_is_told(models, texts, tmp_path, monkeypatch):
     opened = bulk.open_model
 
-    def slow(model: Path) -> FastEncoder:
+    def slow(*given: Any) -> FastEncoder:
         texts.write_text(texts.read_text() + "one more\n")
-        return opened(model)
+        return opened(*given)
 
     monkeypatch.setattr(bulk, "open_model", slow)
-    with pytest.raises(DataError, match="24 texts and then 25"):
+    with pytest.raises(DataError, match="24 texts, then 25"):
         encode_file(models["own"], texts, tmp_path / "v.npy")
     assert files(tmp_path) == {"texts.txt"}
 
@@ -225,7 +228,7 @@ def test_every_kind_of_file(tmp_path):
     [
         ("t.txt", b"one\n\ntwo\n", "line 2: the text is empty; each row of the vectors belongs to one text"),
         ("t.txt", b"one\n\xff\n", "line 2: not UTF-8"),
-        ("t.txt", b"", "no text in it"),
+        ("t.txt", b"", "holds no text"),
         ("t.doc", b"one", r"unknown kind of file '\.doc'; allowed: \.txt"),
         ("t.jsonl", b'{"text": "a"}\n{"text": }\n', "line 2: not valid JSON"),
         ("t.jsonl", b'{"text": "a"}\n{"txet": "a"}\n', "line 2: no field 'text', it has 'txet'; did you mean 'txet'"),
@@ -240,7 +243,9 @@ def test_every_kind_of_file(tmp_path):
     ],
 )  # fmt: skip
 def test_texts_that_cannot_be_read(name, content, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(bulk, "open_model", lambda model: pytest.fail("the model is loaded before the texts are known"))
+    monkeypatch.setattr(
+        bulk, "open_model", lambda *given: pytest.fail("the model is loaded before the texts are known")
+    )
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=told):
@@ -258,7 +263,7 @@ def test_other_mistakes(models, texts, tmp_path, capfd, monkeypatch):
     assert code == 2
     assert "give one of them" in err
     for model, to, error in (
-        (models["own"], tmp_path / "v.txt", "name it like vectors.npy"),
+        (models["own"], tmp_path / "v.txt", "give a name like vectors.npy"),
         ("bm25", tmp_path / "v.npy", "it has no vectors"),
         (models["own"], texts / "below" / "v.npy", "cannot be written"),
     ):

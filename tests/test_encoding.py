@@ -15,6 +15,7 @@ from poolwise.encoding import fast as encoding
 from poolwise.encoding import shortcuts as shortcut_file
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.shortcuts import Prefix, shared_prefix
+from poolwise.model.packing import Ragged
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
 from tiny import SENTENCES, tiny_folder
@@ -103,9 +104,11 @@ def test_a_window_shorter_than_the_prefix_is_not_reused():
 
 
 def test_shared_prefix_leaves_every_text_a_token():
-    rows = [torch.tensor(row) for row in ([5, 6, 7, 8], [5, 6, 7], [5, 6, 7, 7, 7])]
+    rows = Ragged(np.array([5, 6, 7, 8, 5, 6, 7, 5, 6, 7, 7, 7]), np.array([4, 3, 5]))
     assert shared_prefix(rows).tolist() == [5, 6]
-    assert shared_prefix([torch.tensor([1, 2]), torch.tensor([3, 2])]).tolist() == []
+    assert shared_prefix(rows, Ragged(np.array([5, 7, 7]), np.array([3]))).tolist() == [5]
+    assert shared_prefix(Ragged(np.array([1, 2, 3, 2]), np.array([2, 2]))).tolist() == []
+    assert shared_prefix(rows, Ragged(np.array([], dtype=int), np.array([0]))).tolist() == []
 
 
 def test_a_text_that_does_not_begin_with_the_prefix_is_encoded_whole():

@@ -252,13 +252,13 @@ def test_families_that_can_be_packed(family: str, mode: str) -> None:
 
 
 def test_families_that_cannot() -> None:
-    assert "0 of its 2 layers were told" in str(refusal(tiny_model("stablelm"), "causal", LONG))
+    assert "0 of its 2 layers received" in str(refusal(tiny_model("stablelm"), "causal", LONG))
     assert "sliding window of 4 tokens, shorter than max_length = 64" in str(
         refusal(tiny_model("mistral_window"), "causal", LONG)
     )
     assert refusal(tiny_model("mistral_window", sliding_window=LONG), "causal", LONG) is None
-    assert "'eager' knows no packs" in str(refusal(tiny_model("llama", attn="eager"), "causal", LONG))
-    assert "takes no positions" in str(refusal(tiny_model("mamba"), "causal", LONG))
+    assert "'eager' cannot attend by segments" in str(refusal(tiny_model("llama", attn="eager"), "causal", LONG))
+    assert "takes no position ids" in str(refusal(tiny_model("mamba"), "causal", LONG))
     assert refusal(tiny_model("gpt_neo"), "causal", LONG)
 
 
@@ -276,7 +276,7 @@ SIZES = {
 def test_terms_that_packed_attention_does_not_know(config: Any, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Soft caps and sinks: transformers refuses sdpa for them today; should that change, they are refused here."""
     model = AutoModel.from_config(config, attn_implementation="eager").eval()
-    assert "'eager' knows no packs" in str(refusal(model, "causal", LONG))
+    assert "'eager' cannot attend by segments" in str(refusal(model, "causal", LONG))
     model.config._attn_implementation = "sdpa"
     assert "does not support" in str(refusal(model, "causal", LONG))
     monkeypatch.setattr(type(model), "_supports_sdpa", True)
@@ -289,7 +289,7 @@ def test_the_probe_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "Segments", leaking())
     for mode in ("causal", "bidirectional"):
         assert "change by" in str(refusal(model, mode, LONG))
-        assert "with the texts beside it" in str(refusal(model, mode, LONG))
+        assert "with its neighbours in the pack" in str(refusal(model, mode, LONG))
 
 
 def test_a_layer_that_is_not_told_is_seen_in_every_forward(bases: dict[str, str]) -> None:

@@ -187,8 +187,8 @@ def test_a_text_that_fails_does_not_fail_the_others(server: Server, expected, mo
         ({"model": "x"}, 400, "send {"),
         ({"input": []}, 400, "none of them empty"),
         ({"input": ["a", " "]}, 400, "none of them empty"),
-        ({"input": [1, 2]}, 400, "token ids are not taken"),
-        ({"input": "\ud800"}, 400, "lone surrogate"),
+        ({"input": [1, 2]}, 400, "token ids are not supported"),
+        ({"input": "\ud800"}, 400, "unpaired surrogate"),
         ({"input": "a", "input_type": "querry"}, 400, 'input_type = "querry"; allowed: "query", "document"'),
         ({"input": "a", "encoding_format": ["float"]}, 400, "encoding_format"),
         ({"input": "a", "dimensions": 8}, 400, "dimensions = 8; allowed: 32"),
@@ -249,7 +249,7 @@ def test_a_full_queue_says_so(server: Server, monkeypatch):
 
 
 def test_an_address_that_cannot_be_had(server: Server, monkeypatch):
-    monkeypatch.setattr(serving_file, "open_model", lambda model: pytest.fail("loaded before the port was tried"))
+    monkeypatch.setattr(serving_file, "open_model", lambda *given: pytest.fail("loaded before the port was tried"))
     with (
         pytest.raises(PoolwiseError, match=f"--port {server.server_port}: Address already in use"),
         serving("x", port=server.server_port),

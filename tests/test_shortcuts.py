@@ -16,8 +16,8 @@ import poolwise
 from poolwise.encoding import fast as encoding
 from poolwise.encoding import shortcuts
 from poolwise.encoding.fast import FastEncoder
-from poolwise.encoding.rows import longest_first, rows_of, spread
-from poolwise.encoding.shortcuts import AGREEMENT, Prefix, disagreement, moved, turned
+from poolwise.encoding.rows import Tokeniser, spread
+from poolwise.encoding.shortcuts import AGREEMENT, Prefix, angle_change, disagreement, number_change
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder, tiny_model, tiny_tokenizer
@@ -91,13 +91,13 @@ def test_positions_that_depend_on_the_length_are_not_reused(
 
 
 def test_texts_are_looked_at_from_the_longest_to_the_shortest(base: str) -> None:
-    rows = rows_of(build(base, {"preset": "m1"}), ["a " * n for n in range(1, 20)], "")
-    lengths = [len(row["input_ids"]) for row in spread(rows, longest_first(rows), 4)]
+    rows = Tokeniser(build(base, {"preset": "m1"}), [])(["a " * n for n in range(1, 20)], "")
+    lengths = rows.lengths[spread(rows.lengths, 4)].tolist()
     assert lengths == sorted(lengths, reverse=True)
     assert len(lengths) == 4
-    assert {lengths[0], lengths[-1]} == {max(map(len, (row["input_ids"] for row in rows))), min(lengths)}
-    assert min(lengths) == min(len(row["input_ids"]) for row in rows)
-    assert [len(spread(rows[:n], range(n), 4)) for n in range(6)] == [0, 1, 2, 3, 4, 4]
+    assert (lengths[0], lengths[-1]) == (rows.lengths.max(), rows.lengths.min())
+    assert [len(spread(rows.lengths[:n], 4)) for n in range(6)] == [0, 1, 2, 3, 4, 4]
+    assert spread(np.array([0, 3, 0]), 4).tolist() == [1]
 
 
 @pytest.mark.parametrize("hurt", ["longest", "shortest", "padded"])
@@ -165,17 +165,17 @@ def test_in_half_precision_the_angle_counts(width: int) -> None:
         most, widest = AGREEMENT[dtype]
         noise = torch.randn(4, width, generator=generator)
         wrong = right + 0.9 * most / noise.abs().max() * noise
-        assert moved(wrong, right) <= most
-        assert turned(wrong, right) > 3 * widest
+        assert number_change(wrong, right) <= most
+        assert angle_change(wrong, right) > 3 * widest
         assert "1 - cosine" in disagreement(wrong, right, dtype)
         rounded = right.to(dtype).float()
         assert disagreement(rounded, right, dtype) == ""
     one = right.clone()
     one[0, 0] += 0.03  # a single number: the angle hardly moves
-    assert turned(one, right) < AGREEMENT[torch.bfloat16][1]
+    assert angle_change(one, right) < AGREEMENT[torch.bfloat16][1]
     assert disagreement(one, right, torch.bfloat16)
-    assert turned(right * 3, right) == pytest.approx(0, abs=1e-12)
-    assert turned(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    assert angle_change(right * 3, right) == pytest.approx(0, abs=1e-12)
+    assert angle_change(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
     assert disagreement(right * torch.nan, right, torch.bfloat16)
 
 

@@ -266,35 +266,34 @@ def evaluate(
     *,
     base_dir: str | Path | None = None,
     batch_size: int = 32,
+    dtype: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
 
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
-    Models that poolwise did not build keep their own dtype, length, prompts and normalisation.
+    Models that poolwise did not build keep their own length, prompts and normalisation.
 
     Args:
         base_dir: the folder that relative paths of tasks start from; by default the working directory.
         batch_size: texts at a time.
+        dtype: of a model given by name or folder, see `encoding.encode.open_encoder`; None: as it is stored.
         note: called with a line for everything unusual about own data (columns not read, empty documents, …).
     """
     from poolwise.data.tasks import resolve_tasks
+    from poolwise.encoding.encode import open_encoder
     from poolwise.scoring.evaluate import evaluate as score
     from poolwise.scoring.evaluate import model_identity
     from poolwise.scoring.references import reference
+    from poolwise.study.catalogue import LEXICAL
 
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
     for task in resolved:
         for line in task.notes:
             note(line)
     if isinstance(model, (str, Path)):
-        folder = Path(model)
-        if (folder / "run.json").exists():
-            from poolwise.model.checkpoint import load
-
-            model = load(folder)
-        else:
-            model = reference(str(model))
+        lexical = str(model) in LEXICAL
+        model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     rows = score(model, resolved, identity=model_identity(model), batch_size=batch_size, items=False)
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 

@@ -31,6 +31,10 @@ Sources = Annotated[
     typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
+]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
@@ -193,6 +197,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A sentence-transformers model, by name or folder, or a run folder.")],
     tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
     batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 32,
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on mteb tasks or your own data."""
@@ -201,7 +206,7 @@ def evaluate(
     from poolwise.screen import show_scores, stdout_to_stderr
 
     with stdout_to_stderr():  # what libraries print must not mix with the JSON
-        rows = score(model, tasks, batch_size=batch_size, note=lambda line: _say(f"note: {line}"))
+        rows = score(model, tasks, batch_size=batch_size, dtype=dtype, note=lambda line: _say(f"note: {line}"))
     print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
 
 
@@ -247,6 +252,7 @@ def encode(
         typer.Option("--query/--document", help="Use the model's own prompt for queries or documents."),
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
+    dtype: Dtype = None,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
     _quiet()
@@ -255,7 +261,7 @@ def encode(
 
     side = {True: "query", False: "document", None: None}[query]
     with stdout_to_stderr():
-        path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, say=_say)
+        path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, dtype=dtype, say=_say)
     print(path)
 
 
@@ -266,12 +272,13 @@ def serve(
         str, typer.Option(help="Address to listen on; use a proxy for access from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
+    dtype: Dtype = None,
 ) -> None:
     """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings."""
     _quiet()
     from poolwise.encoding.server import serve as serve_forever
 
-    serve_forever(model, host, port, say=_say)
+    serve_forever(model, host, port, say=_say, dtype=dtype)
 
 
 @app.command()

@@ -120,26 +120,6 @@ def _search_data(split: str, corpus: Any, queries: Any, relevant: Any, candidate
     return {"default": {split: data}}
 
 
-def read_columns_whole(data: Any) -> None:
-    """Make every dataset inside `data` (nested dictionaries by subset and split) return a column as a list, at once.
-
-    mteb's classification indexes a lazy column once per label, experiment and metric, which takes longer than
-    everything else together (AmazonCounterfactual: 20 s, with whole columns 1 s). The values are the same.
-    """
-    from datasets import Dataset
-
-    class WholeColumns(Dataset):
-        def __getitem__(self, key: Any) -> Any:
-            value = super().__getitem__(key)
-            return value[:] if isinstance(key, str) else value
-
-    for part in data.values():
-        if isinstance(part, Dataset):
-            part.__class__ = WholeColumns
-        else:
-            read_columns_whole(part)
-
-
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -256,8 +236,6 @@ class Task:
                 f"task {self.name!r}: its data ({self.identity}) cannot be loaded: {type(error).__name__}: {error}. "
                 "Check the connection (or HF_ENDPOINT, HF_HUB_OFFLINE and the cache)"
             ) from error
-        if self.task_type == "Classification":
-            read_columns_whole(self.mteb.dataset)
 
     def split_data(self, split: str, subset: str) -> Any:
         """The loaded data of one split, in the form that mteb's evaluators take."""

@@ -1,1 +1,1 @@
-"""Fast encoding: of texts, of a file, over HTTP."""
+"""Fast encoding: texts in Python, files, HTTP."""

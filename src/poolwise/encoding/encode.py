@@ -1,4 +1,4 @@
-"""Texts in, vectors out: a model by whatever name it goes, encoded fast, from Python or from file to file."""
+"""Texts to vectors: opens a model by name or folder and encodes texts from Python or from file to file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import torch
+from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
 from poolwise.data.reading import read_texts
@@ -15,33 +18,50 @@ from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import DataError, ModelError, PoolwiseError, suggest
 from poolwise.files import open_atomic
-from poolwise.model.checkpoint import RUN_FILE, load
-from poolwise.scoring.references import LEXICAL, reference
+from poolwise.model.backbone import Backbone
+from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
+from poolwise.model.checkpoint import load_any
+from poolwise.study.catalogue import LEXICAL
 
 SIDES = ("query", "document")
-SAID_EVERY = 10.0
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROGRESS_EVERY = 10.0
 """Seconds between two lines of progress."""
 
 
-def open_model(model: str | Path) -> FastEncoder:
+def open_encoder(model: str | Path, dtype: str | None = None) -> SentenceTransformer:
     """A trial's folder (its last step) or one of its steps, an exported folder, a sentence-transformers model by name.
+
+    dtype: one of `DTYPES` to convert the weights to, LoRA merged first; `auto` is bfloat16 if the device computes in
+    it, else float32; None: as stored.
 
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded or a lexical reference.
     """
-    folder = Path(model)
-    steps = {int(step.name[5:]): step for step in folder.glob("training/step-*") if step.name[5:].isdigit()}
-    if steps:
-        folder = steps[max(steps)]
-    exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
-    if exported or (folder / RUN_FILE).exists():
-        return FastEncoder(load(folder))
+    if dtype not in (None, *DTYPES):
+        raise PoolwiseError(f"dtype {dtype!r}: allowed are {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
     if str(model) in LEXICAL:
         raise ModelError(f"model {str(model)!r} knows only the texts of a task, it has no vectors; name an encoder")
-    return FastEncoder(reference(str(model)))
+    encoder = load_any(model)
+    if dtype is None:
+        return encoder
+    on_cpu = encoder.device.type == "cpu"
+    wanted = torch.bfloat16 if dtype == "auto" and on_cpu and cpu_bfloat16_gain() > 1 else torch_dtype(dtype)
+    if not isinstance(encoder[0], Backbone):
+        return cast(Any, encoder).to(wanted)
+    backbone = cast(Any, encoder[0])
+    if isinstance(backbone.model, PeftModel):
+        backbone.model = cast(Any, backbone.model.float()).merge_and_unload()  # so that LoRA is rounded only once
+    backbone.model.to(wanted)  # the pooling stays in fp32; `FastEncoder` converts its matrices
+    return encoder
+
+
+def open_model(model: str | Path, dtype: str | None = None) -> FastEncoder:
+    """`open_encoder`, ready for fast encoding."""
+    return FastEncoder(open_encoder(model, dtype))
 
 
 def prompt_of(fast: FastEncoder, prompt: str | None, side: str | None) -> str:
-    """What is put before each text: `prompt`, or what the model keeps for a `query`, a `document` or any text."""
+    """The text put before each text: `prompt`, or the model's own for a `query`, a `document` or any text."""
     if prompt is not None:
         return prompt
     names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: (fast.default_prompt_name,)}
@@ -56,10 +76,10 @@ def encode(
     prompt: str | None = None,
     side: str | None = None,
 ) -> np.ndarray:
-    """(N, D) fp32 embeddings of `texts` in their order. `model` may be a `FastEncoder`, to be opened only once.
+    """(N, D) fp32 embeddings of `texts` in their order. Give a `FastEncoder` to open a model only once.
 
-    prompt: text put before each; side: `query` or `document`, to take the model's own instead. Raises ModelError where
-    an embedding is not finite.
+    prompt: text put before each text. side: `query` or `document`, for the model's own prompt instead. Raises
+    ModelError if an embedding is not finite.
     """
     if isinstance(texts, str):
         raise DataError(f"texts = {texts[:60]!r} is one text; give a list: [text]")
@@ -78,27 +98,29 @@ def encode_file(
     prompt: str | None = None,
     side: str | None = None,
     field: str = "text",
+    dtype: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Encode a file of texts (see `read_texts`) into a NumPy file (N, D) fp32, row n for text n; arguments as `encode`.
+    """Encode a file of texts (see `read_texts`) into a NumPy file (N, D) fp32, row n for text n. Arguments as those of
+    `encode`, and `dtype` as that of `open_encoder`.
 
     The texts are read twice: once to count and check them before the model is loaded, then a window at a time while the
-    vectors are written, so memory does not grow with the file. `to` appears whole or not at all. `say` gets lines of
-    progress, and at the end the speed, the share of tokens that was computed, and the encoder's notes.
+    vectors are written, so that memory does not grow with the file. `to` is written whole or not at all. `say` receives
+    lines of progress, and at the end the speed, the share of tokens that was computed, and the encoder's notes.
 
-    Raises DataError for texts that cannot be read and a place that cannot be written, and what `open_model` raises.
+    Raises DataError if the texts cannot be read or `to` cannot be written, and what `open_model` raises.
     """
     to = Path(to)
     if to.suffix != ".npy" or to.is_dir():
-        raise DataError(f"{to}: vectors are written as one NumPy file; name it like vectors.npy")
+        raise DataError(f"{to}: vectors are written to one NumPy file; give a name like vectors.npy")
     _check(prompt, side)
     total = sum(1 for _ in read_texts(texts, field, say))
     if not total:
-        raise DataError(f"{texts}: no text in it")
-    fast = open_model(model)
+        raise DataError(f"{texts}: holds no text; give a file with at least one")
+    fast = open_model(model, dtype)
     prompt = prompt_of(fast, prompt, side)
-    done, started, said = 0, time.perf_counter(), time.perf_counter()
-    with open_atomic(to) as file:  # not a memory map: on a full disk that would kill the process
+    done, started, reported = 0, time.perf_counter(), time.perf_counter()
+    with open_atomic(to) as file:  # not a memory map: if the disk is full, writing to one kills the process
         for vectors in _windows(fast, read_texts(texts, field), prompt, side, total):
             finite(vectors, done)
             if not done:
@@ -106,11 +128,11 @@ def encode_file(
                 np.lib.format.write_array_header_1_0(file, form)
             file.write(np.ascontiguousarray(vectors, "<f4").data)
             done += len(vectors)
-            if time.perf_counter() - said > SAID_EVERY:
-                said = time.perf_counter()
-                say(f"{done:,} of {total:,} texts, {done / (said - started):,.1f} texts/s")
+            if time.perf_counter() - reported > PROGRESS_EVERY:
+                reported = time.perf_counter()
+                say(f"{done:,} of {total:,} texts, {done / (reported - started):,.1f} texts/s")
         if done != total:
-            raise DataError(f"{texts} had {total:,} texts and then {done:,}: it was changed while it was read")
+            raise DataError(f"{texts} had {total:,} texts, then {done:,}: it changed while it was read; run again")
     say(_summary(fast, total, time.perf_counter() - started, prompt))
     for note in fast.notes:
         say(f"note: {note}")
@@ -118,10 +140,13 @@ def encode_file(
 
 
 def finite(vectors: np.ndarray, before: int = 0) -> np.ndarray:
-    """The vectors (N, D), `before` of whose texts came earlier. Raises ModelError where one of them is not finite."""
+    """The vectors (N, D) of texts number `before` and following. Raises ModelError if one of them is not finite."""
     if not (good := np.isfinite(vectors).all(1)).all():
         row = before + int(np.flatnonzero(~good)[0])
-        raise ModelError(f"the embedding of text {row + 1} is not finite; the model diverged or its dtype is small")
+        raise ModelError(
+            f"the embedding of text {row + 1} is not finite: the model has diverged or overflows in its dtype; "
+            "try dtype bfloat16 or float32"
+        )
     return vectors
 
 
@@ -129,7 +154,7 @@ def _check(prompt: str | None, side: str | None) -> None:
     if side is not None and side not in SIDES:
         raise PoolwiseError(f"side {side!r}: allowed are {', '.join(SIDES)}{suggest(side, SIDES)}")
     if prompt is not None and side is not None:
-        raise PoolwiseError("a prompt of your own, and the model's for queries or documents: give one of them")
+        raise PoolwiseError("both a prompt and a side (query or document) are given; give one of them")
 
 
 def _windows(
@@ -147,5 +172,5 @@ def _summary(fast: FastEncoder, texts: int, seconds: float, prompt: str) -> str:
     words = f"{texts:,} texts in {seconds:,.1f} s, {texts / seconds:,.1f} texts/s"
     if fast.counts.tokens:
         share = fast.counts.computed / fast.counts.tokens
-        words += f", {fast.counts.tokens:,} tokens, {share:.2f} computed for each (padding adds, reuse saves)"
+        words += f", {fast.counts.tokens:,} tokens, {share:.2f} computed for each (padding adds, reuse subtracts)"
     return f"{words}; prompt {prompt!r}"

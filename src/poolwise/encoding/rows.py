@@ -1,77 +1,187 @@
-"""Texts as rows of tokens: what an encoder's own preprocessing makes of each, without padding, and batches of them."""
+"""Texts as token ids: those of the encoder's own preprocessing, from one call of its tokenizer for many texts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any, cast
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
+from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
+from transformers.utils import PaddingStrategy
 
-from poolwise.model.packing import sent
+from poolwise.model.backbone import Backbone
+from poolwise.model.base import template_parts
+from poolwise.model.hooks import lock_of
+from poolwise.model.packing import Ragged, flat_index, sent
 
 CHUNK = 256
-"""Texts of one call of the tokenizer, of similar length."""
-
-Row = dict[str, Tensor]
-"""One text's features, each (T,) without padding, or a number for the whole text."""
-
-
-def rows_of(encoder: SentenceTransformer, texts: Sequence[str], prompt: str) -> list[Row]:
-    """Each text's row, texts of similar length tokenised together."""
-    rows: list[Row] = [{}] * len(texts)
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for start in range(0, len(order), CHUNK):
-        part = order[start : start + CHUNK]
-        features = encoder.preprocess([texts[number] for number in part], prompt=prompt or None)
-        mask = features["attention_mask"].bool()
-        given = {name: _by_text(value, mask) for name, value in features.items() if name != "modality"}
-        for place, number in enumerate(part):
-            rows[number] = {name: values[place] for name, values in given.items()}
-    return rows
-
-
-def _by_text(value: Any, mask: Tensor) -> Sequence[Tensor]:
-    """What each text has of a feature: its tokens without padding, its number, or what all texts share."""
-    value = torch.as_tensor(value)
-    if value.shape == mask.shape:
-        return value[mask].split(mask.sum(1).tolist())
-    flat = value.reshape(-1)
-    return (flat if len(flat) == len(mask) else flat[:1].expand(len(mask))).unbind()
+"""Texts of one call of a tokenizer: few enough for its memory to be used again, which is faster than fresh memory."""
+COMPARED = 4
+"""Texts of a window, from its longest to its shortest, whose ids are compared with those of `preprocess`."""
+ODD = (
+    "",
+    " ",
+    "a",
+    " a ",
+    "Upper And lower",
+    "two\nlines\tand a tab",
+    "Ünïcode é e\u0301 ﬁ",
+    "<s> </s> <eos>",
+    "7 + 7",
+)
+"""Texts with what a preprocessing may strip, normalise or read as a special token; compared for each prompt."""
+REMEMBERED = 64
+"""Prompts whose comparison is remembered."""
 
 
-def padded(rows: Sequence[Row], device: torch.device | str) -> dict[str, Any]:
-    """One batch of features (B, T), padded on the right."""
-    features = {}
-    for name, first in rows[0].items():
-        values = [row[name] for row in rows]
-        whole = torch.nn.utils.rnn.pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
-        features[name] = sent(whole, torch.device(device))
-    return features
+class Tokeniser:
+    """Texts to the token ids that an encoder's `preprocess` gives, without padding and without a tensor for each text.
+
+    Texts go to the Rust tokenizer unpadded, in `threads` threads. Its ids are compared with those of `preprocess` on
+    `ODD` and on the first texts of each prompt, and again when texts are truncated for the first time. If they differ,
+    or the tokenizer has no Rust part, `preprocess` is used, and a line in `notes` says why.
+    """
+
+    def __init__(self, encoder: SentenceTransformer, notes: list[str], threads: int = 1) -> None:
+        self.encoder, self.notes, self.threads = encoder, notes, threads
+        self.backbone = cast(Backbone, encoder[0])
+        self.direct = hasattr(getattr(self.backbone.words, "backend_tokenizer", None), "encode_batch_fast")
+        self.prompts: dict[tuple[str, bool], int] = {}  # (prompt, whether texts are cut) -> tokens of the prompt
+
+    def __call__(self, texts: Sequence[str], prompt: str) -> Ragged:
+        """The texts after `prompt`, in their order."""
+        if self.direct and all(isinstance(text, str) for text in texts):
+            rows = self._direct(texts, prompt)
+            kind = (prompt, bool(rows.lengths.max(initial=0) >= self._limit))
+            if kind not in self.prompts:
+                some = [*ODD, *(texts[number] for number in spread(rows.lengths, COMPARED))]
+                expected, found = self.by_preprocess(some, prompt), self._direct(some, prompt)
+                while len(self.prompts) >= REMEMBERED:
+                    del self.prompts[next(iter(self.prompts))]
+                self.prompts[kind] = expected.prompt
+                if not (_equal(found.lengths, expected.lengths) and _equal(found.ids, expected.ids)):
+                    self.direct = False
+                    self.notes.append("texts are tokenised by the model's own `preprocess`, whose ids differ")
+            if self.direct:
+                rows.prompt = self.prompts[kind]
+                return rows
+        return self.by_preprocess(texts, prompt)
+
+    @property
+    def _limit(self) -> int:
+        """Tokens to which a text is cut."""
+        if self.backbone.template == "plain":
+            return int(self.backbone.words.model_max_length)
+        return int(self.backbone.max_seq_length or self.backbone.words.model_max_length)
+
+    def _direct(self, texts: Sequence[str], prompt: str) -> Ragged:
+        template, words = self.backbone.template, self.backbone.words
+        with lock_of(words):
+            if template == "plain":
+                return self._encoded([prompt + text for text in texts] if prompt else texts, self._limit)
+            before, between, after, room, space = template_parts(template, prompt, words, self._limit)
+            rows = self._encoded([space + text for text in texts], None)
+        copy = np.minimum(rows.lengths, room)
+        fixed = [np.array(part or (), dtype=np.int64) for part in (before, between, after)]
+        sizes = [len(part) for part in fixed]
+        # each text is up to five runs of one array: before, copy, between, second copy, after
+        starts, lengths = np.zeros((2, len(rows), 5), dtype=np.int64)
+        starts[:, [0, 2, 4]] = np.cumsum([0, *sizes[:2]])
+        starts[:, [1, 3]] = (rows.starts + sum(sizes))[:, None]
+        lengths[:, [0, 2, 4]] = sizes
+        lengths[:, 1] = copy
+        lengths[:, 3] = 0 if between is None else copy
+        pool = np.concatenate([*fixed, rows.ids])
+        return Ragged(pool[flat_index(starts.ravel(), lengths.ravel())], lengths.sum(1))
+
+    def _encoded(self, texts: Sequence[str], limit: int | None) -> Ragged:
+        """Ids by the Rust tokenizer, which releases the GIL; `limit`: cut to it, with special tokens; None: neither."""
+        words = cast(Any, self.backbone.words)
+        cut = limit is not None and limit <= LARGE_INTEGER
+        strategy = TruncationStrategy.LONGEST_FIRST if cut else TruncationStrategy.DO_NOT_TRUNCATE
+        words.set_truncation_and_padding(PaddingStrategy.DO_NOT_PAD, strategy, limit, 0, None, None)
+        backend, special = words.backend_tokenizer, limit is not None
+        backend.encode_special_tokens = words.split_special_tokens
+
+        def encode(part: Sequence[str]) -> list[list[int]]:
+            return [encoding.ids for encoding in backend.encode_batch_fast(part, add_special_tokens=special)]
+
+        size = min(CHUNK, -(-len(texts) // self.threads))
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)] if texts else []
+        if self.threads > 1 and len(parts) > 1:
+            with ThreadPoolExecutor(self.threads) as pool:
+                ids = [*chain.from_iterable(pool.map(encode, parts))]
+        else:
+            ids = [*chain.from_iterable(map(encode, parts))]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return Ragged(np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths)
+
+    def by_preprocess(self, texts: Sequence[str], prompt: str) -> Ragged:
+        """The same by the encoder's own `preprocess`, in padded batches of texts of similar length."""
+        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+        ids, lengths, length = [], [], 0
+        for start in range(0, len(order), CHUNK):
+            features = self.encoder.preprocess([texts[n] for n in order[start : start + CHUNK]], prompt=prompt or None)
+            mask = features["attention_mask"].bool()
+            ids.append(features["input_ids"][mask].numpy())
+            lengths.append(mask.sum(1).numpy())
+            length = int(torch.as_tensor(features.get("prompt_length", 0)).reshape(-1)[0])
+        return Ragged(np.concatenate(ids), np.concatenate(lengths), prompt=length).take(np.argsort(order))
 
 
-def longest_first(rows: Sequence[Row]) -> list[int]:
-    """The order in which rows are encoded, so that a batch too large for memory fails early."""
-    return sorted(range(len(rows)), key=lambda row: -len(rows[row]["input_ids"]))
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.array_equal(a, b))
 
 
-def spread(rows: Sequence[Row], order: Sequence[int], count: int) -> list[Row]:
-    """At most `count` of the rows, from the longest to the shortest; rows without tokens are left out."""
-    some = [row for row in order if len(rows[row]["input_ids"])]
-    places = dict.fromkeys(place * (len(some) - 1) // (count - 1) for place in range(count)) if some else {}
-    return [rows[some[place]] for place in places]
+def pooled_tokens(backbone: Backbone, rows: Ragged) -> np.ndarray | None:
+    """(N,) bool, the tokens that are pooled, by the backbone's own rule; None if it leaves none out."""
+    whole = backbone.special_tokens and not backbone.skip_start and not backbone.pad_by_id
+    if whole and backbone.template == "plain" and (backbone.include_prompt or not rows.prompt):
+        return None
+    parts = []
+    for start in range(0, len(rows), CHUNK):
+        given = features(rows.between(start, min(start + CHUNK, len(rows))), "cpu")
+        parts.append(backbone.pooling_mask(given)[given["attention_mask"].bool()].bool().numpy())
+    return np.concatenate(parts)
 
 
-def batches(order: Sequence[int], rows: Sequence[Row], skipped: int, budget: int) -> Iterator[list[int]]:
-    """Rows in `order` (the longest first) cut into batches of at most `budget` tokens, padding included, less the first
-    `skipped` of each; a text without tokens is never a batch of its own, which no model takes."""
-    batch: list[int] = []
-    for row in order:
-        longest = len(rows[batch[0] if batch else row]["input_ids"]) - skipped
-        if batch and len(rows[row]["input_ids"]) and (len(batch) + 1) * longest > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+def features(rows: Ragged, device: torch.device | str) -> dict[str, Any]:
+    """What `Backbone` reads: ids and mask (B, T), padded on the right, and the number of tokens of the prompt."""
+    ids, mask, _ = rows.padded()
+    device = torch.device(device)
+    return {
+        "input_ids": sent(ids, device),
+        "attention_mask": sent(mask.long(), device),
+        "prompt_length": rows.prompt,
+    }
+
+
+def spread(lengths: np.ndarray, count: int) -> np.ndarray:
+    """The numbers of at most `count` texts, from the longest to the shortest; texts without tokens are left out."""
+    some = np.argsort(-lengths, kind="stable")[: int((lengths > 0).sum())]
+    places = dict.fromkeys(place * (len(some) - 1) // (count - 1) for place in range(count)) if len(some) else {}
+    return some[list(places)]
+
+
+def batches(lengths: np.ndarray, budget: int, *, skipped: int = 0, padded: bool = True) -> Iterator[tuple[int, int]]:
+    """(first, last) of each batch of texts of these lengths, the longest first: as many as fit into `budget` tokens, at
+    least one.
+
+    padded: padding counts, and the first `skipped` tokens of each text do not. A text without tokens is never a batch
+    of its own, which no model takes.
+    """
+    first, end, ends = 0, int((lengths > 0).sum()) or len(lengths), lengths.cumsum()
+    while first < end:
+        if padded:
+            longest = int(lengths[first]) - skipped
+            last = first + max(1, budget // longest) if longest > 0 else end
+        else:
+            before = int(ends[first] - lengths[first])
+            last = max(first + 1, int(np.searchsorted(ends, before + budget, side="right")))
+        last = min(last, end)
+        yield first, len(lengths) if last == end else last
+        first = last

@@ -1,8 +1,7 @@
-"""One model behind HTTP, in the form of OpenAI's `/v1/embeddings`; `/health` says what is served.
+"""One model over HTTP with the interface of OpenAI's `/v1/embeddings`; `/health` describes the model.
 
-Each connection has a thread that reads and answers; one worker encodes, so that what waits
-together is encoded together.
-There are no keys and no TLS: beyond this machine it belongs behind a proxy that has them.
+Each connection has a thread that reads and answers; one worker encodes, so that requests that wait at the same time
+form one batch. There are no keys and no TLS: to be reached from other machines it needs a proxy that has them.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from poolwise.errors import PoolwiseError
 
 ROUTE, MODELS = "/v1/embeddings", "/v1/models"
 MAX_BYTES = 4 << 20
-"""Of a request's body; more is answered with 413, as are more than `MAX_TEXTS`."""
+"""Largest body of a request. A larger one is answered with 413, as are more than `MAX_TEXTS` texts."""
 MAX_TEXTS = 2048
 GATHER = 0.005
-"""Seconds for which the first request of a batch waits for others."""
+"""Seconds that the first request of a batch waits for others."""
 WAITING = 256
 """Requests in the queue; further ones are answered with 503."""
 PATIENCE = 60
-"""Seconds that a client may be silent."""
+"""Seconds after which a silent connection is closed."""
 
 
 class RequestError(Exception):
-    """A request that is not answered: HTTP status and reason."""
+    """A request that is refused: HTTP status and reason."""
 
 
 @dataclass
 class Job:
-    """One request: its texts, and what will be their vectors (N, D) fp32 and their number of tokens."""
+    """One request: its texts, and the future of their vectors (N, D) fp32 and number of tokens."""
 
     texts: Sequence[str]
     side: str | None
@@ -53,7 +52,7 @@ class Job:
 
 
 class Batcher:
-    """The one thread that encodes."""
+    """The thread that encodes what all connections submit."""
 
     def __init__(self, fast: FastEncoder) -> None:
         self.fast = fast
@@ -66,7 +65,7 @@ class Batcher:
         self.thread.start()
 
     def submit(self, texts: Sequence[str], side: str | None) -> Future[tuple[np.ndarray, int]]:
-        """The future (N, D) vectors of texts, and how many tokens they have."""
+        """A future of the (N, D) vectors of the texts and the number of their tokens."""
         if self.closing or self.queue.qsize() >= WAITING:
             raise RequestError(503, "too many requests are waiting, or the server is stopping; try again later")
         job = Job(texts, side)
@@ -74,7 +73,7 @@ class Batcher:
         return job.answer
 
     def close(self) -> None:
-        """Encode what has begun and end."""
+        """Finish the current batch and stop."""
         self.closing = True
         self.queue.put(None)
         self.thread.join()
@@ -86,7 +85,7 @@ class Batcher:
                 self._encode([job for job in jobs if job.side == side])
 
     def _others(self, room: int) -> Iterator[Job]:
-        """What else arrives in time, until there is no room for more."""
+        """Further requests that arrive within `GATHER`, up to `room` texts."""
         end = time.monotonic() + GATHER
         with contextlib.suppress(queue.Empty):
             while room > 0 and (job := self.queue.get(timeout=max(0.0, end - time.monotonic()))) is not None:
@@ -101,7 +100,7 @@ class Batcher:
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].answer.set_exception(error)
-            else:  # the others are not to suffer
+            else:  # one by one, so that only the request at fault fails
                 for job in jobs:
                     self._encode([job])
             return
@@ -110,7 +109,9 @@ class Batcher:
             job.answer.set_result((own, count))
 
     def _tokens(self, texts: Sequence[str], prompt: str) -> int:
-        """Tokens of the texts with their prompts, as far as the model reads them."""
+        """Number of tokens of the texts with their prompts, truncated as the model truncates them."""
+        if self.fast.ours:
+            return int(self.fast.tokenise(texts, prompt).lengths.sum())
         count = 0
         for start in range(0, len(texts), 64):
             features = self.fast.encoder.preprocess([*texts[start : start + 64]], prompt=prompt or None)
@@ -124,11 +125,11 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = PATIENCE
-    disable_nagle_algorithm = True  # or each body waits 40 ms until its head is acknowledged
+    disable_nagle_algorithm = True  # otherwise each body waits 40 ms for its header to be acknowledged
     server: Server
 
     def do_POST(self) -> None:
-        """Every request."""
+        """Answers every request, GET too."""
         try:
             body = self._body() if self.command == "POST" else b""
             if (self.command, self.path) == ("GET", "/health"):
@@ -140,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 raise RequestError(
                     404,
-                    f"no such page: {self.command} {self.path}; there are GET /health, GET {MODELS} and POST {ROUTE}",
+                    f"no such route: {self.command} {self.path}; allowed: GET /health, GET {MODELS}, POST {ROUTE}",
                 )
         except RequestError as error:
             self.send_error(*error.args)
@@ -148,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except Exception as error:
             self.log_error("%s: %s", type(error).__name__, error)
-            self.send_error(500, "the texts could not be encoded; the server's log says why")
+            self.send_error(500, "the texts could not be encoded; the reason is in the server's log")
         else:
             self._answer(200, answer)
 
@@ -157,12 +158,12 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal() and len(length) < 20):
-            raise RequestError(400, "no Content-Length: send the body whole, not in chunks")
+            raise RequestError(400, "no Content-Length; send the body in one piece, not in chunks")
         if int(length) > MAX_BYTES:
-            for _ in range(min(int(length), 16 * MAX_BYTES) >> 16):  # a client that still writes would not read
+            for _ in range(min(int(length), 16 * MAX_BYTES) >> 16):  # clients read the answer after they have sent all
                 self.rfile.read(1 << 16)
             raise RequestError(
-                413, f"a body of {length} bytes; at most {MAX_BYTES} are taken, send fewer texts at a time"
+                413, f"a body of {length} bytes; at most {MAX_BYTES} are allowed: send fewer texts at a time"
             )
         return self.rfile.read(int(length))
 
@@ -179,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"object": "list", "data": data, "model": self.server.model, "usage": usage}
 
     def _checked(self, asked: Any) -> tuple[list[str], str | None, str]:
-        """Texts, side and encoding of a request; unknown fields, as some clients send, are passed over."""
+        """Texts, side and encoding format of a request. Unknown fields, which some clients send, are ignored."""
         if not isinstance(asked, dict) or "input" not in asked:
             raise RequestError(
                 400, 'send {"input": text or list of texts, "model": name, "input_type": query or document}'
@@ -190,12 +191,12 @@ class Handler(BaseHTTPRequestHandler):
         texts = [asked["input"]] if isinstance(asked["input"], str) else asked["input"]
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise RequestError(
-                400, "input must be a text or a list of texts, none of them empty; token ids are not taken"
+                400, "input must be a text or a list of texts, none of them empty; token ids are not supported"
             )
         if len(texts) > MAX_TEXTS:
-            raise RequestError(413, f"{len(texts)} texts; at most {MAX_TEXTS} are taken at a time")
+            raise RequestError(413, f"{len(texts)} texts; at most {MAX_TEXTS} are allowed in one request")
         if any(0xD800 <= ord(c) <= 0xDFFF for text in texts if not text.isascii() for c in text):
-            raise RequestError(400, "input holds half a character (a lone surrogate)")
+            raise RequestError(400, "input contains an unpaired surrogate, so it is not valid Unicode")
         given = {
             "input_type": (None, *SIDES),
             "encoding_format": (None, "float", "base64"),
@@ -208,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         return texts, asked.get("input_type"), asked.get("encoding_format") or "float"
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """An error as OpenAI's clients expect it; the connection ends, for its body may not have been read."""
+        """An error as OpenAI's clients expect it. The connection is closed: the body may not have been read."""
         self.close_connection = True
         kind = "server_error" if code >= 500 else "invalid_request_error"
         reason = message or self.responses.get(code, ("error",))[0]
@@ -225,32 +226,32 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Requests are not logged, only errors of the server."""
+        """Only errors of the server are logged, not requests."""
 
 
 class Server(ThreadingHTTPServer):
-    """Bound to its address; `serving` gives it its model."""
+    """Bound to its address; `serving` adds the model."""
 
     model: str
     batcher: Batcher
-    request_queue_size = WAITING  # connections that wait to be accepted: the default of 5 loses some to time-outs
+    request_queue_size = WAITING  # of connections; with the default of 5 some time out under load
 
     def about(self) -> dict[str, Any]:
-        """What is served: the model, the width of its vectors, the tokens that it reads of a text."""
+        """The model, the width of its vectors and its maximum number of tokens."""
         length = self.batcher.fast.max_seq_length
         return {"status": "ok", "model": self.model, "dimensions": self.batcher.width, "max_length": length}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error."""
+        """Do not report clients that close the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
-def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080) -> Iterator[Server]:
-    """A server with `model` (see `open_model`) loaded and warm, for `serve_forever`; port 0: any that is free.
+def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080, dtype: str | None = None) -> Iterator[Server]:
+    """A server with `model` (see `open_encoder`) loaded and warmed up, for `serve_forever`. Port 0: any free port.
 
-    Raises PoolwiseError where the address cannot be had, before the model is loaded, and what `open_model` raises.
+    Raises PoolwiseError if the address cannot be used, before the model is loaded, and what `open_model` raises.
     """
     try:
         server = Server((host, port), Handler)
@@ -259,16 +260,16 @@ def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080) -> Ite
             f"--host {host} --port {port}: {error.strerror or error}; give an address of this machine and a free port"
         ) from None
     with server:
-        server.model, server.batcher = str(model), Batcher(open_model(model))
+        server.model, server.batcher = str(model), Batcher(open_model(model, dtype))
         try:
             yield server
         finally:
             server.batcher.close()
 
 
-def serve(model: str | Path, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C; `say` gets what is served, where, and the encoder's notes."""
-    with serving(model, host, port) as server:
+def serve(model: str | Path, host: str, port: int, say: Callable[[str], None], dtype: str | None = None) -> None:
+    """Serve until Ctrl-C. `say` receives the model, its address and the encoder's notes."""
+    with serving(model, host, port, dtype) as server:
         say(f"{model} ({server.batcher.width} numbers a text): http://{host}:{server.server_port}{ROUTE}; Ctrl-C stops")
         for note in server.batcher.fast.notes:
             say(f"note: {note}")

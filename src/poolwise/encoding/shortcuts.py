@@ -1,4 +1,7 @@
-"""What encoding may leave out, each shortcut checked before it is used."""
+"""Work that encoding can leave out: prompts computed once, unused states of the last layer, texts encoded before.
+
+Each shortcut is verified by `FastEncoder` on the first texts that use it.
+"""
 
 from __future__ import annotations
 
@@ -20,45 +23,43 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from poolwise.encoding.rows import Row, padded
+from poolwise.encoding.rows import features
 from poolwise.errors import ModelError
 from poolwise.model.attention import get_attention, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.encoder import STANDARD, PoolingHead
 from poolwise.model.hooks import decoder_layers, last_index
+from poolwise.model.packing import Ragged
 
 BY_LENGTH = {"dynamic", "longrope"}
-"""Rotary positions whose angles change with the length of the text, and with them the keys of an instruction."""
+"""Rotary embeddings whose angles depend on the length of the text, and so the keys of a prompt do too."""
 
 
 def can_reuse(backbone: Backbone) -> bool:
-    """Whether an instruction's keys and values are the same before every text."""
+    """Whether the keys and values of a prompt are the same for every text that follows it."""
     config = backbone.model.config.get_text_config()
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = {one.get("rope_type") or one.get("type") for one in (rope, *rope.values()) if isinstance(one, dict)}
     return backbone.attention == "causal" and not kinds & BY_LENGTH
 
 
-def shared_prefix(rows: Sequence[Tensor]) -> Tensor:
-    """The token ids (P,) that all rows begin with, less each row's last token, so that none is left empty."""
-    shortest = min(rows, key=len)
-    first = rows[0][: len(shortest) - 1]
-    same = len(first)
-    for row in rows:
-        differ = (row[:same] != first[:same]).nonzero()
-        same = int(differ[0]) if len(differ) else same
-    return first[:same]
+def shared_prefix(*parts: Ragged) -> np.ndarray:
+    """The token ids (P,) that all texts begin with, less each text's last token, so that none is left empty."""
+    shortest = max(0, min(int(rows.lengths.min()) for rows in parts) - 1)
+    heads = np.concatenate([rows.ids[rows.starts[:, None] + np.arange(shortest)] for rows in parts])
+    same = (heads == heads[0]).all(0)
+    return heads[0][: shortest if same.all() else int(same.argmin())]
 
 
 @dataclass
 class Prefix:
-    """P tokens and what a decoder makes of them.
+    """The first P tokens of all texts, and what a decoder computes for them.
 
-    ids (P,); keys and values (1, K, P, E) of each layer; states (1, P, D) of the last layer; totals (1, L, D): sums of
-    each layer's states over the `pooled` tokens, for designs that pool layers by their mean.
+    ids (P,), on the CPU; keys and values (1, K, P, E) of each layer; states (1, P, D) of the last layer; totals
+    (1, L, D): sums of each layer's states over the `pooled` tokens, for designs that pool layers by their mean.
     """
 
-    ids: Tensor
+    ids: np.ndarray
     cache: list[tuple[Tensor, Tensor]]
     states: Tensor
     totals: Tensor | None
@@ -69,27 +70,34 @@ class Prefix:
         """P."""
         return len(self.ids)
 
-    def serves(self, backbone: Backbone, rows: Sequence[Row]) -> bool:
-        """Whether all these texts begin with it and go on after it; where layers are pooled by their mean, also whether
-        of its tokens those are pooled that were summed up: of a text without content, it may be all of them."""
-        ids = [row["input_ids"][: self.length] for row in rows if len(row["input_ids"]) > self.length]
-        if len(ids) < len(rows) or not (torch.stack(ids) == self.ids).all():
+    def serves(self, backbone: Backbone, rows: Ragged) -> bool:
+        """Whether all these texts begin with the prefix and are longer than it.
+
+        If layers are pooled by their mean, the pooled tokens of the prefix must also be those in `totals`: of a text
+        without content all tokens are pooled, those of its prompt too.
+        """
+        if rows.lengths.min() <= self.length:
+            return False
+        if not (rows.ids[rows.starts[:, None] + np.arange(self.length)] == self.ids).all():
             return False
         if self.totals is None:
             return True
-        pooled = backbone._pooling_mask(padded(rows, "cpu"))[:, : self.length]
+        pooled = backbone.pooling_mask(features(rows, "cpu"))[:, : self.length]
         return bool((pooled.bool().sum(1) == self.pooled).all())
 
     @classmethod
-    def of(cls, backbone: Backbone, ids: Tensor, row: Row) -> Prefix | None:
-        """Run the prefix `ids` (P,) of `row` through the decoder; None where it gives no keys and values to reuse."""
+    def of(cls, backbone: Backbone, ids: np.ndarray, row: Ragged) -> Prefix | None:
+        """The prefix `ids` (P,) of the one text in `row`, run through the decoder.
+
+        None if the decoder does not return keys and values of all P tokens in every layer.
+        """
         device = backbone.model.device
-        mask = torch.ones(1, len(row["input_ids"]), dtype=torch.long, device=device)
-        whole = {**{name: value[None].to(device) for name, value in row.items()}, "attention_mask": mask}
-        pooled = backbone._pooling_mask(whole)[:, : len(ids)].bool()
+        whole = features(row, device)
+        mask = whole["attention_mask"]
+        pooled = backbone.pooling_mask(whole)[:, : len(ids)].bool()
         cache = DynamicCache(config=backbone.model.config.get_text_config())
         inputs = {
-            "input_ids": ids[None].to(device),
+            "input_ids": whole["input_ids"][:, : len(ids)],
             "attention_mask": mask[:, : len(ids)],
             "position_ids": torch.arange(len(ids), device=device)[None],
         }
@@ -106,16 +114,16 @@ class Prefix:
             return None  # a sliding window shorter than the prefix, or layers of another kind
         return cls(ids, whole_keys, output.last_hidden_state, totals, int(pooled.sum()))
 
-    def forward(self, backbone: Backbone, features: dict[str, Any]) -> dict[str, Any]:
-        """What `backbone` adds to the features (B, T) of texts that begin with the prefix, padded on the right."""
-        texts, start, mask = len(features["input_ids"]), self.length, features["attention_mask"]
-        pooled = backbone._pooling_mask(features)
+    def forward(self, backbone: Backbone, given: dict[str, Any]) -> dict[str, Any]:
+        """The features (B, T) of texts that begin with the prefix, padded on the right, with what `backbone` adds."""
+        texts, start, mask = len(given["input_ids"]), self.length, given["attention_mask"]
+        pooled = backbone.pooling_mask(given)
         cache = DynamicCache(config=backbone.model.config.get_text_config())
         for number, (keys, values) in enumerate(self.cache):
             cache.update(keys.expand(texts, -1, -1, -1), values.expand(texts, -1, -1, -1), number)
         width = mask.shape[1] - start
         inputs = {
-            "input_ids": features["input_ids"][:, start:],
+            "input_ids": given["input_ids"][:, start:],
             "attention_mask": mask,
             "position_ids": torch.arange(start, start + width, device=mask.device).expand(texts, -1),
             "past_key_values": cache,
@@ -132,10 +140,10 @@ class Prefix:
                 assert self.totals is not None
                 own = rest.bool().sum(1)[:, None, None]
                 vectors = (vectors * own + self.totals) / (own + self.pooled)
-            features["layer_embeddings"] = vectors
-        features["token_embeddings"] = torch.cat([self.states.expand(texts, -1, -1), states], 1)
-        features["pooling_mask"] = pooled
-        return features
+            given["layer_embeddings"] = vectors
+        given["token_embeddings"] = torch.cat([self.states.expand(texts, -1, -1), states], 1)
+        given["pooling_mask"] = pooled
+        return given
 
 
 def can_prune(backbone: Backbone) -> bool:
@@ -145,15 +153,17 @@ def can_prune(backbone: Backbone) -> bool:
 
 
 @contextlib.contextmanager
-def pruned(backbone: Backbone, features: dict[str, Any], prune: bool) -> Iterator[None]:
-    """Inside, the last layer's output projection and feed-forward are computed for the last pooled token only, with
-    zeros elsewhere: nothing else of that layer is read by last-token pooling. So it is in the thread that opens it;
-    another one, in the `encode` of a model that shares the layer, finds it whole."""
+def pruned(backbone: Backbone, given: dict[str, Any], prune: bool) -> Iterator[None]:
+    """Inside, the last layer's output projection and feed-forward are computed for the last pooled token alone.
+
+    Last-token pooling reads nothing else of that layer; the other states are zero. Only the thread that opens the block
+    is affected: other threads, in the `encode` of a model that shares the layer, compute all tokens.
+    """
     if not prune:
         yield
         return
     layer = cast(Any, decoder_layers(backbone.model)[-1])
-    last = last_index(backbone._pooling_mask(features))
+    last = last_index(backbone.pooling_mask(given))
     texts = torch.arange(len(last), device=last.device)
     parts = (layer.mlp, layer.self_attn.o_proj)
     for part in parts:
@@ -181,9 +191,13 @@ class _Only:
         return out
 
 
-def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
-    """The encoder with LoRA merged into a copy of an fp32 base; beside a base in half precision the head's matrices in
-    that precision too (norms and sums stay fp32). Itself where neither applies."""
+def lighten(encoder: SentenceTransformer) -> SentenceTransformer:
+    """An encoder that computes the same with less work.
+
+    On an fp32 base, a copy with LoRA merged. On a base in half precision LoRA stays apart, because merging would round
+    it, and the head's matrices are converted to half precision (norms and sums stay fp32). `encoder` itself if neither
+    applies.
+    """
     backbone, head = cast(Backbone, encoder[0]), encoder[1]
     dtype = next(backbone.model.parameters()).dtype
     if dtype in (torch.float32, torch.float64):
@@ -204,15 +218,50 @@ def lighter(encoder: SentenceTransformer) -> SentenceTransformer:
     return half
 
 
+class VectorCache:
+    """Vectors of texts by side, prompt and text, up to `limit` bytes. whole: whether everything so far is in it."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.bytes, self.whole = limit, 0, True
+        self.known: dict[tuple[str | None, str, str], np.ndarray] = {}
+
+    def rows(
+        self, texts: Sequence[str], side: str | None, prompt: str, compute: Callable[[list[str]], np.ndarray]
+    ) -> np.ndarray | list[np.ndarray]:
+        """One array per text. `compute` maps the texts that are not known, each once, to (N, …)."""
+        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self.known]
+        if not new:
+            return [self.known[side, prompt, text] for text in texts]
+        made = compute(new)
+        fresh = dict(zip(new, made, strict=True)) if self.limit or len(new) < len(texts) else {}
+        if self.bytes + made.nbytes <= self.limit:
+            self.known.update({(side, prompt, text): row for text, row in fresh.items()})
+            self.bytes += made.nbytes
+        else:
+            self.whole = False
+        if len(new) == len(texts):
+            return made
+        return [fresh[text] if text in fresh else self.known[side, prompt, text] for text in texts]
+
+    def get(
+        self, texts: Sequence[str], side: str | None, prompt: str, compute: Callable[[list[str]], np.ndarray]
+    ) -> np.ndarray:
+        """`rows` as one array (N, …) that shares no memory with the cache."""
+        found = self.rows(texts, side, prompt, compute)
+        if isinstance(found, np.ndarray):
+            return found.copy() if self.limit else found
+        return np.stack(found)
+
+
 AGREEMENT = {
     torch.float32: (1e-5, 1e-8),
     torch.float64: (1e-5, 1e-8),
     torch.bfloat16: (2e-2, 1e-3),
     torch.float16: (5e-3, 2e-5),
 }
-"""How far rounding may move a number of a unit-length embedding, and the whole of it by 1 - cosine. What shortcuts and
-batches of other shapes moved the built-in base by, at most: 2e-7 and 3e-14 in fp32, 5e-3 and 4e-5 in bf16, 5e-4 and
-5e-7 in fp16; deeper and wider bases round more."""
+"""How far rounding may move a number of a unit-length embedding, and the whole embedding as 1 - cosine. Measured on the
+built-in base with shortcuts and batches of other shapes, at most 2e-7 and 3e-14 in fp32, 5e-3 and 4e-5 in bf16, 5e-4
+and 5e-7 in fp16; deeper and wider bases round more."""
 PROBE_TEXTS = [
     "A short text.",
     "The second text is longer than the first, so that a batch of the two has padding in it.",
@@ -222,10 +271,12 @@ PROBE_TEXTS = [
 PROBE_PROMPT = "Instruct: find an answer.\nQuery: "
 
 
-def adopted(model: SentenceTransformer) -> SentenceTransformer:
-    """`model` with a `Backbone` and a `PoolingHead` in place of its own modules; the weights are shared, nothing of
-    `model` is changed. Raises ModelError for a model that has something else, AttentionError where its attention is
-    neither causal nor declared and measured as bidirectional."""
+def adopt(model: SentenceTransformer) -> SentenceTransformer:
+    """`model` with a `Backbone` and a `PoolingHead` in place of its own modules.
+
+    The weights are shared; `model` is not changed. Raises ModelError for a model with other modules or settings, and
+    AttentionError if its attention is neither causal nor declared and measured as bidirectional.
+    """
     if unlike := _unlike(model):
         raise ModelError(unlike)
     transformer, pooling, *rest = cast("list[Any]", list(model))
@@ -241,7 +292,7 @@ def adopted(model: SentenceTransformer) -> SentenceTransformer:
 
 
 def _unlike(model: SentenceTransformer) -> str:
-    """What `model` has that our modules have not; empty where there is nothing."""
+    """The first module or setting of `model` that our modules do not have; empty if there is none."""
     kinds = [type(module) for module in model]
     plain = [Transformer, Pooling]
     if type(model) is not SentenceTransformer or kinds not in (plain, [*plain, Normalize]):
@@ -271,46 +322,50 @@ def _unlike(model: SentenceTransformer) -> str:
         return f"Pooling.pooling_mode = {pooling.pooling_mode!r}"
     decoder = transformer.model
     if not isinstance(decoder, PreTrainedModel) or "task" in inspect.signature(decoder.forward).parameters:
-        return f"{type(decoder).__name__} is no plain model of transformers"
+        return f"{type(decoder).__name__} is not a plain model of transformers"
     declared = getattr(decoder.config.get_text_config(), "is_causal", None)
     if get_attention(decoder) == "bidirectional" and declared is not False:
-        return f"{type(decoder).__name__} is bidirectional by itself, not by config.is_causal"
+        return f"{type(decoder).__name__} is bidirectional by design, not by config.is_causal"
     return ""
 
 
 def check(model: SentenceTransformer, encode: Callable[[Sequence[str], str], np.ndarray]) -> None:
-    """Raise ModelError unless `encode(texts, prompt)` gives the embeddings of the model's own `encode`."""
+    """Raise ModelError unless `encode(texts, prompt)` returns the embeddings of the model's own `encode`."""
     for prompt in ("", PROBE_PROMPT):
-        own = torch.from_numpy(own_vectors(model, PROBE_TEXTS, None, prompt, len(PROBE_TEXTS)))
+        own = torch.from_numpy(encode_by_model(model, PROBE_TEXTS, None, prompt, len(PROBE_TEXTS)))
         found = torch.from_numpy(encode(PROBE_TEXTS, prompt))
         if apart := disagreement(found, own, model.dtype or torch.float32):
             raise ModelError(f"its embeddings would move {apart} (prompt {prompt!r})")
 
 
-def own_vectors(model: Any, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> np.ndarray:
-    """(N, D) fp32 embeddings by a sentence-transformers model's own `encode`."""
+def encode_by_model(model: Any, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> np.ndarray:
+    """(N, D) fp32 embeddings by the `encode` of a sentence-transformers model."""
     by_side = {"query": model.encode_query, "document": model.encode_document}
-    encode = by_side.get(side or "", model.encode)  # a Router sends the sides through different modules
+    encode = by_side.get(side or "", model.encode)  # a Router has different modules for queries and documents
     vectors = encode(texts, prompt=prompt, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
     return np.asarray(vectors, dtype=np.float32)
 
 
 def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str:
-    """How far the embeddings (N, D) of a model of this dtype lie from what is expected, in words; empty where rounding
-    explains it: neither a number nor an angle has moved further than `AGREEMENT` lets it."""
-    number, angle = moved(found, expected), turned(found, expected)
+    """How far embeddings (N, D) of a model of this dtype are from those expected, in words.
+
+    Empty if rounding explains the difference: no number and no angle has moved further than `AGREEMENT` allows.
+    """
+    number, angle = number_change(found, expected), angle_change(found, expected)
     most, widest = AGREEMENT.get(dtype, (1e-2, 1e-3))
     return "" if number <= most and angle <= widest else f"by {number:.1e} (1 - cosine {angle:.1e})"
 
 
-def turned(found: Tensor, expected: Tensor) -> float:
-    """1 - cosine of the embeddings (N, D) to what is expected, the largest; as half the squared distance at unit
-    length, which is precise also where they are nearly equal, and 0 between zeros."""
+def angle_change(found: Tensor, expected: Tensor) -> float:
+    """The largest 1 - cosine between embeddings (N, D) and those expected.
+
+    Computed as half the squared distance at unit length, which is precise for nearly equal vectors; 0 between zeros.
+    """
     ways = [torch.nn.functional.normalize(vectors.double(), dim=1) for vectors in (found, expected)]
     return float((ways[0] - ways[1]).square().sum(1).max()) / 2
 
 
-def moved(found: Tensor, expected: Tensor) -> float:
-    """How far a number of the embeddings (N, D) lies from what is expected, this taken to unit length; the largest."""
+def number_change(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a number of embeddings (N, D) from those expected, relative to their lengths."""
     found, expected = found.float(), expected.float()
     return float(((found - expected) / expected.norm(dim=1, keepdim=True).clamp(min=1e-9)).abs().max())

@@ -132,7 +132,7 @@ class Backbone(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings` (B, T, D), `pooling_mask` (B, T) and, if collected, `layer_embeddings` (B, L, D)."""
         mask = features["attention_mask"]
-        pooled = self._pooling_mask(features)
+        pooled = self.pooling_mask(features)
         prefix = self._prompt_tokens(features).expand(len(mask), 1)
         run = self._forward if self.frozen is None else self._known_or_forward
         with self.lock:
@@ -222,7 +222,7 @@ class Backbone(Transformer):
             finally:
                 self.layout, self.once = before
 
-    def _pooling_mask(self, features: dict[str, Any]) -> torch.Tensor:
+    def pooling_mask(self, features: dict[str, Any]) -> torch.Tensor:
         """Which tokens are pooled (B, T): all real ones, less those that the recipe, template or design leave out."""
         mask = features["attention_mask"]
         if self.pad_by_id:  # the paper's code: whatever has the padding token's id counts as padding

@@ -27,12 +27,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from poolwise.errors import CheckpointError, StudyError
-from poolwise.files import atomic_folder, sha256, write_json
+from poolwise.errors import CheckpointError, ModelError, StudyError, suggest
+from poolwise.files import atomic_folder, cached_if_unreachable, sha256, write_json
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
 from poolwise.model.encoder import STANDARD, PoolingHead, build
+from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
 from poolwise.study.own_pooling import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
@@ -160,6 +161,31 @@ def load(
     if not trainable:
         encoder.requires_grad_(False)
     return encoder
+
+
+def load_any(model: str | Path) -> SentenceTransformer:
+    """The encoder in a trial's folder (its last step), in one step's folder or an exported one; or `load_named`.
+
+    Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded.
+    """
+    folder = Path(model)
+    steps = {read_run(path.parent).get("step", 0): path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
+    folder = steps[max(steps)] if steps else folder
+    exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
+    return load(folder) if exported or (folder / RUN_FILE).exists() else load_named(str(model))
+
+
+def load_named(name: str) -> SentenceTransformer:
+    """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
+    try:
+        with cached_if_unreachable(name):
+            return SentenceTransformer(name)
+    except Exception as error:  # whatever a hub client, a configuration or a weight file may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
+            f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
+        ) from error
 
 
 def _import_own(pooling: str, folder: Path) -> None:

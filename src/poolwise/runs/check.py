@@ -11,11 +11,12 @@ from poolwise.data.pairs import DEMO, REMOVED, decontaminate, is_hub_name, load_
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
+from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.runs.costs import base_costs
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
 from poolwise.study.pooling_spec import AUTO
-from poolwise.study.recipe import settings
+from poolwise.study.recipe import Recipe, settings
 from poolwise.study.study import Study
 
 HEAD_SHARE = 0.05
@@ -29,8 +30,9 @@ def check(study: Study) -> dict[str, Any]:
     `runs.costs.base_costs`), `trials`, `effective_negatives`, `tasks` by type with the smallest two-sided p that a
     Wilcoxon test over them can reach, before and after Holm's first step, `mechanisms` (the built-in tasks, which are
     compared over seeds × items rather than over tasks), `training_flops` of all trainings together (evaluation not
-    counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design), `data`
-    (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when the study runs.
+    counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design),
+    `bfloat16_gain`, `data` (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when
+    the study runs.
 
     Raises:
         ModelError: the base model cannot be loaded (AttentionError: it ignores a design's attention mode).
@@ -90,6 +92,7 @@ def check(study: Study) -> dict[str, Any]:
         "contrasts": contrasts,
         "tasks": groups,
         "mechanisms": planted,
+        "bfloat16_gain": _bfloat16_gain(study.recipe),
         "data": [
             *(note for task in every_task for note in task.notes),
             *_data(study, every_task, [base["path"] for base in bases]),
@@ -153,6 +156,13 @@ def _data(study: Study, tasks: list[Task], paths: list[str]) -> list[str]:
     if not all(task.in_memory for task in tasks):
         notes.append("training rows are compared with the texts of official tasks when the study runs")
     return notes
+
+
+def _bfloat16_gain(recipe: Recipe) -> float | None:
+    """How many times faster matrix products are in bfloat16, if `auto` computes in float32 on a CPU that has it."""
+    if recipe.dtype != "auto" or torch_dtype(recipe.dtype) != torch_dtype("float32") or cpu_bfloat16_gain() <= 1:
+        return None
+    return round(cpu_bfloat16_gain(), 1)
 
 
 def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models as mteb wants them: prompts by task and side, fp32, embeddings checked, an identity no two models share."""
+"""Models with the interface that mteb expects: prompts by task and side, checked fp32 embeddings, unique identities."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sparse
+from datasets import Dataset
 from mteb.models import ModelMeta
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+from torch.utils.data import SequentialSampler
 
 from poolwise.data.tasks import Task, document_text
 from poolwise.encoding.fast import FastEncoder
@@ -16,19 +18,27 @@ from poolwise.errors import ModelError
 
 SEARCH_TYPES = ("Retrieval", "Reranking")
 SPARSE_TYPES = ("STS", "Classification", "Clustering")
-"""Task types whose mteb evaluators take scipy's sparse rows as they are."""
+"""Task types whose mteb evaluators accept scipy's sparse rows."""
 CONSTANT_TOLERANCE = 1e-5
 """Vectors are equal if no number differs by more than this share of the largest one."""
 
 
+def _texts(inputs: Any) -> list[str]:
+    """The texts of a data loader, in order, from its data set at once where possible: reading row by row is slow."""
+    data = getattr(inputs, "dataset", None)
+    if isinstance(data, Dataset) and isinstance(inputs.sampler, SequentialSampler) and "text" in data.column_names:
+        return list(data["text"])
+    return [text for batch in inputs for text in batch["text"]]
+
+
 def adapt(model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None) -> Adapter:
-    """`model` in the shape in which mteb evaluates it on `task`."""
+    """`model` with the interface by which mteb evaluates it on `task`."""
     kind = Ranker if hasattr(model, "rank") and task.task_type in SEARCH_TYPES else Encoder
     return kind(model, task, identity, batch_size, prompts)
 
 
 class Adapter:
-    """Who the model is, and what was seen of it: `used_prompts` by side, `constant` if all texts got one vector."""
+    """A model's identity and what was observed of it: `used_prompts` by side, `constant` if all vectors were equal."""
 
     def __init__(
         self, model: Any, task: Task, identity: str, batch_size: int, prompts: Mapping[str, str] | None
@@ -40,12 +50,12 @@ class Adapter:
 
     @property
     def constant(self) -> bool:
-        """Whether every call with two different texts or more got equal vectors (and there was one)."""
+        """Whether in every call with two or more different texts (at least one call) all vectors were equal."""
         return bool(self.calls_constant) and all(self.calls_constant)
 
 
 class Ranker(Adapter):
-    """mteb's search protocol for a model that ranks documents itself: `rank(queries, documents)` -> (Q, N) sparse."""
+    """mteb's search protocol for a model with `rank(queries, documents)` -> (Q, N) sparse scores."""
 
     def index(self, corpus: Any, **_: Any) -> None:
         """Keep the documents."""
@@ -53,8 +63,10 @@ class Ranker(Adapter):
         self.documents = [document_text(document) for document in corpus]
 
     def search(self, queries: Any, *, top_k: int, top_ranked: Any = None, **_: Any) -> dict[str, dict[str, float]]:
-        """The `top_k` best documents of each query, or its candidates, with their scores (documents of score 0 too: a
-        query that finds nothing must count as 0, not be left out)."""
+        """The `top_k` best documents of each query, or its candidates, with their scores.
+
+        Documents of score 0 are included, so that a query that matches nothing counts as 0 and is not left out.
+        """
         scores = self.model.rank(list(queries["text"]), self.documents)
         place = {name: number for number, name in enumerate(self.ids)}
         found = {}
@@ -72,11 +84,11 @@ class Encoder(Adapter):
     """mteb's encoder protocol around `encode(texts)`."""
 
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> Any:
-        """(N, D) fp32 vectors of the texts; sparse rows of a lexical reference where mteb's evaluator takes them.
+        """(N, D) fp32 vectors of the texts; sparse rows of a lexical reference if mteb's evaluator accepts them.
 
-        Raises `ModelError` for vectors that are not finite.
+        Raises `ModelError` if a vector is not finite.
         """
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = _texts(inputs)
         side = None if prompt_type is None else str(prompt_type.value)
         prompt = self._prompt(side)
         if prompt:
@@ -86,19 +98,19 @@ class Encoder(Adapter):
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """(N, M) in fp32: the model's own function if it has one, else the cosine."""
+        """(N, M) fp32: the model's own similarity if it has one, otherwise the cosine."""
         function = getattr(self.model, "similarity", None)
         return function(embeddings1, embeddings2) if callable(function) else cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """(N,) in fp32, likewise."""
-        if sparse.issparse(embeddings1):  # a reference's rows, of unit length
+        """(N,) fp32: the same, pair by pair."""
+        if sparse.issparse(embeddings1):  # rows of a lexical reference, which have unit length
             return np.asarray(embeddings1.multiply(embeddings2).sum(axis=1)).ravel()
         function = getattr(self.model, "similarity_pairwise", None)
         return function(embeddings1, embeddings2) if callable(function) else pairwise_cos_sim(embeddings1, embeddings2)
 
     def _prompt(self, side: str | None) -> str:
-        """mteb's order: task and side, task, task type and side, task type, side; then the model's own defaults."""
+        """The first there is, in mteb's order: task and side, task, type and side, type, side; the model's default."""
         own = getattr(self.model, "prompts", None) or {}
         prompts = own if self.prompts is None else self.prompts
         names: list[str] = []

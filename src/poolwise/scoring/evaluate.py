@@ -1,6 +1,7 @@
-"""Scores of single queries, examples and sets, from the predictions that mteb writes down.
+"""Scores of a model on tasks by mteb: main scores, and those of single queries, examples, sets and pairs.
 
-Wherever items have scores of the main metric, their mean is checked against mteb's main score.
+The latter come from mteb's prediction files. Where items have scores of the main metric, their mean is checked against
+mteb's main score.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ _SUBQUERIES = "max_over_subqueries_"
 
 
 Rows = Iterable[tuple[Any, ...]]
-"""(metric, item id, score) or (metric, item id, model's output, gold value, note)."""
+"""(metric, item id, score) or (metric, item id, output of the model, gold value, note)."""
 
 
 class Item(NamedTuple):
-    """One item's row; `gold` is set where `score` is no score but the model's output, to be resampled with it."""
+    """One item's row. If `gold` is set, `score` is the model's output, and the two are resampled together."""
 
     split: str
     subset: str
@@ -58,12 +59,12 @@ class Item(NamedTuple):
 
 
 def item_scores(task: Task, predictions: Mapping[str, Any], scores: Mapping[str, Any], prefix: str = "") -> list[Item]:
-    """Items of every split and subset of one task whose data are loaded.
+    """Items of all splits and subsets of one task. Its data must be loaded.
 
     Args:
         predictions: mteb's prediction file, [subset][split].
         scores: `TaskResult.scores`, {split: [one dictionary a subset]}.
-        prefix: put before item ids (the part's name in an aggregate task).
+        prefix: put before item ids (the name of the part in an aggregate task).
 
     Raises TaskError if a mean over items is not mteb's score.
     """
@@ -88,7 +89,7 @@ def item_scores(task: Task, predictions: Mapping[str, Any], scores: Mapping[str,
 
 
 def _queries(task: Task, split: str, subset: str, run: dict[str, dict[str, float]], scores: Mapping[str, Any]) -> Rows:
-    """trec_eval's main metric of each query, by pytrec_eval."""
+    """The main metric of each query as trec_eval computes it."""
     import pytrec_eval
 
     metric = task.mteb.metadata.main_score
@@ -122,7 +123,8 @@ def _merge_subqueries(run: Mapping[str, Mapping[str, float]], relevant: Mapping[
 
 
 def _examples(task: Task, split: str, subset: str, runs: list[list[Any]], scores: Mapping[str, Any]) -> Rows:
-    """Share of mteb's experiments that label an example rightly. Cross-validation predicts in fold order: no items."""
+    """Share of mteb's experiments that label an example correctly. No items under cross-validation, whose predictions
+    are in the order of the folds."""
     if task.mteb.is_cross_validation:
         return []
     gold = np.array(task.split_data(split, subset)[task.mteb.label_column_name])
@@ -133,7 +135,7 @@ def _examples(task: Task, split: str, subset: str, runs: list[list[Any]], scores
 
 
 def _sets(task: Task, split: str, subset: str, predicted: Any, scores: Mapping[str, Any]) -> Rows:
-    """V-measure of each set; in mteb's fast form of each run at each level of labels."""
+    """V-measure of each set; in mteb's fast clustering, of each run at each level of labels."""
     measures = scores["v_measures"]
     named = measures.items() if isinstance(measures, Mapping) else [("", measures)]
     items = [
@@ -146,10 +148,10 @@ def _sets(task: Task, split: str, subset: str, predicted: Any, scores: Mapping[s
 
 
 def _pairs(task: Task, split: str, subset: str, predicted: Mapping[str, Any], scores: Mapping[str, Any]) -> Rows:
-    """Cosine and gold value of each pair; a rank correlation or an average precision is no mean over pairs."""
+    """Cosine and gold value of each pair: rank correlation and average precision are not means over pairs."""
     data = task.split_data(split, subset)
     gold = data["score" if task.task_type == "STS" else task.mteb.label_column_name]
-    if task.task_type == "PairClassification" and len(data) == 1:  # mteb's old layout: lists in one row
+    if task.task_type == "PairClassification" and len(data) == 1:  # an old layout of mteb: lists in one row
         gold = gold[0]
     cosines = np.clip(predicted["cosine_scores"], -1.0, 1.0)
     return [
@@ -169,8 +171,8 @@ def _check_mean(task: Task, metric: str, items: list[tuple[str, str, float]], ex
 
 SEED = 42
 CONSTANT = "constant embedding"
-UNTOLD = ("_name_or_path", "transformers_version")
-"""What a model's configuration holds that does not change its embeddings."""
+IRRELEVANT = ("_name_or_path", "transformers_version")
+"""Entries of a model's configuration that do not change its embeddings."""
 
 Progress = Callable[[str, int, int], None]
 """Called before each task with its name, its number from 0 and the number of tasks; with ("", n, n) at the end."""
@@ -189,18 +191,19 @@ def evaluate(
     """Rows of the long table for `model` on `tasks` (all but design, seed and step, which the caller knows).
 
     Args:
-        model: a `SentenceTransformer`, a `FastEncoder` around one (to keep embeddings from call to call), a reference
-            of `scoring.references`, or anything whose `encode` turns a list of texts into (B, D) vectors.
-        identity: what the model is, e.g. the hash of its trial or `model_identity(model)`; stored in every row.
-        items: also per-item rows.
+        model: a `SentenceTransformer`, a `FastEncoder` around one (which keeps embeddings between calls; call its
+            `refresh` when weights change), a reference of `scoring.references`, or anything whose `encode` turns a list
+            of texts into (B, D) vectors.
+        identity: of the model, e.g. the hash of its trial or `model_identity(model)`; stored in every row.
+        items: also return per-item rows.
         prompts: text put before inputs, by "TASK-query", "TASK-document", "TASK", then the same with the task type,
             then "query" or "document" (mteb's order; texts of symmetric tasks have no side). None: the model's own.
 
-    A model with `task_types` (BM25) is evaluated on these alone. Scores depend neither on the order of the tasks nor on
-    the state of the random generators, which are left as they were found.
+    A model with `task_types` (BM25) is evaluated on these types only. Scores depend neither on the order of the tasks
+    nor on the state of the random generators, which is restored afterwards.
 
     Raises:
-        TaskError, ModelError: a task failed; the message names it. ModelError also for embeddings that are not finite.
+        TaskError, ModelError: a task failed; the message names it. ModelError also if an embedding is not finite.
     """
     with _training_mode_of(model):
         if isinstance(model, SentenceTransformer):
@@ -229,9 +232,9 @@ def _evaluate_all(
 
 
 def model_identity(model: Any) -> str:
-    """Content hash of a sentence-transformers model: weights, modules and settings, tokenizer, prompts, limit, width.
+    """Content hash of a sentence-transformers model: weights, modules, settings, tokenizer, prompts, limits.
 
-    Models of one identity give equal embeddings; a renamed or moved folder keeps its own. References state theirs.
+    Models with the same identity give equal embeddings, wherever they are stored. References have their own `identity`.
     """
     if hasattr(model, "identity"):
         return str(model.identity)
@@ -244,7 +247,7 @@ def model_identity(model: Any) -> str:
         for part in module.modules():
             if isinstance(part, PreTrainedModel):
                 content = part.config.to_dict()
-                settings.append({key: content[key] for key in content if key not in UNTOLD})
+                settings.append({key: content[key] for key in content if key not in IRRELEVANT})
     tokenizer = getattr(model.tokenizer, "backend_tokenizer", None)
     settings.append(tokenizer.to_str() if tokenizer is not None else model.tokenizer.get_vocab())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -258,7 +261,7 @@ def _evaluate_task(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
     try:
-        with _quiet(), _own_randomness():
+        with _quiet(), _own_randomness(), _whole_columns():
             return _rows(model, task, identity, batch_size, items, prompts)
     except PoolwiseError as error:
         raise type(error)(str(error) if task.name in str(error) else f"task {task.name!r}: {error}") from error
@@ -285,7 +288,7 @@ def _rows(
                 cast(Any, adapter),
                 part.mteb,
                 co2_tracker=False,
-                cache=None,  # a cache hands one model another's scores where two share a name
+                cache=None,  # mteb's cache confuses models that share a name
                 encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
                 prediction_folder=folder if items else None,
                 show_progress_bar=False,
@@ -340,7 +343,7 @@ def _item_row(item: Item, constant: bool) -> dict[str, Any]:
 
 
 def _dtype(model: Any) -> str | None:
-    """The type most of a model's numbers have: the base's, whatever the adapters and the head are kept in."""
+    """The dtype of most of a model's weights: that of the base, even if adapters and head have another."""
     counts: dict[str, int] = {}
     while not isinstance(model, torch.nn.Module) and hasattr(model, "encoder"):
         model = model.encoder
@@ -351,13 +354,13 @@ def _dtype(model: Any) -> str | None:
 
 
 def _reseed(task: Any) -> None:
-    """mteb's fast clustering draws from a generator that lives as long as the task: wind it back."""
+    """Reset the generators that mteb's fast clustering keeps in the task, so that each evaluation draws the same."""
     task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)
 
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Seeded inside; outside, the generators are as if nothing had happened."""
+    """Seeds the random generators inside the block and restores them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(SEED)
@@ -372,7 +375,7 @@ def _own_randomness() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _training_mode_of(model: Any) -> Iterator[None]:
-    """A module leaves in the mode in which it came."""
+    """Restores training mode after the block."""
     training = getattr(model, "training", False)
     try:
         yield
@@ -382,9 +385,26 @@ def _training_mode_of(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _whole_columns() -> Iterator[None]:
+    """Inside, a dataset returns a column as a list, not as a view that reads each value anew: mteb goes through labels
+    and texts value by value, in datasets that it derives itself, and that took longer than the evaluation."""
+    lazily = datasets.Dataset.__getitem__
+
+    def at_once(self: datasets.Dataset, key: Any) -> Any:
+        value = lazily(self, key)
+        return value[:] if isinstance(key, str) else value
+
+    datasets.Dataset.__getitem__ = at_once  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        datasets.Dataset.__getitem__ = lazily  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets` and what mteb and scikit-learn say about newer versions of tasks, models
-    without a name and labels that are not in a sample."""
+    """Suppresses progress bars of `datasets`, and warnings of mteb and scikit-learn about newer versions of tasks,
+    models without a name and labels missing from a sample."""
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     logger = logging.getLogger("mteb")

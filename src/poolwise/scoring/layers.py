@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from poolwise.data.tasks import Task
 from poolwise.encoding.fast import sentence_vectors
+from poolwise.encoding.shortcuts import VectorCache
 from poolwise.errors import ModelError
 from poolwise.model.backbone import Backbone
 from poolwise.model.encoder import PoolingHead, prompts_of
@@ -138,8 +139,8 @@ class EveryLayer:
         self.count, self.width = config.num_hidden_layers, config.hidden_size
         self._flat = SentenceTransformer(modules=[cast(nn.Module, self.backbone), _Flat()], device=str(encoder.device))
         self._flat.prompts = encoder.prompts
-        self._known: dict[tuple[str | None, str, str], tuple[int, int]] = {}
-        self._files: list[Any] = []
+        self._cache = VectorCache(float("inf"))  # of rows in memory-mapped files
+        self._files = itertools.count()
 
     def close(self) -> None:
         """Restore the backbone."""
@@ -148,22 +149,19 @@ class EveryLayer:
 
     def vectors(self, layer: int, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
         """(N, D) vectors of one layer."""
-        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self._known]
-        if new:
-            self._keep(new, side, prompt, batch_size)
-        places = [self._known[side, prompt, text] for text in texts]
-        return np.stack([self._files[file][row, layer] for file, row in places])
+        rows = self._cache.rows(texts, side, prompt, lambda new: self._encoded(new, side, prompt, batch_size))
+        return np.stack([row[layer] for row in rows])
 
-    def _keep(self, texts: list[str], side: str | None, prompt: str, batch_size: int) -> None:
-        path = self.folder / f"{len(self._files)}.f32"
+    def _encoded(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
+        """(N, L, D) of new texts, in a file."""
+        path = self.folder / f"{next(self._files)}.f32"
         kept = np.memmap(path, dtype=np.float32, mode="w+", shape=(len(texts), self.count, self.width))
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             flat = sentence_vectors(self._flat, part, side, prompt, batch_size)
             vectors = torch.from_numpy(flat).view(len(part), self.count, self.width)
             kept[start : start + len(part)] = F.normalize(vectors, dim=-1).numpy()
-        self._known.update({(side, prompt, text): (len(self._files), row) for row, text in enumerate(texts)})
-        self._files.append(kept)
+        return kept
 
 
 class OneLayer:

@@ -18,12 +18,11 @@ from sklearn.random_projection import SparseRandomProjection
 from poolwise.data.batches import Plan
 from poolwise.data.pairs import Pairs
 from poolwise.encoding.fast import KEPT_BYTES, sentence_vectors
-from poolwise.errors import ModelError, suggest
-from poolwise.files import cached_if_unreachable
+from poolwise.encoding.shortcuts import VectorCache
+from poolwise.model.checkpoint import load_named
 from poolwise.study.recipe import Recipe
 from poolwise.verdicts.controls import RUNGS
 
-LEXICAL = ("tfidf", "tfidf_chars", "bm25")
 DENSE_LIMIT = 2**27
 """Numbers in the dense rows of one task (half a gigabyte in fp32); beyond it `encode_dense` approximates."""
 DENSE_SIZE = 2048
@@ -121,23 +120,13 @@ def _singular(word: str) -> str:
 def reference(name: str) -> Any:
     """`tfidf`, `tfidf_chars`, `bm25`, or a sentence-transformers model by Hub name or folder.
 
-    Raises `ModelError` where there is no such model.
+    Raises `ModelError` if there is no such model.
     """
     if name in ("tfidf", "tfidf_chars"):
         return Tfidf("words" if name == "tfidf" else "chars")
     if name == "bm25":
         return Bm25()
-    from sentence_transformers import SentenceTransformer
-
-    try:
-        with cached_if_unreachable(name):
-            return SentenceTransformer(name)
-    except Exception as error:  # whatever a hub client, a config or a weight file may raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"model {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
-            f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
-        ) from error
+    return load_named(name)
 
 
 Array = NDArray[np.float32]
@@ -152,32 +141,26 @@ HALVINGS = 9
 
 
 class Kept:
-    """A sentence-transformers model that remembers what it has embedded; `whole` while all of it fits `KEPT_BYTES`."""
+    """A sentence-transformers model that remembers what it has embedded, up to `KEPT_BYTES`."""
 
     def __init__(self, encoder: Any) -> None:
-        self.encoder, self.whole, self.bytes = encoder, True, 0
-        self._known: dict[tuple[str | None, str, str], Array] = {}
+        self.encoder, self.cache = encoder, VectorCache(KEPT_BYTES)
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything asked for so far fitted."""
+        return self.cache.whole
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.encoder, name)
 
     def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
-        """(N, D) embeddings; a text that was asked for before is not encoded again, unless what it gives depends on the
-        texts beside it."""
+        """(N, D) embeddings. A text is encoded once, unless its embedding depends on the other texts of its batch."""
         if getattr(self.encoder, "by_batch", False):
             return sentence_vectors(self.encoder, texts, side, prompt, batch_size)
-        new = [text for text in dict.fromkeys(texts) if (side, prompt, text) not in self._known]
-        fresh = (
-            dict(zip(new, sentence_vectors(self.encoder, new, side, prompt, batch_size), strict=True)) if new else {}
+        return self.cache.get(
+            texts, side, prompt, lambda new: sentence_vectors(self.encoder, new, side, prompt, batch_size)
         )
-        vectors = np.stack([fresh[text] if text in fresh else self._known[side, prompt, text] for text in texts])
-        size = sum(vector.nbytes for vector in fresh.values())
-        if self.bytes + size <= KEPT_BYTES:
-            self._known.update({(side, prompt, text): vector for text, vector in fresh.items()})
-            self.bytes += size
-        else:
-            self.whole = False
-        return vectors
 
 
 class Diluted:

@@ -28,6 +28,8 @@ from poolwise.study.pooling_spec import AUTO, Arg, Cost, PoolingSpec
 
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_last_N", "prefix", "causal_prefix")
 """Attention modes; `poolwise.model.attention` implements them. N: a number of layers, from 1."""
+LEXICAL = ("tfidf", "tfidf_chars", "bm25")
+"""Reference rows that count words and characters instead of encoding texts."""
 TEMPLATES: dict[str, tuple[int, int]] = {"plain": (1, 0), "prompteol": (1, 11), "echo": (2, 10)}
 """Template that a text is written into -> how often the model reads the text, and about how many tokens are added."""
 
