@@ -74,8 +74,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def is_compiled(layer: Any) -> bool:
-    """Whether torch compiles the layer, by `layer.compile()` or by a compiled function in place of its forward."""
-    return layer._compiled_call_impl is not None or "forward" in vars(layer)
+    """Whether torch compiles the layer, by `layer.compile()` or by `torch.compile` of its forward."""
+    # the name under which torch keeps the function that it compiles; tests/test_compiled.py notices if it changes
+    return layer._compiled_call_impl is not None or hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
 def check_checkpointing(layer: Any) -> None:
