@@ -247,7 +247,9 @@ class FastEncoder:
         packed = self.layout == "packed"
         sizes = itertools.chain(FIRST if packed else (), itertools.repeat(WINDOW))
         budget = self.budget or self._tokens_of_a_batch()
-        launched, started, queued = 0, time.perf_counter(), None
+        launched, queued, marks = 0, None, list[tuple[float, int]]()
+        if self.compiled and not self._is_compiled:
+            self.compile()
         with ThreadPoolExecutor(1) as ahead:
 
             def next_window() -> Future[Window] | None:
@@ -265,9 +267,11 @@ class FastEncoder:
                     yield vectors
                 queued = vectors if packed else None
                 launched += len(window.rows)
-                if total is not None and not self._is_compiled and launched < total:
-                    seconds = time.perf_counter() - started
-                    self._compile_if_worthwhile(seconds / launched * (total - launched))
+                marks.append((time.perf_counter(), launched))
+                if total is not None and len(marks) > 2:
+                    start, before = marks[1]  # the first windows take longer: libraries start, shortcuts are checked
+                    pace = (marks[-1][0] - start) / (launched - before)
+                    self._compile_if_worthwhile(pace * (total - launched))
             if queued is not None:
                 yield queued
 
@@ -384,7 +388,7 @@ class FastEncoder:
 
     def _compile_if_worthwhile(self, seconds_left: float) -> None:
         on_cuda = self.encoder.device.type == "cuda"
-        if self.compiled or (self.compiled is None and on_cuda and seconds_left > COMPILE_AFTER):
+        if self.compiled is None and not self._is_compiled and on_cuda and seconds_left > COMPILE_AFTER:
             self.compile()
 
     def compile(self) -> None:
