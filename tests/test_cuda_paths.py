@@ -31,7 +31,7 @@ from tiny import SENTENCES, tiny_folder
 
 LENGTHS = [7, 5, 5, 2, 1]
 DESIGNS = {
-    **{name: {"preset": name} for name in ("m1", "m3", "m5")},
+    **{name: {"preset": name} for name in ("m1", "m2", "m3", "m4", "m5", "m2-paper")},
     "mean": {"attention": "bidirectional", "pooling": "mean"},
 }
 

@@ -57,17 +57,18 @@ class Tokeniser:
         if self.direct and all(isinstance(text, str) for text in texts):
             rows = self._direct(texts, prompt)
             kind = (prompt, bool(rows.lengths.max(initial=0) >= self._limit))
-            if kind not in self.prompts:
+            length = self.prompts.get(kind)
+            if length is None:
                 some = [*ODD, *(texts[number] for number in spread(rows.lengths, COMPARED))]
                 expected, found = self.by_preprocess(some, prompt), self._direct(some, prompt)
-                while len(self.prompts) >= REMEMBERED:
-                    del self.prompts[next(iter(self.prompts))]
-                self.prompts[kind] = expected.prompt
+                for old in [*self.prompts][: 1 - REMEMBERED]:
+                    self.prompts.pop(old, None)  # another thread may have removed it
+                length = self.prompts[kind] = expected.prompt
                 if not (_equal(found.lengths, expected.lengths) and _equal(found.ids, expected.ids)):
                     self.direct = False
                     self.notes.append("texts are tokenised by the model's own `preprocess`, whose ids differ")
             if self.direct:
-                rows.prompt = self.prompts[kind]
+                rows.prompt = length
                 return rows
         return self.by_preprocess(texts, prompt)
 
