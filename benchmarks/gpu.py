@@ -27,6 +27,7 @@ line with `failed`, and the next one begins. Without names all parts run, in the
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,28 @@ def encode(job: Job) -> Figures:
         "gpu_tokeniser", tokenise, whole, None, unit="its seconds / the whole encode's",
         threads=job.plain.tokenise.threads,
         texts_per_second=round(len(job.texts) / statistics.median(tokenise)), cores=os.cpu_count(),
+    )  # fmt: skip
+    if job.device == "cuda":
+        yield from _waits(job)
+
+
+def _waits(job: Job) -> Figures:
+    """How often the host waits for the GPU while it queues all windows, which should be never; and where."""
+    windows = job.prepared(job.plain)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            queued = [job.plain._window(window, "", job.plain._tokens_of_a_batch()) for window in windows]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [
+        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)
+    ]
+    count = len(places)
+    yield record(
+        "gpu_waits", count, count, count, 0, lower_is_better=True, unit="waits of the host", windows=len(queued),
+        places=dict(collections.Counter(places).most_common(5)),
     )  # fmt: skip
 
 
