@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from poolwise.encoding.rows import Tokeniser, batches, features, pooled_tokens, spread
+from poolwise.encoding.rows import Tokeniser, Vectors, Window, batches, features, pooled_tokens, spread
 from poolwise.encoding.shortcuts import (
     Prefix,
     VectorCache,
@@ -73,40 +73,6 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
-
-
-@dataclass
-class Window:
-    """Texts encoded together, the longest first, so that a batch too large for memory fails early.
-
-    order (n,): their places among the texts as they came. tokens (2, N): ids and positions for packs, in pinned memory
-    if they go to a GPU; None if the texts are padded.
-    """
-
-    rows: Ragged
-    order: np.ndarray
-    tokens: Tensor | None
-
-
-class Vectors:
-    """The embeddings (n, D) fp32 of a window on their way to the CPU: the copy starts here, `into` waits for it."""
-
-    def __init__(self, found: list[Tensor], order: np.ndarray, width: int | None) -> None:
-        together = torch.cat(found)[:, :width]
-        self.order, self.shape, self.arrived = order, tuple(together.shape), None
-        self.host = together
-        if together.is_cuda:
-            self.host = torch.empty(together.shape, pin_memory=True)
-            self.host.copy_(together, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def into(self, out: np.ndarray) -> np.ndarray:
-        """Fill `out` (n, D) in the order in which the texts came."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        out[self.order] = self.host.numpy()
-        return out
 
 
 class FastEncoder:
