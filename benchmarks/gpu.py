@@ -30,8 +30,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -68,6 +66,7 @@ from benchmarks.device import Figures, Job, Sizes, base_flops, checked_layout, m
 from benchmarks.measure import angle, interleave, ratio_record, record, table, wall
 from benchmarks.roofline import Trace, kernel, limits
 from poolwise.encoding.fast import FastEncoder
+from poolwise.model import lora
 from poolwise.model.encoder import build
 from poolwise.runs import train as trainer
 from poolwise.study.design import Design
@@ -203,12 +202,6 @@ def _steps(encoder: SentenceTransformer, recipe: Recipe, dataset: Dataset, folde
     return np.diff(times)[2:].tolist()
 
 
-def _with(module: str, name: str, value: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, an attribute of a module has another value, if this version has that module and attribute."""
-    found = importlib.import_module(module) if importlib.util.find_spec(module) else None
-    return patch.object(found, name, value) if hasattr(found, name) else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def _as_peft_has_it(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
     """In place of what makes a step fast: PEFT's own layers, nothing compiled, as at 837e2a3."""
@@ -233,10 +226,10 @@ def step(job: Job) -> Figures:
         "device": job.device_name, "pairs": job.sizes.pairs, "tokens_a_step": round(lengths.sum() / job.sizes.steps),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        with _with("poolwise.model.lora", "COMPILE_STEPS", 0):  # compiled, though so few steps do not repay it
+        with patch.object(lora, "COMPILE_STEPS", 0):  # compiled, though so few steps do not repay it
             ours = _steps(_built(job, recipe), recipe, dataset, Path(folder) / "ours")
         facts["ours_peak_gib"] = _peak(job)
-        with _with("poolwise.runs.train", "fast_training", _as_peft_has_it):
+        with patch.object(trainer, "fast_training", _as_peft_has_it):
             plain = _steps(_built(job, recipe), recipe, dataset, Path(folder) / "plain")
         facts["peft_peak_gib"] = _peak(job)
         yield ratio_record("gpu_step", plain, ours, 2.0, baseline="our trainer, packed, PEFT's layers", **facts)
