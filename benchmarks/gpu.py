@@ -27,10 +27,9 @@ line with `failed`, and the next one begins. Without names all parts run, in the
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
-import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -39,6 +38,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ from benchmarks.device import Figures, Job, Sizes, base_flops, checked_layout, m
 from benchmarks.measure import angle, interleave, ratio_record, record, table, wall
 from benchmarks.roofline import Trace, kernel, limits
 from poolwise.encoding.fast import FastEncoder
+from poolwise.model import lora
 from poolwise.model.encoder import build
 from poolwise.runs import train as trainer
 from poolwise.study.design import Design
@@ -95,6 +96,28 @@ def encode(job: Job) -> Figures:
         "gpu_tokeniser", tokenise, whole, None, unit="its seconds / the whole encode's",
         threads=job.plain.tokenise.threads,
         texts_per_second=round(len(job.texts) / statistics.median(tokenise)), cores=os.cpu_count(),
+    )  # fmt: skip
+    if job.device == "cuda":
+        yield from _waits(job)
+
+
+def _waits(job: Job) -> Figures:
+    """How often the host waits for the GPU while it queues all windows, which should be never; and where."""
+    windows = job.prepared(job.plain)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            queued = [job.plain._window(window, "", job.plain._tokens_of_a_batch()) for window in windows]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [
+        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)
+    ]
+    count = len(places)
+    yield record(
+        "gpu_waits", count, count, count, 0, lower_is_better=True, unit="waits of the host", windows=len(queued),
+        places=dict(collections.Counter(places).most_common(5)),
     )  # fmt: skip
 
 
@@ -179,12 +202,6 @@ def _steps(encoder: SentenceTransformer, recipe: Recipe, dataset: Dataset, folde
     return np.diff(times)[2:].tolist()
 
 
-def _with(module: str, name: str, value: Any) -> contextlib.AbstractContextManager[Any]:
-    """Inside, an attribute of a module has another value, if this version has that module and attribute."""
-    found = importlib.import_module(module) if importlib.util.find_spec(module) else None
-    return patch.object(found, name, value) if hasattr(found, name) else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def _as_peft_has_it(*_: Any, **__: Any) -> Iterator[dict[str, Any]]:
     """In place of what makes a step fast: PEFT's own layers, nothing compiled, as at 837e2a3."""
@@ -209,10 +226,10 @@ def step(job: Job) -> Figures:
         "device": job.device_name, "pairs": job.sizes.pairs, "tokens_a_step": round(lengths.sum() / job.sizes.steps),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        with _with("poolwise.model.lora", "COMPILE_STEPS", 0):  # compiled, though so few steps do not repay it
+        with patch.object(lora, "COMPILE_STEPS", 0):  # compiled, though so few steps do not repay it
             ours = _steps(_built(job, recipe), recipe, dataset, Path(folder) / "ours")
         facts["ours_peak_gib"] = _peak(job)
-        with _with("poolwise.runs.train", "fast_training", _as_peft_has_it):
+        with patch.object(trainer, "fast_training", _as_peft_has_it):
             plain = _steps(_built(job, recipe), recipe, dataset, Path(folder) / "plain")
         facts["peft_peak_gib"] = _peak(job)
         yield ratio_record("gpu_step", plain, ours, 2.0, baseline="our trainer, packed, PEFT's layers", **facts)

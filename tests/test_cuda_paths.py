@@ -31,7 +31,7 @@ from tiny import SENTENCES, tiny_folder
 
 LENGTHS = [7, 5, 5, 2, 1]
 DESIGNS = {
-    **{name: {"preset": name} for name in ("m1", "m3", "m5")},
+    **{name: {"preset": name} for name in ("m1", "m2", "m3", "m4", "m5", "m2-paper")},
     "mean": {"attention": "bidirectional", "pooling": "mean"},
 }
 
@@ -284,3 +284,28 @@ def test_a_compiler_that_fails_is_done_without(base: str, monkeypatch: pytest.Mo
     (note,) = fast.notes
     assert "the decoder layers are not compiled: BackendCompilerFailed" in note
     assert not any("forward" in vars(layer) for layer in decoder_layers(fast.backbone.model))
+
+
+def test_long_jobs_are_compiled_and_short_ones_are_not(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the pace of the later windows: the first ones are slow, however long the job is."""
+    clock, compiled = [0.0], []
+    fast = packing_encoder(base, DESIGNS["m1"], dtype="float32", lora=False)
+    fast.compiled, fast.layout = None, "padded"
+
+    def window(self: FastEncoder, window: encoding.Window, *_: Any) -> encoding.Vectors:
+        clock[0] += pace if clock[0] else 100.0
+        return encoding.Vectors([torch.zeros(len(window.order), 32)], window.order, None)
+
+    def compile(self: FastEncoder) -> None:
+        compiled.append(clock[0])
+        self._is_compiled = True
+
+    monkeypatch.setattr(encoding, "WINDOW", 4)
+    monkeypatch.setattr(encoding.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(FastEncoder, "_window", window)
+    monkeypatch.setattr(FastEncoder, "compile", compile)
+    monkeypatch.setattr(type(fast.encoder), "device", property(lambda self: torch.device("cuda")))
+    for pace, expected in ((0.5, []), (20.0, [140.0])):  # noqa: B007 (read in `window`)
+        clock[0] = 0.0
+        fast.encode([f"text {number}" for number in range(40)])
+        assert compiled == expected

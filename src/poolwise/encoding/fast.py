@@ -19,7 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from poolwise.encoding.rows import Tokeniser, batches, features, pooled_tokens, spread
+from poolwise.encoding.rows import Tokeniser, Vectors, Window, batches, features, pooled_tokens, spread
 from poolwise.encoding.shortcuts import (
     Prefix,
     VectorCache,
@@ -73,40 +73,6 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in vars(self)))
-
-
-@dataclass
-class Window:
-    """Texts encoded together, the longest first, so that a batch too large for memory fails early.
-
-    order (n,): their places among the texts as they came. tokens (2, N): ids and positions for packs, in pinned memory
-    if they go to a GPU; None if the texts are padded.
-    """
-
-    rows: Ragged
-    order: np.ndarray
-    tokens: Tensor | None
-
-
-class Vectors:
-    """The embeddings (n, D) fp32 of a window on their way to the CPU: the copy starts here, `into` waits for it."""
-
-    def __init__(self, found: list[Tensor], order: np.ndarray, width: int | None) -> None:
-        together = torch.cat(found)[:, :width]
-        self.order, self.shape, self.arrived = order, tuple(together.shape), None
-        self.host = together
-        if together.is_cuda:
-            self.host = torch.empty(together.shape, pin_memory=True)
-            self.host.copy_(together, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def into(self, out: np.ndarray) -> np.ndarray:
-        """Fill `out` (n, D) in the order in which the texts came."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        out[self.order] = self.host.numpy()
-        return out
 
 
 class FastEncoder:
@@ -247,7 +213,9 @@ class FastEncoder:
         packed = self.layout == "packed"
         sizes = itertools.chain(FIRST if packed else (), itertools.repeat(WINDOW))
         budget = self.budget or self._tokens_of_a_batch()
-        launched, started, queued = 0, time.perf_counter(), None
+        launched, queued, marks = 0, None, list[tuple[float, int]]()
+        if self.compiled and not self._is_compiled:
+            self.compile()
         with ThreadPoolExecutor(1) as ahead:
 
             def next_window() -> Future[Window] | None:
@@ -265,9 +233,11 @@ class FastEncoder:
                     yield vectors
                 queued = vectors if packed else None
                 launched += len(window.rows)
-                if total is not None and not self._is_compiled and launched < total:
-                    seconds = time.perf_counter() - started
-                    self._compile_if_worthwhile(seconds / launched * (total - launched))
+                marks.append((time.perf_counter(), launched))
+                if total is not None and len(marks) > 2:
+                    start, before = marks[1]  # the first windows take longer: libraries start, shortcuts are checked
+                    pace = (marks[-1][0] - start) / (launched - before)
+                    self._compile_if_worthwhile(pace * (total - launched))
             if queued is not None:
                 yield queued
 
@@ -384,7 +354,7 @@ class FastEncoder:
 
     def _compile_if_worthwhile(self, seconds_left: float) -> None:
         on_cuda = self.encoder.device.type == "cuda"
-        if self.compiled or (self.compiled is None and on_cuda and seconds_left > COMPILE_AFTER):
+        if self.compiled is None and not self._is_compiled and on_cuda and seconds_left > COMPILE_AFTER:
             self.compile()
 
     def compile(self) -> None:

@@ -1,15 +1,17 @@
-"""Texts as token ids: those of the encoder's own preprocessing, from one call of its tokenizer for many texts."""
+"""Windows of texts on their way to the model and back: token ids, batches, embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy
 
@@ -57,17 +59,18 @@ class Tokeniser:
         if self.direct and all(isinstance(text, str) for text in texts):
             rows = self._direct(texts, prompt)
             kind = (prompt, bool(rows.lengths.max(initial=0) >= self._limit))
-            if kind not in self.prompts:
+            length = self.prompts.get(kind)
+            if length is None:
                 some = [*ODD, *(texts[number] for number in spread(rows.lengths, COMPARED))]
                 expected, found = self.by_preprocess(some, prompt), self._direct(some, prompt)
-                while len(self.prompts) >= REMEMBERED:
-                    del self.prompts[next(iter(self.prompts))]
-                self.prompts[kind] = expected.prompt
+                for old in [*self.prompts][: 1 - REMEMBERED]:
+                    self.prompts.pop(old, None)  # another thread may have removed it
+                length = self.prompts[kind] = expected.prompt
                 if not (_equal(found.lengths, expected.lengths) and _equal(found.ids, expected.ids)):
                     self.direct = False
                     self.notes.append("texts are tokenised by the model's own `preprocess`, whose ids differ")
             if self.direct:
-                rows.prompt = self.prompts[kind]
+                rows.prompt = length
                 return rows
         return self.by_preprocess(texts, prompt)
 
@@ -131,6 +134,40 @@ class Tokeniser:
             lengths.append(mask.sum(1).numpy())
             length = int(torch.as_tensor(features.get("prompt_length", 0)).reshape(-1)[0])
         return Ragged(np.concatenate(ids), np.concatenate(lengths), prompt=length).take(np.argsort(order))
+
+
+@dataclass
+class Window:
+    """Texts encoded together, the longest first, so that a batch too large for memory fails early.
+
+    order (n,): their places among the texts as they came. tokens (2, N): ids and positions for packs, in pinned memory
+    if they go to a GPU; None if the texts are padded.
+    """
+
+    rows: Ragged
+    order: np.ndarray
+    tokens: Tensor | None
+
+
+class Vectors:
+    """The embeddings (n, D) fp32 of a window on their way to the CPU: the copy starts here, `into` waits for it."""
+
+    def __init__(self, found: list[Tensor], order: np.ndarray, width: int | None) -> None:
+        together = torch.cat(found)[:, :width]
+        self.order, self.shape, self.arrived = order, tuple(together.shape), None
+        self.host = together
+        if together.is_cuda:
+            self.host = torch.empty(together.shape, pin_memory=True)
+            self.host.copy_(together, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def into(self, out: np.ndarray) -> np.ndarray:
+        """Fill `out` (n, D) in the order in which the texts came."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        out[self.order] = self.host.numpy()
+        return out
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
