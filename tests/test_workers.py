@@ -315,6 +315,9 @@ def test_what_a_survey_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(number: int) -> None:
         raise RuntimeError("CUDA error: initialization error")
 
+    with monkeypatch.context() as forked:
+        forked.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+        assert "forked from one that had asked CUDA" in worker.gpus_here()
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
     assert worker.gpus_here() == "RuntimeError: CUDA error: initialization error"
 

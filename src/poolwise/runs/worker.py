@@ -90,6 +90,8 @@ def survey(setting: Setting, answer: Connection) -> None:
 
 def gpus_here() -> list[tuple[str, int, int]] | str:
     """(product, total bytes, free bytes) of each GPU that this process can use; if it cannot use one, why, in words."""
+    if torch.cuda._is_in_bad_fork():  # CUDA would just say that there is no GPU, and the study would run without
+        return "this process was forked from one that had asked CUDA for devices"
     try:
         found = []
         for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
