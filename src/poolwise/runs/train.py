@@ -1,7 +1,7 @@
 """One trainer for every design: sentence-transformers' trainer and losses over the planned batches.
 
-What is ours: the order of the rows (planned beforehand, so it is the same for every design), the folder of a
-checkpoint (adapter and pooling, no copy of the base), and the rules that stop a trial which cannot be trusted.
+What this file adds: the order of the rows (planned beforehand, so that it is the same for every design), the content of
+a checkpoint (adapter and pooling, no copy of the base), and the rules that stop a trial which cannot be trusted.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
 COMPLETE = "complete"
-"""Marker written into a checkpoint after everything else: without it, the checkpoint is never resumed from."""
+"""Marker that is written into a checkpoint after everything else: without it, the checkpoint is never resumed from. It
+holds the seconds of training up to there."""
 CHANCE_WINDOW = 200
+"""Steps whose mean loss is compared with that of guessing."""
 CHANCE_SHARE = 0.01
+"""Relative distance from it within which a loss counts as guessing."""
 DIRECTIONS = {"infonce": ("query_to_doc",), "symmetric_infonce": ("query_to_doc", "doc_to_query")}
 
 
@@ -60,14 +63,17 @@ def train(
     stop_at_chance: bool = True,
     designs: Sequence[Design] = (),
 ) -> dict[str, Any]:
-    """Train `encoder` in place on `dataset`, whose rows lie in the order of use (`data.training_dataset`).
+    """Train `encoder` in place on `dataset`, whose rows are in the order of use (`data.batches.training_dataset`).
 
-    Checkpoints go to `folder`; a run that was killed goes on from the last complete one, to the same weights.
-    At each step of `milestones` the encoder is also saved to `folder/step-N`. `designs`: those it is compared with,
-    which are all trained in one layout of the batches (`decoder.packing`): packed, unless one of them cannot be.
+    Checkpoints go to `folder`; a run that was killed continues from the last complete one, to the same weights. At each
+    step of `milestones` the encoder is also saved to `folder/step-N`. designs: those it is compared with; all of them
+    are trained in one layout of the batches (`model.packing`): packed, unless one of them cannot be.
 
-    Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is). Raises
-    TrainingError for a loss that is not finite or that stays at chance level.
+    Returns the losses by step, the seconds of the steps that count (also those before a kill, up to the checkpoint),
+    the world size, the layout, and why it is not packed (None if it is).
+
+    Raises TrainingError for a loss that is not finite or that stays at chance level, and for a batch that cannot be
+    split over the processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.part_size % world:
@@ -98,19 +104,20 @@ def train(
         run_name=folder.parent.name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=encoder.device.type == "cpu",  # without it, two processes on CPUs would train side by side, unaware
+        use_cpu=encoder.device.type == "cpu",  # otherwise two processes on CPUs would train without each other
     )
     if arguments.world_size != world:
         raise TrainingError(f"WORLD_SIZE is {world}, but the trainer found {arguments.world_size}; start with torchrun")
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # seeing several, the trainer would multiply the batch by their number
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several in sight the trainer would multiply the batch by them
     backbone = cast(Backbone, encoder[0])
     own = Design.model_validate(cast(Any, encoder.poolwise)["design"])
     layout, reason = choose(backbone.model, [own, *designs], recipe.max_length)
     resume = latest_checkpoint(folder)
-    started = time.perf_counter()
+    watch.started = time.perf_counter()
     if resume is not None:
         watch.losses = _logged(resume)
         watch.recent.extend(watch.losses.values())
+        watch.started -= json.loads((resume / COMPLETE).read_text())
     with backbone.in_layout(layout):
         trainer = _Trainer(
             model=encoder,
@@ -127,25 +134,25 @@ def train(
         "layout": layout,
         "layout_reason": reason,
         "losses": watch.losses,
-        "seconds": time.perf_counter() - started,
+        "seconds": watch.seconds(),
         "world_size": world,
         "resumed_from": int(resume.name.split("-")[1]) if resume else 0,
     }
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole; half-written ones are removed."""
+    """The last checkpoint that was written whole, by its step; half-written ones are removed."""
     whole = {}
     for step, path in layout.checkpoints(folder).items():
         if (path / COMPLETE).exists():
             whole[step] = path
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return whole[max(whole)] if whole else None  # by number: as a name, checkpoint-8 comes after checkpoint-10
+    return whole[max(whole)] if whole else None
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer; its checkpoints hold what was tuned, not the base."""
+    """sentence-transformers' trainer; its checkpoints hold what is tuned, not the base."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         target = Path(output_dir or str(self.args.output_dir))
@@ -160,7 +167,7 @@ class _Trainer(SentenceTransformerTrainer):
 
 
 class _Watch(TrainerCallback):
-    """Follows the loss, saves the milestones, marks whole checkpoints, stops a trial that cannot be trusted."""
+    """Follows the loss, saves the milestones, marks complete checkpoints, stops a trial that cannot be trusted."""
 
     def __init__(
         self,
@@ -172,13 +179,14 @@ class _Watch(TrainerCallback):
         stop_at_chance: bool,
     ) -> None:
         self.encoder, self.folder, self.milestones, self.progress = encoder, folder, milestones, progress
+        self.started = time.perf_counter()
         self.losses: dict[int, float] = {}
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
         self.chance = math.log(recipe.part_size * (1 + recipe.negatives)) * (1 + len(recipe.matryoshka))
         self.stop_at_chance = stop_at_chance and recipe.loss == "infonce" and recipe.guide is None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """The loss of the step just made."""
+        """Record the loss of a step. Raises TrainingError for one that is not finite or that stays at chance."""
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -211,20 +219,24 @@ class _Watch(TrainerCallback):
             checkpoint.save(self.encoder, layout.at_step(self.folder, state.global_step), step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole: say so, last of all."""
+        """Mark the checkpoint as complete."""
         if state.is_world_process_zero:
             folder = layout.checkpoint(Path(args.output_dir), state.global_step)
             flush_folder(folder)  # the marker must not reach the disk before the weights
-            write_json(folder / COMPLETE, state.global_step)
+            write_json(folder / COMPLETE, self.seconds())
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those of an earlier process up to its checkpoint included."""
+        return time.perf_counter() - self.started
 
 
 def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> DefaultBatchSampler:
-    """Batches in the order of the rows, which is the planned one."""
+    """Batches in the order of the rows, which was planned."""
     return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
 
 def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
-    """InfoNCE as the recipe has it; of each width of `matryoshka` too (arXiv 2205.13147), the losses summed."""
+    """InfoNCE as the recipe asks for it; the sum over the widths of `matryoshka`, too (arXiv 2205.13147)."""
     loss = _guided(encoder, recipe, gather) if recipe.guide else _infonce(encoder, recipe, gather)
     if recipe.matryoshka:
         return MatryoshkaLoss(encoder, loss, [*recipe.matryoshka, cast(int, encoder.get_embedding_dimension())])
@@ -232,9 +244,11 @@ def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.n
 
 
 def _guided(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
-    """InfoNCE without likely false negatives (GISTEmbed, arXiv 2402.16829): those that the guide finds closer to the
-    query than the positive less `guide_margin`. Of its terms only query to document, so that the filter is all that
-    differs from `infonce`."""
+    """InfoNCE without likely false negatives (GISTEmbed, arXiv 2402.16829).
+
+    Dropped are documents whose cosine to the query, computed by the guide, exceeds the positive's less `guide_margin`.
+    Of GISTEmbed's terms only query to document is used, so that the filter is all that differs from `infonce`.
+    """
     guide = SentenceTransformer(recipe.guide, device=str(encoder.device)).eval().requires_grad_(False)
     options: dict[str, Any] = {
         "temperature": recipe.temperature,
@@ -262,10 +276,10 @@ def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torc
 
 
 class _OneForward(MultipleNegativesRankingLoss):
-    """sentence-transformers' loss over one forward of all columns.
+    """sentence-transformers' loss over one forward pass of all columns.
 
-    It keeps the queries apart itself, because padded to the documents' length they would cost as much. Without padding
-    they do not, and one forward of all texts is cheaper than two.
+    Its own runs the queries separately, because padded to the length of the documents they would cost as much. Without
+    padding they do not, and one forward pass over all texts is cheaper than two.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
@@ -281,6 +295,6 @@ def _prompts(recipe: Recipe, columns: list[str]) -> dict[str, str] | None:
 
 
 def _logged(folder: Path) -> dict[int, float]:
-    """The losses up to a checkpoint, from the trainer's own state."""
+    """The losses up to a checkpoint, from the trainer's own record."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
