@@ -49,7 +49,8 @@ class Plain(Pooling):
         super().__init__()
 
     def forward(self, states, mask=None):
-        look(self)
+        if IN_A_TRIAL:
+            look(self)
         mask = torch.ones(states.shape[:2]) if mask is None else mask.float()
         return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -330,7 +331,7 @@ if IN_A_TRIAL:
 
 
 def look(head):
-    if not IN_A_TRIAL or not head.training:
+    if not head.training:
         return
     tries = HERE / f"greedy-{os.environ['CUDA_VISIBLE_DEVICES']}-TRIES"
     with tries.open("a") as file:

@@ -158,8 +158,12 @@ class _Child:
         name = f"poolwise-{function}"
         target = (function, setting, theirs, *arguments)
         self.process = context.Process(target=_call, args=target, name=name)
-        with _plain_main(), _interrupts_held(), _driver_asked():
-            self.process.start()
+        try:
+            with _plain_main(), _interrupts_held(), _driver_asked():
+                self.process.start()
+        except BaseException:  # an interrupt that was held back: nobody else knows of this child yet
+            self.end()
+            raise
         theirs.close()
 
     def __enter__(self) -> _Child:
@@ -170,7 +174,7 @@ class _Child:
 
     def end(self) -> None:
         """Kill it: it writes every file whole or not at all, so there is nothing to wait for."""
-        if self.process.is_alive():
+        if self.process.pid is not None and self.process.is_alive():
             self.process.kill()
             self.process.join(PATIENCE)
         self.connection.close()
