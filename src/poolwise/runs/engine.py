@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from poolwise.runs.prepare import Trial
 
 Event = tuple[str, Any]
-"""`("notes", list)`, `("trials", list)`, `("places", list)`, `("progress", (name, stage, share))`, `("done", name)`,
-`("failed", (name, reason))`, `("end", None)`."""
+"""`("notes", list)`, `("trials", list)`, `("places", list)`, `("progress", (name, stage, share, details))`, `("done",
+name)`, `("failed", (name, reason))`, `("end", None)`; the details are those of `runs.trial.Progress`."""
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How children start. Forked ones share the memory of the libraries and start at once; on macOS, forking a process that
@@ -68,6 +68,20 @@ def run_local(
         for path in [prepared, *(layout.all_prepared(folder) if shard[1] == 1 else ())]:
             shutil.rmtree(path, ignore_errors=True)
     on_event(("end", None))
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """An event as a JSON-able dictionary: `event`, its kind, and its content by name."""
+    kind, content = event
+    record: dict[str, Any] = {"event": kind}
+    if kind in ("notes", "trials", "places"):
+        return {**record, kind: content}
+    if kind == "progress":
+        name, stage, share, details = content
+        return {**record, "trial": name, "stage": stage, "share": share, **details}
+    if kind == "failed":
+        return {**record, "trial": content[0], "reason": content[1]}
+    return record if content is None else {**record, "trial": content}
 
 
 def _prepare(setting: Setting, on_event: Callable[[Event], None]) -> tuple[list[Trial], list[Gpu], str]:

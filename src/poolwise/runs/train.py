@@ -48,6 +48,8 @@ CHANCE_WINDOW = 200
 """Steps whose mean loss is compared with that of guessing."""
 CHANCE_SHARE = 0.01
 """Relative distance from it within which a loss counts as guessing."""
+Progress = Callable[[int, float, float | None], None]
+"""Called after each step with its number, its loss, and the seconds that are left (None while that is unknown)."""
 DIRECTIONS = {"infonce": ("query_to_doc",), "symmetric_infonce": ("query_to_doc", "doc_to_query")}
 
 
@@ -59,7 +61,7 @@ def train(
     *,
     seed: int,
     milestones: Sequence[int] = (),
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
     stop_at_chance: bool = True,
     designs: Sequence[Design] = (),
 ) -> dict[str, Any]:
@@ -175,10 +177,11 @@ class _Watch(TrainerCallback):
         recipe: Recipe,
         folder: Path,
         milestones: set[int],
-        progress: Callable[[int, float], None] | None,
+        progress: Progress | None,
         stop_at_chance: bool,
     ) -> None:
         self.encoder, self.folder, self.milestones, self.progress = encoder, folder, milestones, progress
+        self.steps, self.first = recipe.steps, (0, 0.0)  # the first step of this process and when it ended
         self.started = time.perf_counter()
         self.losses: dict[int, float] = {}
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
@@ -204,7 +207,15 @@ class _Watch(TrainerCallback):
                 f"at step {state.global_step}: nothing is learned; raise the learning rates or check the data"
             )
         if self.progress:
-            self.progress(state.global_step, loss)
+            self.progress(state.global_step, loss, self._seconds_left(state.global_step))
+
+    def _seconds_left(self, step: int) -> float | None:
+        """At the pace of this process since its first step, which is slower than others and does not count."""
+        now = time.perf_counter()
+        if not self.first[0]:
+            self.first = step, now
+        done = step - self.first[0]
+        return (now - self.first[1]) / done * (self.steps - step) if done else None
 
     def _stays_at_chance(self) -> bool:
         """Whether both halves of the window are at chance; a loss that falls through that level is in one at most."""
