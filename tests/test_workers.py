@@ -216,6 +216,24 @@ def test_what_a_trial_changes_is_restored() -> None:
         assert (random.random(), np.random.rand(), float(torch.rand(()))) == first
 
 
+def test_each_trial_compiles_for_itself() -> None:
+    """What an earlier trial compiled counts towards the variants of a function that torch keeps at most."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    for trial in (1, 2):
+        with worker.restored_state():
+            for _ in range(2):
+                torch.compile(double, backend=backend)(torch.ones(3))
+        assert len(compiled) == trial
+
+
 def test_what_is_printed_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for number in (1, 2):
         with worker.output_to(tmp_path / "trial" / "log.txt"):

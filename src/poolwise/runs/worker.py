@@ -146,8 +146,8 @@ def restored_state() -> Iterator[None]:
     """A trial's process: seeded at the start; at the end all that a trial may change is as it was.
 
     That is the environment, the working directory, random generators, torch's defaults and global hooks, logging,
-    warnings, experiment trackers and memory; the trainer resets accelerate's shared state itself. What a user's own
-    pooling keeps in a variable of its module stays.
+    warnings, experiment trackers, compiled code and memory; the trainer resets accelerate's shared state itself. What a
+    user's own pooling keeps in a variable of its module stays.
     """
     environment, place = dict(os.environ), os.getcwd()
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
@@ -181,6 +181,10 @@ def restored_state() -> Iterator[None]:
             if tracker in sys.modules:
                 with contextlib.suppress(Exception):
                     sys.modules[tracker].finish()
+        if "torch._dynamo" in sys.modules:
+            # Compiled code is kept by the function it was made from, a few variants of each: after some trials nothing
+            # more would be compiled.
+            torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
