@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -232,6 +233,13 @@ def test_each_trial_compiles_for_itself() -> None:
             for _ in range(2):
                 torch.compile(double, backend=backend)(torch.ones(3))
         assert len(compiled) == trial
+
+
+def test_handing_out_trials_takes_no_torch() -> None:
+    """So that the server can begin to import it while the caller's process does so, too."""
+    program = "import sys, poolwise.runs.engine; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_what_is_printed_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -119,16 +119,18 @@ def run(
     ] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
-    from poolwise.runs.engine import event_record
+    from poolwise.runs.engine import event_record, start_server
+    from poolwise.study.study import Study
+
+    loaded = Study.load(study)
+    start_server()  # before this process imports the libraries itself, which takes as long
     from poolwise.runs.run import all_done
     from poolwise.screen import run_with_grid
-    from poolwise.study.study import Study
 
     def follow(event: Any) -> None:
         if as_json:
             print(json.dumps(event_record(event)), flush=True)
 
-    loaded = Study.load(study)
     failed = run_with_grid(loaded, workers, _shard(shard), extend, per_gpu, follow)
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
@@ -318,10 +320,13 @@ def demo(
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
-    from poolwise.screen import run_with_grid
+    from poolwise.runs.engine import start_server
     from poolwise.study.starters import demo_study
 
     loaded = demo_study(to, quick=quick)
+    start_server()
+    from poolwise.screen import run_with_grid
+
     failed = run_with_grid(loaded, 0, (1, 1))
     if failed:
         raise typer.Exit(1)

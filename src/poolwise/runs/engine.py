@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,18 @@ name)`, `("failed", (name, reason))`, `("end", None)`; the details are those of 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How children start. Forked ones share the memory of the libraries and start at once; on macOS, forking a process that
 has loaded them is not safe."""
+SERVED = "poolwise.runs.worker"
+"""What the server that children are forked from imports."""
 PATIENCE = 10.0
 """Seconds that a child is given to end after it was asked to."""
+
+
+def start_server() -> None:
+    """Begin to import the libraries in the background, for a process that will run a study and has to load them too."""
+    if METHOD == "forkserver":
+        multiprocessing.get_context(METHOD).set_forkserver_preload([SERVED])
+        with _interrupts_held(), _driver_asked():
+            forkserver.ensure_running()
 
 
 def run_local(
@@ -167,7 +178,7 @@ class _Child:
     def __init__(self, method: str, function: str, setting: Setting, *arguments: Any) -> None:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["poolwise.runs.worker"])
+            context.set_forkserver_preload([SERVED])
         self.connection, theirs = context.Pipe()
         name = f"poolwise-{function}"
         target = (function, setting, theirs, *arguments)
