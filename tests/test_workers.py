@@ -160,17 +160,42 @@ def look(head):
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("error")
     sys.modules["wandb"] = types.SimpleNamespace(finish=lambda: (HERE / "finished-run").touch())
-    raise RuntimeError("left a mess")
+    raise poolwise.PoolwiseError("left a mess")
 '''
 
 
-def test_a_trial_is_the_same_first_and_second_in_a_worker(place: Path, finished: Path) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The workers that a run started."""
+    found: list[Any] = []
+
+    class Counted(engine._Worker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            found.append(self)
+
+    monkeypatch.setattr(engine, "_Worker", Counted)
+    return found
+
+
+def test_a_worker_in_which_something_unexpected_happened_is_replaced(place: Path, started: list[Any]) -> None:
+    """After some errors of CUDA every further call fails, also where scoring has wrapped the error."""
+    code = "\ndef look(head):\n    if not head.training:\n        raise RuntimeError('illegal memory access')\n"
+    failed = run(with_code(place, "broken_worker", code), workers=1)
+    assert {name[:4]: reason for name, reason in failed.items()} == {
+        "own-": "task 'pairs' failed: RuntimeError: illegal memory access"
+    }
+    (log,) = (place / "broken_worker").glob("trials/own-*/log.txt")
+    assert log.exists()
+    assert len(started) == 2
+    assert state(place / "broken_worker", "m1")["state"] == "done"
+
+
+def test_a_trial_is_the_same_first_and_second_in_a_worker(place: Path, finished: Path, started: list[Any]) -> None:
     """m1 came first in its worker in the run to compare with; here it comes after a trial that left a mess."""
-    path = with_code(place, "dirty", DIRTY)
-    failed = run(path, workers=1)
-    assert {name[:4]: reason for name, reason in failed.items()} == {"own-": "RuntimeError: left a mess"}
-    (log,) = (place / "dirty").glob("trials/own-*/log.txt")
-    assert "left a mess" in log.read_text()
+    failed = run(with_code(place, "dirty", DIRTY), workers=1)
+    assert {name[:4]: reason for name, reason in failed.items()} == {"own-": "left a mess"}
+    assert len(started) == 1
     assert (place / "finished-run").exists()  # and a tracker does not log the next trial into its run
     mine, theirs = weights(place / "dirty"), {n: w for n, w in weights(finished).items() if "m1-" in n}
     assert mine == theirs

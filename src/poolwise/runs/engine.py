@@ -150,13 +150,13 @@ def _run_all(schedule: Schedule, setting: Setting, method: str, on_event: Callab
                 try:
                     kind, content = connection.recv()
                 except (EOFError, OSError):  # it is gone without a last word
-                    kind, content = "ended", Ending("failed", worker.epitaph())
+                    kind, content = "ended", Ending("failed", worker.epitaph(), sound=False)
                 if kind == "progress":
                     on_event(("progress", (trial.name, *content)))
                     continue
                 del running[connection]
                 again = schedule.ended(trial, worker.place, content)
-                workers.give_back(worker, usable=content.kind != "memory")
+                workers.give_back(worker, content.sound)
                 if content.kind == "done":
                     on_event(("done", trial.name))
                 elif not again:
@@ -237,10 +237,10 @@ class _Workers:
         self.all.append(worker)
         return worker
 
-    def give_back(self, worker: _Worker, usable: bool) -> None:
-        """Keep a worker for the next trial, unless it is dead, not `usable` or one too many for its place."""
+    def give_back(self, worker: _Worker, sound: bool) -> None:
+        """Keep a worker for the next trial, unless it is not `sound` or one too many for its place."""
         neighbours = [other for other in self.all if other.place is worker.place]
-        if usable and worker.process.is_alive() and len(neighbours) <= worker.place.limit:
+        if sound and len(neighbours) <= worker.place.limit:
             self.idle.append(worker)
         else:
             self._end(worker)

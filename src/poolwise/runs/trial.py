@@ -314,11 +314,12 @@ def ended_by_memory(error: BaseException) -> bool:
     """Whether a GPU ran out of memory; also if a library wrapped the error in one of its own."""
     return any(
         isinstance(cause, torch.OutOfMemoryError) or "CUDA out of memory" in str(cause) or "ALLOC_FAILED" in str(cause)
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: libraries and the scoring of tasks wrap what they catch."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -326,7 +327,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
     """Whether a write failed for lack of space; torch says only that it failed, so the disk is asked, too."""
-    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in _causes(error)):
+    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in causes(error)):
         return True
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free < SMALLEST_FREE

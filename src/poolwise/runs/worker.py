@@ -31,7 +31,7 @@ from poolwise.errors import PoolwiseError
 from poolwise.runs import costs, layout
 from poolwise.runs.prepare import Prepared, Trial, load, prepare, save
 from poolwise.runs.schedule import Ending, Setting
-from poolwise.runs.trial import ended_by_memory, is_trained, reason_of, run_trial
+from poolwise.runs.trial import causes, ended_by_memory, is_trained, reason_of, run_trial
 
 
 def _enter(setting: Setting, **variables: str) -> None:
@@ -132,7 +132,9 @@ def work(setting: Setting, orders: Connection, gpu: str | None) -> None:
             except Exception as error:
                 if not isinstance(error, PoolwiseError):
                     traceback.print_exc()
-                ending = Ending("memory" if ended_by_memory(error) else "failed", reason_of(error, folder))
+                kind = "memory" if ended_by_memory(error) else "failed"
+                expected = all(isinstance(cause, PoolwiseError) for cause in causes(error))
+                ending = Ending(kind, reason_of(error, folder), sound=expected)
         send("ended", ending)
 
 
