@@ -98,7 +98,7 @@ def test_law_6_killed_and_run_again(place: Path, finished: Path) -> None:
         if stage == "ctrl-c":
             words = running.stop(signal.SIGINT, everyone=True)
             assert running.process.returncode == 130
-            assert "run the same command to go on" in words
+            assert "run the same command to continue" in words
             assert "Traceback" not in words
         else:
             running.stop(signal.SIGKILL, everyone=bool(number % 2))

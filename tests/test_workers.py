@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ class Plain(Pooling):
         super().__init__()
 
     def forward(self, states, mask=None):
-        look(self)
+        if IN_A_TRIAL:
+            look(self)
         mask = torch.ones(states.shape[:2]) if mask is None else mask.float()
         return (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -158,17 +160,42 @@ def look(head):
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("error")
     sys.modules["wandb"] = types.SimpleNamespace(finish=lambda: (HERE / "finished-run").touch())
-    raise RuntimeError("left a mess")
+    raise poolwise.PoolwiseError("left a mess")
 '''
 
 
-def test_a_trial_is_the_same_first_and_second_in_a_worker(place: Path, finished: Path) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The workers that a run started."""
+    found: list[Any] = []
+
+    class Counted(engine._Worker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            found.append(self)
+
+    monkeypatch.setattr(engine, "_Worker", Counted)
+    return found
+
+
+def test_a_worker_in_which_something_unexpected_happened_is_replaced(place: Path, started: list[Any]) -> None:
+    """After some errors of CUDA every further call fails, also where scoring has wrapped the error."""
+    code = "\ndef look(head):\n    if not head.training:\n        raise RuntimeError('illegal memory access')\n"
+    failed = run(with_code(place, "broken_worker", code), workers=1)
+    assert {name[:4]: reason for name, reason in failed.items()} == {
+        "own-": "task 'pairs' failed: RuntimeError: illegal memory access"
+    }
+    (log,) = (place / "broken_worker").glob("trials/own-*/log.txt")
+    assert log.exists()
+    assert len(started) == 2
+    assert state(place / "broken_worker", "m1")["state"] == "done"
+
+
+def test_a_trial_is_the_same_first_and_second_in_a_worker(place: Path, finished: Path, started: list[Any]) -> None:
     """m1 came first in its worker in the run to compare with; here it comes after a trial that left a mess."""
-    path = with_code(place, "dirty", DIRTY)
-    failed = run(path, workers=1)
-    assert {name[:4]: reason for name, reason in failed.items()} == {"own-": "RuntimeError: left a mess"}
-    (log,) = (place / "dirty").glob("trials/own-*/log.txt")
-    assert "left a mess" in log.read_text()
+    failed = run(with_code(place, "dirty", DIRTY), workers=1)
+    assert {name[:4]: reason for name, reason in failed.items()} == {"own-": "left a mess"}
+    assert len(started) == 1
     assert (place / "finished-run").exists()  # and a tracker does not log the next trial into its run
     mine, theirs = weights(place / "dirty"), {n: w for n, w in weights(finished).items() if "m1-" in n}
     assert mine == theirs
@@ -213,6 +240,31 @@ def test_what_a_trial_changes_is_restored() -> None:
     assert list(warnings.filters) == filters
     with worker.restored_state():
         assert (random.random(), np.random.rand(), float(torch.rand(()))) == first
+
+
+def test_each_trial_compiles_for_itself() -> None:
+    """What an earlier trial compiled counts towards the variants of a function that torch keeps at most."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    for trial in (1, 2):
+        with worker.restored_state():
+            for _ in range(2):
+                torch.compile(double, backend=backend)(torch.ones(3))
+        assert len(compiled) == trial
+
+
+def test_handing_out_trials_takes_no_torch() -> None:
+    """So that the server can begin to import it while the caller's process does so, too."""
+    program = "import sys, poolwise.runs.engine; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_what_is_printed_goes_to_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +367,9 @@ def test_what_a_survey_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(number: int) -> None:
         raise RuntimeError("CUDA error: initialization error")
 
+    with monkeypatch.context() as forked:
+        forked.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+        assert "forked from one that had asked CUDA" in worker.gpus_here()
     monkeypatch.setattr(torch.cuda, "mem_get_info", broken)
     assert worker.gpus_here() == "RuntimeError: CUDA error: initialization error"
 
@@ -327,7 +382,7 @@ if IN_A_TRIAL:
 
 
 def look(head):
-    if not IN_A_TRIAL or not head.training:
+    if not head.training:
         return
     tries = HERE / f"greedy-{os.environ['CUDA_VISIBLE_DEVICES']}-TRIES"
     with tries.open("a") as file:

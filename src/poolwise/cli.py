@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poolwise.errors import PoolwiseError
+from poolwise.errors import PoolwiseError, StudyError
 
 app = typer.Typer(
     name="poolwise",
@@ -118,18 +118,34 @@ def run(
     extend: Annotated[
         bool, typer.Option("--extend", help="After the first look, run up to `extend_to` seeds.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print events as lines of JSON on stdout instead of results.")
+    ] = False,
 ) -> None:
     """Train and score what is missing, then compare and report."""
-    from poolwise.runs.run import all_done
-    from poolwise.screen import run_with_grid
+    from poolwise.runs.engine import event_record, start_server
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
-    failed = run_with_grid(loaded, workers, _shard(shard), extend, per_gpu)
+    start_server()  # before this process imports the libraries itself, which takes as long
+    from poolwise.runs.run import all_done
+    from poolwise.screen import run_with_grid
+
+    def follow(event: Any) -> None:
+        if as_json:
+            print(json.dumps(event_record(event)), flush=True)
+
+    failed = run_with_grid(loaded, workers, _shard(shard), extend, per_gpu, follow)
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
-            compare([str(study)])
-            report(str(study))
+            if as_json:
+                from poolwise.api import report as write_report
+
+                paths = [str(path) for path in write_report(str(study))]
+                print(json.dumps({"event": "report", "paths": paths}))
+            else:
+                compare([str(study)])
+                report(str(study))
         else:
             print(f"done; nothing to compare: {'one design' if loaded.tasks else 'no tasks'}", file=sys.stderr)
     elif not failed and shard != "1/1":
@@ -140,11 +156,16 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
-    from poolwise.runs.run import trials
+    from poolwise.runs.run import guard, trials
     from poolwise.screen import show_status
     from poolwise.study.study import Study
 
-    rows = trials(Study.load(study))
+    loaded = Study.load(study)
+    rows = trials(loaded)
+    try:
+        guard(loaded)
+    except StudyError as error:  # `run` would refuse it; what has run can be shown all the same
+        print(f"warning: {error}", file=sys.stderr)
     print(json.dumps(rows, indent=1)) if as_json else show_status(rows)
 
 
@@ -306,10 +327,13 @@ def demo(
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
     """Run a whole study on the built-in model and tasks, offline, from training to a report."""
-    from poolwise.screen import run_with_grid
+    from poolwise.runs.engine import start_server
     from poolwise.study.starters import demo_study
 
     loaded = demo_study(to, quick=quick)
+    start_server()
+    from poolwise.screen import run_with_grid
+
     failed = run_with_grid(loaded, 0, (1, 1))
     if failed:
         raise typer.Exit(1)

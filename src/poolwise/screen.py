@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from poolwise.reports.words import (
     recommended,
     summary,
 )
+from poolwise.runs import layout
 from poolwise.runs.engine import Event
 from poolwise.runs.run import run, shared_work
 from poolwise.study.study import Study
@@ -95,6 +96,7 @@ class Grid:
         self.states: dict[str, str] = {}
         self.notes: list[str] = []
         self.places: list[dict[str, Any]] = []
+        self.details: dict[str, dict[str, Any]] = {}
         self.started = time.monotonic()
         self.skipped = 0
 
@@ -109,7 +111,7 @@ class Grid:
         elif kind == "places":
             self.places = content
         elif kind == "progress":
-            name, stage, share = content
+            name, stage, share, self.details[name] = content
             low, high = SHARES[stage]
             self.states[name] = stage
             self.share[name] = low + (high - low) * share
@@ -134,7 +136,21 @@ class Grid:
         if not self.trials:
             return Text(f"reading model, data and tasks ... {clock(time.monotonic() - self.started)}", "dim")
         states = [{**trial, "state": self.states.get(trial["name"], "waiting")} for trial in self.trials]
-        return Group(*lines(grid_table(states, self.share)), Text(self.line(), "dim"))
+        return Group(
+            *lines(grid_table(states, self.share)), *(Text(line, "dim") for line in [self.line(), *self.inside()])
+        )
+
+    def inside(self) -> list[str]:
+        """A line for each trial that is running: its step, loss and time left, or the task that is scored."""
+        found = []
+        for name, details in self.details.items():
+            if self.states[name] == "train":
+                left = details["seconds_left"]
+                ends = "" if left is None else f", {clock(left)} of training left"
+                found.append(f"{name}: step {details['step']} of {details['steps']}, loss {details['loss']:.3f}{ends}")
+            elif self.states[name] == "score":
+                found.append(f"{name}: scoring {details['task']}")
+        return found
 
 
 def grid_table(trials: Sequence[Mapping[str, Any]], share: Mapping[str, float]) -> Table:
@@ -156,15 +172,24 @@ def grid_table(trials: Sequence[Mapping[str, Any]], share: Mapping[str, float]) 
 
 
 def run_with_grid(
-    study: Study, workers: int, shard: tuple[int, int], extend: bool = False, per_gpu: int = 0
+    study: Study,
+    workers: int,
+    shard: tuple[int, int],
+    extend: bool = False,
+    per_gpu: int = 0,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> dict[str, str]:
-    """Run a study under a live grid (a line per trial if stderr is no terminal); returns why trials failed, by name."""
+    """Run a study under a live grid (a line per trial if stderr is no terminal); returns why trials failed, by name.
+
+    on_event: also called with each event.
+    """
     console = terminal(stderr=True)
     grid = Grid()
 
-    def print_line(event: Event) -> None:
+    def follow(event: Event) -> None:
         grid.follow(event)
-        if event[0] in {"done", "failed"}:
+        on_event(event)
+        if not live and event[0] in {"done", "failed"}:
             name = event[1] if event[0] == "done" else event[1][0]
             console.print(f"{event[0]} {name}  ({grid.line()})", markup=False, soft_wrap=True)
 
@@ -173,15 +198,16 @@ def run_with_grid(
     live = console.is_terminal
     try:
         with Live(grid, console=console, refresh_per_second=2) if live else contextlib.nullcontext():
-            on_event = grid.follow if live else print_line
-            failed = run(study, workers=workers, per_gpu=per_gpu, shard=shard, extend=extend, on_event=on_event)
+            failed = run(study, workers=workers, per_gpu=per_gpu, shard=shard, extend=extend, on_event=follow)
     except KeyboardInterrupt:
         console.print("stopped; finished work is kept, run the same command to continue", soft_wrap=True)
         raise SystemExit(130) from None
     for note in (*grid.notes, *filter(None, [shared_work(study)])):
         console.print(note, style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():
-        console.print(f"failed: {name}: {reason}", style="red", markup=False, soft_wrap=True)
+        log = layout.find_log(study.folder, name)
+        also = f" (log: {log})" if log else ""
+        console.print(f"failed: {name}: {reason}{also}", style="red", markup=False, soft_wrap=True)
     return failed
 
 

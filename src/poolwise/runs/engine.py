@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,14 +30,24 @@ if TYPE_CHECKING:
     from poolwise.runs.prepare import Trial
 
 Event = tuple[str, Any]
-"""`("notes", list)`, `("trials", list)`, `("places", list)`, `("progress", (name, stage, share))`, `("done", name)`,
-`("failed", (name, reason))`, `("end", None)`."""
+"""`("notes", list)`, `("trials", list)`, `("places", list)`, `("progress", (name, stage, share, details))`, `("done",
+name)`, `("failed", (name, reason))`, `("end", None)`; the details are those of `runs.trial.Progress`."""
 
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 """How children start. Forked ones share the memory of the libraries and start at once; on macOS, forking a process that
 has loaded them is not safe."""
+SERVED = "poolwise.runs.worker"
+"""What the server that children are forked from imports."""
 PATIENCE = 10.0
 """Seconds that a child is given to end after it was asked to."""
+
+
+def start_server() -> None:
+    """Begin to import the libraries in the background, for a process that will run a study and has to load them too."""
+    if METHOD == "forkserver":
+        multiprocessing.get_context(METHOD).set_forkserver_preload([SERVED])
+        with _interrupts_held(), _driver_asked():
+            forkserver.ensure_running()
 
 
 def run_local(
@@ -68,6 +79,20 @@ def run_local(
         for path in [prepared, *(layout.all_prepared(folder) if shard[1] == 1 else ())]:
             shutil.rmtree(path, ignore_errors=True)
     on_event(("end", None))
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """An event as a JSON-able dictionary: `event`, its kind, and its content by name."""
+    kind, content = event
+    record: dict[str, Any] = {"event": kind}
+    if kind in ("notes", "trials", "places"):
+        return {**record, kind: content}
+    if kind == "progress":
+        name, stage, share, details = content
+        return {**record, "trial": name, "stage": stage, "share": share, **details}
+    if kind == "failed":
+        return {**record, "trial": content[0], "reason": content[1]}
+    return record if content is None else {**record, "trial": content}
 
 
 def _prepare(setting: Setting, on_event: Callable[[Event], None]) -> tuple[list[Trial], list[Gpu], str]:
@@ -125,13 +150,13 @@ def _run_all(schedule: Schedule, setting: Setting, method: str, on_event: Callab
                 try:
                     kind, content = connection.recv()
                 except (EOFError, OSError):  # it is gone without a last word
-                    kind, content = "ended", Ending("failed", worker.epitaph())
+                    kind, content = "ended", Ending("failed", worker.epitaph(), sound=False)
                 if kind == "progress":
                     on_event(("progress", (trial.name, *content)))
                     continue
                 del running[connection]
                 again = schedule.ended(trial, worker.place, content)
-                workers.give_back(worker, usable=content.kind != "memory")
+                workers.give_back(worker, content.sound)
                 if content.kind == "done":
                     on_event(("done", trial.name))
                 elif not again:
@@ -153,13 +178,17 @@ class _Child:
     def __init__(self, method: str, function: str, setting: Setting, *arguments: Any) -> None:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["poolwise.runs.worker"])
+            context.set_forkserver_preload([SERVED])
         self.connection, theirs = context.Pipe()
         name = f"poolwise-{function}"
         target = (function, setting, theirs, *arguments)
         self.process = context.Process(target=_call, args=target, name=name)
-        with _plain_main(), _interrupts_held(), _driver_asked():
-            self.process.start()
+        try:
+            with _plain_main(), _interrupts_held(), _driver_asked():
+                self.process.start()
+        except BaseException:  # an interrupt that was held back: nobody else knows of this child yet
+            self.end()
+            raise
         theirs.close()
 
     def __enter__(self) -> _Child:
@@ -170,7 +199,7 @@ class _Child:
 
     def end(self) -> None:
         """Kill it: it writes every file whole or not at all, so there is nothing to wait for."""
-        if self.process.is_alive():
+        if self.process.pid is not None and self.process.is_alive():
             self.process.kill()
             self.process.join(PATIENCE)
         self.connection.close()
@@ -208,10 +237,10 @@ class _Workers:
         self.all.append(worker)
         return worker
 
-    def give_back(self, worker: _Worker, usable: bool) -> None:
-        """Keep a worker for the next trial, unless it is dead, not `usable` or one too many for its place."""
+    def give_back(self, worker: _Worker, sound: bool) -> None:
+        """Keep a worker for the next trial, unless it is not `sound` or one too many for its place."""
         neighbours = [other for other in self.all if other.place is worker.place]
-        if usable and worker.process.is_alive() and len(neighbours) <= worker.place.limit:
+        if sound and len(neighbours) <= worker.place.limit:
             self.idle.append(worker)
         else:
             self._end(worker)

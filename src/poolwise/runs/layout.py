@@ -78,6 +78,12 @@ def arm(study: Path, name: str, setting: str) -> Path:
     return study.resolve() / name / setting
 
 
+def find_log(study: Path, name: str) -> Path | None:
+    """The log of a trial of a study or of its search, by name; None if it has none."""
+    places = [study, *study.glob("search/*"), *study.glob("tuned/*")]
+    return next((path for place in places if (path := trial(place, name) / LOG).exists()), None)
+
+
 def prepared(study: Path, shard: int = 1) -> Path:
     """Where the preparation of a run leaves memory-mapped data for its workers. Each shard has a folder of its own."""
     return study / f"prepared-{shard}"

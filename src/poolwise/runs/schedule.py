@@ -43,12 +43,14 @@ class Ending(NamedTuple):
     """How a trial ended.
 
     kind: `done`, `failed`, or `memory`: that of its GPU was too small. reason: in words. peak: bytes that training
-    reserved on its GPU at most; None for a trial that did not train, or used no GPU.
+    reserved on its GPU at most; None for a trial that did not train, or used no GPU. sound: whether its process can run
+    the next trial; after some errors of CUDA every further call fails.
     """
 
     kind: str
     reason: str = ""
     peak: int | None = None
+    sound: bool = True
 
 
 class Gpu(NamedTuple):

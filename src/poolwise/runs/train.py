@@ -1,7 +1,7 @@
 """One trainer for every design: sentence-transformers' trainer and losses over the planned batches.
 
-What is ours: the order of the rows (planned beforehand, so it is the same for every design), the folder of a
-checkpoint (adapter and pooling, no copy of the base), and the rules that stop a trial which cannot be trusted.
+What this file adds: the order of the rows (planned beforehand, so that it is the same for every design), the content of
+a checkpoint (adapter and pooling, no copy of the base), and the rules that stop a trial which cannot be trusted.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
 COMPLETE = "complete"
-"""Marker written into a checkpoint after everything else: without it, the checkpoint is never resumed from."""
+"""Marker that is written into a checkpoint after everything else: without it, the checkpoint is never resumed from. It
+holds the seconds of training up to there."""
 CHANCE_WINDOW = 200
+"""Steps whose mean loss is compared with that of guessing."""
 CHANCE_SHARE = 0.01
+"""Relative distance from it within which a loss counts as guessing."""
+Progress = Callable[[int, float, float | None], None]
+"""Called after each step with its number, its loss, and the seconds that are left (None while that is unknown)."""
 DIRECTIONS = {"infonce": ("query_to_doc",), "symmetric_infonce": ("query_to_doc", "doc_to_query")}
 
 
@@ -57,19 +62,21 @@ def train(
     *,
     seed: int,
     milestones: Sequence[int] = (),
-    progress: Callable[[int, float], None] | None = None,
+    progress: Progress | None = None,
     stop_at_chance: bool = True,
     designs: Sequence[Design] = (),
 ) -> dict[str, Any]:
-    """Train `encoder` in place on `dataset`, whose rows lie in the order of use (`data.training_dataset`).
+    """Train `encoder` in place on `dataset`, whose rows are in the order of use (`data.batches.training_dataset`).
 
-    Checkpoints go to `folder`; a run that was killed goes on from the last complete one, to the same weights.
-    At each step of `milestones` the encoder is also saved to `folder/step-N`. `designs`: those it is compared with,
-    which are all trained in one layout of the batches (`decoder.packing`): packed, unless one of them cannot be.
+    Checkpoints go to `folder`; a run that was killed continues from the last complete one, to the same weights. At each
+    step of `milestones` the encoder is also saved to `folder/step-N`. designs: those it is compared with; all of them
+    are trained in one layout of the batches (`model.packing`): packed, unless one of them cannot be.
 
-    Returns the losses by step, seconds, world size, the layout and why it is not packed (None if it is), and what
-    `fast_training` used. Raises
-    TrainingError for a loss that is not finite or that stays at chance level.
+    Returns the losses by step, the seconds of the steps that count (also those before a kill, up to the checkpoint),
+    the world size, the layout, why it is not packed (None if it is), and what `fast_training` used.
+
+    Raises TrainingError for a loss that is not finite or that stays at chance level, and for a batch that cannot be
+    split over the processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.part_size % world:
@@ -100,19 +107,20 @@ def train(
         run_name=folder.parent.name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=encoder.device.type == "cpu",  # without it, two processes on CPUs would train side by side, unaware
+        use_cpu=encoder.device.type == "cpu",  # otherwise two processes on CPUs would train without each other
     )
     if arguments.world_size != world:
         raise TrainingError(f"WORLD_SIZE is {world}, but the trainer found {arguments.world_size}; start with torchrun")
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # seeing several, the trainer would multiply the batch by their number
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several in sight the trainer would multiply the batch by them
     backbone = cast(Backbone, encoder[0])
     own = Design.model_validate(cast(Any, encoder.poolwise)["design"])
     layout, reason = choose(backbone.model, [own, *designs], recipe.max_length)
     resume = latest_checkpoint(folder)
-    started = time.perf_counter()
+    watch.started = time.perf_counter()
     if resume is not None:
         watch.losses = _logged(resume)
         watch.recent.extend(watch.losses.values())
+        watch.started -= json.loads((resume / COMPLETE).read_text())
     with backbone.in_layout(layout), fast_training(backbone, recipe) as kernels:
         trainer = _Trainer(
             model=encoder,
@@ -130,25 +138,25 @@ def train(
         "layout_reason": reason,
         "kernels": kernels,
         "losses": watch.losses,
-        "seconds": time.perf_counter() - started,
+        "seconds": watch.seconds(),
         "world_size": world,
         "resumed_from": int(resume.name.split("-")[1]) if resume else 0,
     }
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole; half-written ones are removed."""
+    """The last checkpoint that was written whole, by its step; half-written ones are removed."""
     whole = {}
     for step, path in layout.checkpoints(folder).items():
         if (path / COMPLETE).exists():
             whole[step] = path
         else:
             shutil.rmtree(path, ignore_errors=True)
-    return whole[max(whole)] if whole else None  # by number: as a name, checkpoint-8 comes after checkpoint-10
+    return whole[max(whole)] if whole else None
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """sentence-transformers' trainer; its checkpoints hold what was tuned, not the base."""
+    """sentence-transformers' trainer; its checkpoints hold what is tuned, not the base."""
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
@@ -165,7 +173,7 @@ class _Trainer(SentenceTransformerTrainer):
 
 
 class _Watch(TrainerCallback):
-    """Follows the loss, saves the milestones, marks whole checkpoints, stops a trial that cannot be trusted."""
+    """Follows the loss, saves the milestones, marks complete checkpoints, stops a trial that cannot be trusted."""
 
     def __init__(
         self,
@@ -173,17 +181,19 @@ class _Watch(TrainerCallback):
         recipe: Recipe,
         folder: Path,
         milestones: set[int],
-        progress: Callable[[int, float], None] | None,
+        progress: Progress | None,
         stop_at_chance: bool,
     ) -> None:
         self.encoder, self.folder, self.milestones, self.progress = encoder, folder, milestones, progress
+        self.steps, self.first = recipe.steps, (0, 0.0)  # the first step of this process and when it ended
+        self.started = time.perf_counter()
         self.losses: dict[int, float] = {}
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
         self.chance = math.log(recipe.part_size * (1 + recipe.negatives)) * (1 + len(recipe.matryoshka))
         self.stop_at_chance = stop_at_chance and recipe.loss == "infonce" and recipe.guide is None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """The loss of the step just made."""
+        """Record the loss of a step. Raises TrainingError for one that is not finite or that stays at chance."""
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -201,7 +211,15 @@ class _Watch(TrainerCallback):
                 f"at step {state.global_step}: nothing is learned; raise the learning rates or check the data"
             )
         if self.progress:
-            self.progress(state.global_step, loss)
+            self.progress(state.global_step, loss, self._seconds_left(state.global_step))
+
+    def _seconds_left(self, step: int) -> float | None:
+        """At the pace of this process since its first step, which is slower than others and does not count."""
+        now = time.perf_counter()
+        if not self.first[0]:
+            self.first = step, now
+        done = step - self.first[0]
+        return (now - self.first[1]) / done * (self.steps - step) if done else None
 
     def _stays_at_chance(self) -> bool:
         """Whether both halves of the window are at chance; a loss that falls through that level is in one at most."""
@@ -216,20 +234,24 @@ class _Watch(TrainerCallback):
             checkpoint.save(self.encoder, layout.at_step(self.folder, state.global_step), step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole: say so, last of all."""
+        """Mark the checkpoint as complete."""
         if state.is_world_process_zero:
             folder = layout.checkpoint(Path(args.output_dir), state.global_step)
             flush_folder(folder)  # the marker must not reach the disk before the weights
-            write_json(folder / COMPLETE, state.global_step)
+            write_json(folder / COMPLETE, self.seconds())
+
+    def seconds(self) -> float:
+        """Seconds of training so far, those of an earlier process up to its checkpoint included."""
+        return time.perf_counter() - self.started
 
 
 def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> DefaultBatchSampler:
-    """Batches in the order of the rows, which is the planned one."""
+    """Batches in the order of the rows, which was planned."""
     return DefaultBatchSampler(SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last)
 
 
 def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
-    """InfoNCE as the recipe has it; of each width of `matryoshka` too (arXiv 2205.13147), the losses summed."""
+    """InfoNCE as the recipe asks for it; the sum over the widths of `matryoshka`, too (arXiv 2205.13147)."""
     loss = _guided(encoder, recipe, gather) if recipe.guide else _infonce(encoder, recipe, gather)
     if recipe.matryoshka:
         return MatryoshkaLoss(encoder, loss, [*recipe.matryoshka, cast(int, encoder.get_embedding_dimension())])
@@ -237,9 +259,11 @@ def _loss(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.n
 
 
 def _guided(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torch.nn.Module:
-    """InfoNCE without likely false negatives (GISTEmbed, arXiv 2402.16829): those that the guide finds closer to the
-    query than the positive less `guide_margin`. Of its terms only query to document, so that the filter is all that
-    differs from `infonce`."""
+    """InfoNCE without likely false negatives (GISTEmbed, arXiv 2402.16829).
+
+    Dropped are documents whose cosine to the query, computed by the guide, exceeds the positive's less `guide_margin`.
+    Of GISTEmbed's terms only query to document is used, so that the filter is all that differs from `infonce`.
+    """
     guide = SentenceTransformer(recipe.guide, device=str(encoder.device)).eval().requires_grad_(False)
     options: dict[str, Any] = {
         "temperature": recipe.temperature,
@@ -267,10 +291,10 @@ def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torc
 
 
 class _OneForward(MultipleNegativesRankingLoss):
-    """sentence-transformers' loss over one forward of all columns.
+    """sentence-transformers' loss over one forward pass of all columns.
 
-    It keeps the queries apart itself, because padded to the documents' length they would cost as much. Without padding
-    they do not, and one forward of all texts is cheaper than two.
+    Its own runs the queries separately, because padded to the length of the documents they would cost as much. Without
+    padding they do not, and one forward pass over all texts is cheaper than two.
     """
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: torch.Tensor) -> torch.Tensor:
@@ -286,6 +310,6 @@ def _prompts(recipe: Recipe, columns: list[str]) -> dict[str, str] | None:
 
 
 def _logged(folder: Path) -> dict[int, float]:
-    """The losses up to a checkpoint, from the trainer's own state."""
+    """The losses up to a checkpoint, from the trainer's own record."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}

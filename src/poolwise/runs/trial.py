@@ -42,8 +42,9 @@ from poolwise.study.recipe import Recipe
 from poolwise.study.study import content_hash
 from poolwise.verdicts.controls import RUNGS
 
-Progress = Callable[[str, float], None]
-"""Called with the stage (`train`, `score`) and its done share, 0 to 1."""
+Progress = Callable[[str, float, dict[str, Any]], None]
+"""Called with the stage (`train`, `score`), the share of it that is done, 0 to 1, and details: `step`, `steps`, `loss`
+and `seconds_left` (of the training; None while unknown), or `task`."""
 STALE_SECONDS = 6 * 3600
 """Age from which an unfinished file of frozen states is taken for a killed run's, and not for another trial's."""
 SMALLEST_FREE = 1 << 20
@@ -56,7 +57,7 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
     Raises TrainingError (also for a full disk), ModelError, TaskError or CheckpointError; the reason is also written to
     `failed.json`.
     """
-    report = progress or (lambda stage, share: None)
+    report = progress or (lambda stage, share, details: None)
     if _is_done(trial, prepared, folder):
         return
     try:
@@ -223,7 +224,9 @@ def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, fo
         layout.training(folder),
         seed=trial.seed,
         milestones=trial.steps,
-        progress=lambda step, loss: report("train", step / recipe.steps),
+        progress=lambda step, loss, left: report(
+            "train", step / recipe.steps, {"step": step, "steps": recipe.steps, "loss": loss, "seconds_left": left}
+        ),
         stop_at_chance=trial.role == "design",  # a control arm is allowed to learn nothing
         designs=prepared.study.designs,
     )
@@ -260,7 +263,7 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
         layout.write_scores(layout.score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
 
     for done, task in enumerate(missing):
-        report("score", done / len(missing))
+        report("score", done / len(missing), {"task": task.name})
         scored = references.Kept(model) if shares else model
         if _unread(folder, layout.scored_at(step), task):
             write(layout.scored_at(step), task, evaluate(scored, [task], identity=identity, prompts=prompts))
@@ -310,11 +313,12 @@ def ended_by_memory(error: BaseException) -> bool:
     """Whether a GPU ran out of memory; also if a library wrapped the error in one of its own."""
     return any(
         isinstance(cause, torch.OutOfMemoryError) or "CUDA out of memory" in str(cause) or "ALLOC_FAILED" in str(cause)
-        for cause in _causes(error)
+        for cause in causes(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those behind it: libraries and the scoring of tasks wrap what they catch."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -322,7 +326,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
     """Whether a write failed for lack of space; torch says only that it failed, so the disk is asked, too."""
-    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in _causes(error)):
+    if any(getattr(cause, "errno", None) == errno.ENOSPC or "No space left" in str(cause) for cause in causes(error)):
         return True
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free < SMALLEST_FREE

@@ -31,7 +31,7 @@ from poolwise.errors import PoolwiseError
 from poolwise.runs import costs, layout
 from poolwise.runs.prepare import Prepared, Trial, load, prepare, save
 from poolwise.runs.schedule import Ending, Setting
-from poolwise.runs.trial import ended_by_memory, is_trained, reason_of, run_trial
+from poolwise.runs.trial import causes, ended_by_memory, is_trained, reason_of, run_trial
 
 
 def _enter(setting: Setting, **variables: str) -> None:
@@ -90,6 +90,8 @@ def survey(setting: Setting, answer: Connection) -> None:
 
 def gpus_here() -> list[tuple[str, int, int]] | str:
     """(product, total bytes, free bytes) of each GPU that this process can use; if it cannot use one, why, in words."""
+    if torch.cuda._is_in_bad_fork():  # CUDA would just say that there is no GPU, and the study would run without
+        return "this process was forked from one that had asked CUDA for devices"
     try:
         found = []
         for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -130,7 +132,9 @@ def work(setting: Setting, orders: Connection, gpu: str | None) -> None:
             except Exception as error:
                 if not isinstance(error, PoolwiseError):
                     traceback.print_exc()
-                ending = Ending("memory" if ended_by_memory(error) else "failed", reason_of(error, folder))
+                kind = "memory" if ended_by_memory(error) else "failed"
+                expected = all(isinstance(cause, PoolwiseError) for cause in causes(error))
+                ending = Ending(kind, reason_of(error, folder), sound=expected)
         send("ended", ending)
 
 
@@ -144,8 +148,8 @@ def restored_state() -> Iterator[None]:
     """A trial's process: seeded at the start; at the end all that a trial may change is as it was.
 
     That is the environment, the working directory, random generators, torch's defaults and global hooks, logging,
-    warnings, experiment trackers and memory; the trainer resets accelerate's shared state itself. What a user's own
-    pooling keeps in a variable of its module stays.
+    warnings, experiment trackers, compiled code and memory; the trainer resets accelerate's shared state itself. What a
+    user's own pooling keeps in a variable of its module stays.
     """
     environment, place = dict(os.environ), os.getcwd()
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
@@ -179,6 +183,10 @@ def restored_state() -> Iterator[None]:
             if tracker in sys.modules:
                 with contextlib.suppress(Exception):
                     sys.modules[tracker].finish()
+        if "torch._dynamo" in sys.modules:
+            # Compiled code is kept by the function it was made from, a few variants of each: after some trials nothing
+            # more would be compiled.
+            torch.compiler.reset()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
