@@ -193,7 +193,7 @@ def _steps(encoder: SentenceTransformer, recipe: Recipe, dataset: Dataset, folde
     """Seconds of each step of our own trainer, the first of which warms up and is left out."""
     times = [wall()]
     result = trainer.train(
-        encoder, recipe, dataset, folder, seed=0, progress=lambda step, loss: times.append(wall()), stop_at_chance=False
+        encoder, recipe, dataset, folder, seed=0, progress=lambda *_: times.append(wall()), stop_at_chance=False
     )
     report(json.dumps({key: value for key, value in result.items() if key != "losses"}))
     assert all(np.isfinite(list(result["losses"].values()))), "a loss is not finite"
@@ -345,7 +345,7 @@ def traces(job: Job) -> Figures:
     dataset, lengths = _pairs(job.corpus, job.sizes.pairs * 6)
     recipe, trace = _recipe(job.corpus, job.sizes.pairs, 6), Trace(job)
 
-    def progress(step: int, loss: float) -> None:
+    def progress(step: int, *_: float) -> None:
         if step == 3:
             trace.start()
         elif step == 5:

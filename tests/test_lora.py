@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(bases: dict[str, str], tmp_pat
         bases["llama"], steps=6, batch_size=4, save_steps=2, lora=Lora(rank=4, dropout=0.3), learning_rate=1e-2
     )
 
-    def kill(step: int, loss: float) -> None:
+    def kill(step: int, *_: float) -> None:
         if step == 3:
             raise KilledError
 
