@@ -17,9 +17,8 @@ from typing import Any
 
 from transformers import MistralConfig, Qwen2Config
 
-from poolwise.pooling.cost import head_cost, resolve_args
+from poolwise.pooling.cost import LENGTHS, base_costs, head_cost, resolve_args
 from poolwise.reports.words import magnitude
-from poolwise.runs.costs import LENGTHS, base_costs
 from poolwise.study.catalogue import POOLINGS, PRESETS, REFERENCES
 from poolwise.study.pooling_spec import Arg, PoolingSpec
 from poolwise.study.study import Study

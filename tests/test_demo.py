@@ -20,9 +20,8 @@ from scipy.stats import spearmanr
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from poolwise import demo
-from poolwise.demo.grammar import FUNCTION_WORDS, TOPICS, WORDS, generator, sentence
+from poolwise.demo.grammar import FACT, FUNCTION_WORDS, TOPICS, WORDS, generator, sentence
 from poolwise.demo.mechanisms import MECHANISMS
-from poolwise.demo.templates import FACT
 from poolwise.errors import TaskError
 
 BOUND = ("roles", "negation", "number", "swap", "context", "tail")  # same words, bound differently

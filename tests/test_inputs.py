@@ -16,8 +16,7 @@ from poolwise.model.base import FORMS, special_frame, write
 from poolwise.model.checkpoint import export, load_exported
 from poolwise.model.encoder import build
 from poolwise.model.packing import joined
-from poolwise.pooling.cost import base_flops
-from poolwise.runs.costs import base_costs
+from poolwise.pooling.cost import base_costs, base_flops
 from poolwise.runs.train import train
 from poolwise.study.catalogue import PRESETS, TEMPLATES, read_tokens
 from poolwise.study.design import Design

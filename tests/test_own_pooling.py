@@ -25,7 +25,7 @@ from poolwise.pooling.poolings import module_class
 from poolwise.runs.train import train
 from poolwise.study.catalogue import OWN, POOLINGS
 from poolwise.study.design import Design
-from poolwise.study.own_pooling import register_own
+from poolwise.study.pooling_spec import register_own
 from poolwise.study.study import Study
 from test_laws import TEXTS, pairs, recipe
 from tiny import tiny_config, tiny_folder

@@ -25,7 +25,7 @@ from poolwise.errors import PoolwiseError, TaskError
 from poolwise.runs import engine, prepare, schedule, worker
 from poolwise.runs import run as runner
 from poolwise.runs.schedule import Gpu
-from poolwise.study.catalogue import OWN
+from poolwise.study.pooling_spec import OWN
 from poolwise.study.study import Study
 from small_study import M1, run, scores, state, weights, write
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from poolwise import demo
 from poolwise.errors import CheckpointError, StatisticsError
 from poolwise.reports.pages import render
-from poolwise.runs import costs, layout, looks
+from poolwise.runs import layout, looks
 from poolwise.runs.run import results, started, trials, tuned_results
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
-from poolwise.verdicts.costs import equal_budgets
+from poolwise.verdicts.costs import equal_budgets, mean_costs
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.items import Paired
 from poolwise.verdicts.items import compare_items as compare_on_items
@@ -128,7 +128,7 @@ def _study_findings(
     over = " over all its base models" if one_of_several else ""
     other = f"Exploratory: the study declares contrasts with {study.baseline} by task type{over}."
     comparison = looks.compared(study, frame, at, baseline, by, missing, "" if declared else other, **run_effect)
-    rows = costs.mean_costs(study)
+    rows = mean_costs(layout.stored_costs(study), study.baseline)
     taken = looks.plan(study).looks if declared else ()
     findings = Findings.of(
         comparison,
@@ -137,9 +137,14 @@ def _study_findings(
         budgets=equal_budgets(comparison, looks.visible(frame, at), rows),
         plan=" ".join(text for text in (at.note, looks.earlier(taken, at)) if text),
         looks=taken,
-        notes=comparison.notes if rows else (*comparison.notes, costs.missing(study)),
+        notes=comparison.notes if rows else (*comparison.notes, _costs_missing(study)),
     )
     return findings if one_of_several else _with_tuning(study, findings)
+
+
+def _costs_missing(study: Study) -> str:
+    path = study.folder / layout.COSTS
+    return f"Costs are unknown: {path} is missing or does not cover every design; `poolwise run` writes it."
 
 
 def _on_base(study: Study | None, rows: pl.DataFrame, pooled: Findings, missing: str) -> Findings:

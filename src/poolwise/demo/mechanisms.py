@@ -9,6 +9,14 @@ from random import Random
 from typing import Any
 
 from poolwise.demo.grammar import (
+    CONTEXT,
+    FACT,
+    NEGATION,
+    NUMBER,
+    ROLES,
+    SWAP,
+    TAIL,
+    TOPIC,
     TOPICS,
     Group,
     Picker,
@@ -21,7 +29,6 @@ from poolwise.demo.grammar import (
     unique,
     write,
 )
-from poolwise.demo.templates import CONTEXT, FACT, NEGATION, NUMBER, ROLES, SWAP, TAIL, TOPIC
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from poolwise.model.base import base_path
 from poolwise.model.encoder import STANDARD, PoolingHead, build
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
-from poolwise.study.own_pooling import allowing_code, find_own, is_own
+from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
 
 RUN_FILE = "run.json"

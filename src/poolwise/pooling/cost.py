@@ -28,9 +28,11 @@ from poolwise.errors import ModelError, StudyError
 from poolwise.pooling.folding import Shape
 from poolwise.pooling.heads import CrossAttentionHead, FeedForwardHead
 from poolwise.pooling.poolings import module_class
-from poolwise.study.catalogue import indivisible, spec_of
+from poolwise.study.catalogue import indivisible, read_tokens, spec_of
 from poolwise.study.pooling_spec import AUTO, Cost
-from poolwise.study.recipe import Recipe
+from poolwise.study.recipe import Lora, Recipe
+from poolwise.study.study import Study
+from poolwise.verdicts.costs import PRICED_TOKENS
 
 SHARE = 0.05
 """A head with automatic latents takes less than this share of the base's FLOPs …"""
@@ -38,6 +40,8 @@ SHARE_TOKENS = 32
 """… on texts of this many tokens."""
 LATENTS = (4, 8, 16, 32, 64)
 """The automatic numbers of latents."""
+LENGTHS = (32, PRICED_TOKENS, 512)
+"""Text lengths in tokens at which FLOPs are given."""
 
 
 def skeleton(config: Any) -> PreTrainedModel:
@@ -211,3 +215,43 @@ def _head_sizes(heads: int | str, head_dim: int | str, config: Any) -> tuple[int
     if misfit := indivisible(name, given, width, f"give {other} too, or "):
         raise StudyError([f"pooling_args.{name} = {given}: {misfit}"])
     return (given, width // given) if name == "heads" else (width // given, given)
+
+
+def base_costs(study: Study, config: Any) -> list[dict[str, Any]]:
+    """One row per design on one base model, whose transformers configuration is `config`.
+
+    A row holds the parameters of base and head (`base_parameters`, `head_parameters`) and those that are trained
+    (`tuned_base_parameters`, `trainable_parameters`), the forward FLOPs of one text at each of `LENGTHS`
+    (`base_flops_32`, `head_flops_32`, …; a multiply-add counts as two), and the two prices by which designs are
+    compared: `encode_flops` of one text and `training_flops` of one whole training, both at `PRICED_TOKENS` tokens per
+    text.
+    """
+    recipe, layers = study.recipe, config.get_text_config().num_hidden_layers
+    base = base_parameters(config)
+    tuned = base if recipe.lora == "full" else 0
+    if isinstance(recipe.lora, Lora):
+        tuned = lora_parameters(config, recipe.lora.rank, recipe.lora.target)
+    texts = recipe.steps * recipe.batch_size * (2 + recipe.negatives)
+    rows = []
+    for design in study.designs:
+        arguments = resolve_args(design.pooling, design.pooling_args, config)
+        read = design.spec.layers_read(arguments, layers)  # the layers above are not trained
+        row: dict[str, Any] = {
+            "design": design.name,
+            "base": recipe.base_model,
+            "attention": design.attention,
+            "pooling": design.pooling,
+            "pooling_args": arguments,
+            "base_parameters": base,
+            "tuned_base_parameters": tuned * read // layers,
+            "head_parameters": head_parameters(design.pooling, arguments, config),
+        }
+        row["trainable_parameters"] = row["tuned_base_parameters"] + row["head_parameters"]
+        for tokens in LENGTHS:
+            row[f"base_flops_{tokens}"] = base_flops(config, read_tokens(design.template, tokens))
+            row[f"head_flops_{tokens}"] = head_flops(design.pooling, arguments, config, tokens)
+        forward = row[f"base_flops_{PRICED_TOKENS}"], row[f"head_flops_{PRICED_TOKENS}"]
+        row["encode_flops"] = sum(forward)
+        row["training_flops"] = texts * training_flops(*forward, recipe, read / layers)
+        rows.append(row)
+    return rows

@@ -29,8 +29,7 @@ from poolwise.pooling.cost import head_cost
 from poolwise.pooling.heads import Pooling
 from poolwise.pooling.poolings import module_class
 from poolwise.study.catalogue import POOLINGS, spec_of
-from poolwise.study.own_pooling import register_own
-from poolwise.study.pooling_spec import AUTO
+from poolwise.study.pooling_spec import AUTO, register_own
 
 WIDTH, LAYERS, TOKENS, TEXTS = 16, 3, 7, 6
 SIZES = {"latents": 4, "heads": 2, "head_dim": 8}

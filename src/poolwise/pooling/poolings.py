@@ -22,7 +22,7 @@ from poolwise.pooling.heads import (
     weighted_mean,
 )
 from poolwise.study.catalogue import spec_of
-from poolwise.study.own_pooling import find_own, is_own
+from poolwise.study.pooling_spec import find_own, is_own
 
 __all__ = ["CrossAttention", "LastTokenFFN", "LayerCrossAttention", "MeanFFN", "module_class"]
 

@@ -12,7 +12,7 @@ from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
 from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
-from poolwise.runs.costs import base_costs
+from poolwise.pooling.cost import base_costs
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
 from poolwise.stats.exact import min_reachable_p
 from poolwise.study.pooling_spec import AUTO
@@ -27,7 +27,7 @@ def check(study: Study) -> dict[str, Any]:
     """Validate a study against its base model and tasks, without training anything.
 
     Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, and the rows of
-    `runs.costs.base_costs`), `trials`, `effective_negatives`, `tasks` by type with the smallest two-sided p that a
+    `pooling.cost.base_costs`), `trials`, `effective_negatives`, `tasks` by type with the smallest two-sided p that a
     Wilcoxon test over them can reach, before and after Holm's first step, `mechanisms` (the built-in tasks, which are
     compared over seeds × items rather than over tasks), `training_flops` of all trainings together (evaluation not
     counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design),

@@ -28,11 +28,12 @@ Every file is written whole or not at all, so that a run which was killed contin
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.files import atomic_path, safe_name
-from poolwise.study.study import content_hash
+from poolwise.study.study import Study, content_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -179,3 +180,16 @@ def read_scores(path: Path) -> pa.Table | None:
         return pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowException):
         return None
+
+
+def stored_costs(study: Study, folder: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of `poolwise.pooling.cost.base_costs` of the study's designs and base models, as a run stored them.
+
+    folder: that of the study's runs. Empty if the file or one of the rows is missing.
+    """
+    try:
+        rows = json.loads(((folder or study.folder) / COSTS).read_text(encoding="utf-8"))
+        known = {(row["base"], row["design"]): row for row in rows}
+        return [known[name, design.name] for name in study.bases for design in study.designs]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -21,7 +21,7 @@ from poolwise.data.pairs import REMOVED, Pairs, decontaminate, load_pairs
 from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
-from poolwise.files import safe_name, write_json
+from poolwise.files import safe_name, write_atomic, write_json
 from poolwise.model.attention import check_window, set_attention, verify
 from poolwise.model.base import (
     base_identity,
@@ -33,7 +33,8 @@ from poolwise.model.base import (
     load_config,
 )
 from poolwise.model.packing import choose
-from poolwise.pooling.cost import base_parameters, resolve_args
+from poolwise.pooling.cost import base_costs, base_parameters, resolve_args
+from poolwise.runs import layout
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study, content_hash
@@ -308,3 +309,14 @@ def check_tuning(study: Study) -> list[Task]:
             [f"tuning.tasks: {', '.join(both)} would be reported too; tune on tasks that are not in `tasks`"]
         )
     return development
+
+
+def compute_costs(study: Study) -> list[dict[str, Any]]:
+    """The rows of `base_costs` for every base model of a study. Raises ModelError if one cannot be found."""
+    return [row for name in study.bases for row in base_costs(study.on_base(name), base_config(study.on_base(name))[1])]
+
+
+def store_costs(study: Study, folder: Path) -> None:
+    """Write the rows into `folder`, that of the study's runs, unless those of all its designs are there already."""
+    if not layout.stored_costs(study, folder):
+        write_atomic(folder / layout.COSTS, json.dumps(compute_costs(study), indent=1) + "\n")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError
 from poolwise.files import atomic_path, write_json
-from poolwise.runs import costs, layout, looks
+from poolwise.runs import layout, looks
 from poolwise.runs.engine import Event, run_local
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study
@@ -376,7 +376,9 @@ def _part(study: Study, base: str, setting: Setting, arm: str, designs: tuple[De
 
 def _headless(study: Study) -> set[tuple[str, str]]:
     """(base model, design) without a trainable pooling."""
-    rows = costs.stored(study) or costs.compute(study)
+    from poolwise.runs.prepare import compute_costs
+
+    rows = layout.stored_costs(study) or compute_costs(study)
     return {(row["base"], row["design"]) for row in rows if not row["head_parameters"]}
 
 

@@ -28,8 +28,8 @@ import torch
 import transformers
 
 from poolwise.errors import PoolwiseError
-from poolwise.runs import costs, layout
-from poolwise.runs.prepare import Prepared, Trial, load, prepare, save
+from poolwise.runs import layout
+from poolwise.runs.prepare import Prepared, Trial, load, prepare, save, store_costs
 from poolwise.runs.schedule import Ending, Setting
 from poolwise.runs.trial import causes, ended_by_memory, is_trained, reason_of, run_trial
 
@@ -62,7 +62,7 @@ def prepare_study(setting: Setting, events: Connection) -> None:
     _enter(setting)
     try:
         prepared = prepare(setting.study)
-        costs.store(setting.study, setting.folder)
+        store_costs(setting.study, setting.folder)
         save(prepared, setting.prepared)
     except PoolwiseError as error:
         events.send(("error", str(error)))

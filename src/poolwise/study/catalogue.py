@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from poolwise.errors import StudyError, suggest
-from poolwise.study.pooling_spec import AUTO, Arg, Cost, PoolingSpec
+from poolwise.study.pooling_spec import AUTO, OWN, Arg, Cost, PoolingSpec
 
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_last_N", "prefix", "causal_prefix")
 """Attention modes; `poolwise.model.attention` implements them. N: a number of layers, from 1."""
@@ -248,8 +248,6 @@ POOLINGS: dict[str, PoolingSpec] = {
     )
 }  # fmt: skip
 """Name -> declaration of our poolings."""
-OWN: dict[str, PoolingSpec] = {}
-"""`module:Class` -> declaration of the users' poolings that this process has imported; see `study.own_pooling`."""
 
 
 def spec_of(pooling: str) -> PoolingSpec:

@@ -12,8 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from poolwise.errors import StudyError, explain, suggest
 from poolwise.study.catalogue import ALIASES, ATTENTIONS, OWN, POOLINGS, PRESETS, is_attention, spec_of
-from poolwise.study.own_pooling import code_hash, find_own, is_own, register_own
-from poolwise.study.pooling_spec import Arg, PoolingSpec
+from poolwise.study.pooling_spec import Arg, PoolingSpec, code_hash, find_own, is_own, register_own
 from poolwise.study.recipe import Strict
 
 

@@ -20,7 +20,7 @@ from poolwise.errors import StudyError, explain, suggest
 from poolwise.files import safe_name
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import Design, expand
-from poolwise.study.own_pooling import allowing_code, find_own, is_own
+from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
 
 

@@ -1,7 +1,7 @@
 """Quality and cost: contrasts of designs at equal cost, and the front of mean score over encode cost.
 
-Costs arrive as rows, one for each design (made by `poolwise.runs.costs`): `encode_flops`, the forward pass of base and
-head over a text of `PRICED_TOKENS` tokens, and `training_flops`, the FLOPs of one whole training.
+Costs arrive as rows, one for each design (made by `poolwise.pooling.cost.base_costs`): `encode_flops`, the forward pass
+of base and head over a text of `PRICED_TOKENS` tokens, and `training_flops`, the FLOPs of one whole training.
 """
 
 from __future__ import annotations
@@ -232,3 +232,17 @@ def fronts(comparison: Comparison, costs: Mapping[str, float]) -> dict[str, tupl
             rows.append(Point(design, costs[design], arm.mean, low, high, front))
         points[group] = tuple(rows)
     return points
+
+
+def mean_costs(rows: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+    """One row per design, averaged over the base models, with `relative_cost`: its encode cost over the baseline's."""
+    by_design: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_design.setdefault(row["design"], []).append(row)
+    means = []
+    for mine in by_design.values():
+        numbers = [key for key, value in mine[0].items() if type(value) is int]
+        mean = {key: sum(row[key] for row in mine) / len(mine) for key in numbers} if len(mine) > 1 else {}
+        means.append({**mine[0], **mean})
+    base = next((row["encode_flops"] for row in means if row["design"] == baseline), None)
+    return [{**row, "relative_cost": row["encode_flops"] / base} for row in means if base]
