@@ -251,8 +251,6 @@ def layer_attention(study: Study) -> dict[str, Any]:
 
 def study_info(study: Study) -> dict[str, Any]:
     """What a report states about a study: base model, recipe, versions, predictions, the command that repeats it."""
-    from importlib.metadata import version
-
     packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
     return {
         "name": study.name,
@@ -260,9 +258,18 @@ def study_info(study: Study) -> dict[str, Any]:
         "recipe": study.recipe.model_dump(mode="json"),
         "fingerprint": study.fingerprint,
         "predictions": demo.predictions() if any(task.startswith("demo") for task in study.tasks) else None,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "command": f"poolwise run {study.name}.toml",
     }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
+        return "not installed"
 
 
 def evaluate(
