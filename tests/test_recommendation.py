@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from poolwise import api, stats
-from poolwise.reports.words import advice
+from poolwise.reports.secondary import advice
 from poolwise.runs.prepare import store_costs
 from poolwise.study.starters import TEMPLATES
 from poolwise.study.study import Study

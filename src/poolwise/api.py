@@ -23,19 +23,33 @@ from poolwise.verdicts.costs import equal_budgets, mean_costs
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.items import Paired
 from poolwise.verdicts.items import compare_items as compare_on_items
-from poolwise.verdicts.table import controls_of
+from poolwise.verdicts.leaderboard import Pairs, all_pairs
+from poolwise.verdicts.mteb_files import Choice
+from poolwise.verdicts.table import Scores, controls_of
+from poolwise.verdicts.trec import read_trec
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
-    """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results."""
+def scores(source: Study | str | Path, choice: Choice = Choice()) -> tuple[Study | None, Scores]:
+    """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results, and notes
+    on how it was read; of all but a study the part that `choice` names."""
     if not isinstance(source, Study) and str(source).endswith(".toml"):
         source = Study.load(source)
-    if isinstance(source, Study):
-        return source, results(source)
-    return None, readers.read(source)
+    if not isinstance(source, Study):
+        return None, readers.read(source, choice)
+    if choice != Choice():
+        raise StatisticsError(
+            "a study declares its own splits, subsets and tasks: choose among those of published results"
+        )
+    return source, Scores(results(source))
+
+
+def _missing(missing: str | None, source: Study | str | Path) -> str:
+    """What to do about gaps: by default refuse them, but published results always have some."""
+    published = not isinstance(source, Study) and Path(source).is_dir()
+    return missing or ("drop" if published else "error")
 
 
 def compare(
@@ -43,26 +57,60 @@ def compare(
     *,
     baseline: str | None = None,
     by: str = "task_type",
-    missing: str = "error",
+    missing: str | None = None,
     run_sd: float | None = None,
     run_df: float | None = None,
     base: str | None = None,
+    choice: Choice = Choice(),
 ) -> Findings:
     """Contrasts of all designs with the baseline, by task type or another column of the table.
 
     Args:
         source: a study or its file, a CSV or Parquet file of scores, or a folder of mteb results.
-        baseline, by, missing: as in `verdicts.comparison.compare`; a study declares its own baseline.
+        baseline, by, missing: as in `verdicts.comparison.compare`; a study declares its own baseline. By default gaps
+            are refused, but in a folder of mteb results the tasks that a model lacks are left out of all.
         run_sd, run_df: sd, in points, of one run's effect on a mean over such tasks, and its degrees of freedom, both
             from another study; with them single runs support a claim about designs.
         base: the base model to look at, in a study of several. Without it scores are averaged over them, and `by_base`
             and `robustness` give the result on each.
+        choice: the splits, subsets, tasks and revisions of published results to compare.
 
     Raises:
         StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
     """
-    study, frame = scores(source)
-    return _findings(study, frame, baseline, by, missing, base, _run_effect(run_sd, run_df))
+    study, read = scores(source, choice)
+    how = _missing(missing, source)
+    return _findings(study, read, baseline, by, how, base, _run_effect(run_sd, run_df))
+
+
+def compare_pairs(
+    source: Study | str | Path,
+    *,
+    by: str = "task_type",
+    missing: str | None = None,
+    base: str | None = None,
+    choice: Choice = Choice(),
+) -> Pairs:
+    """Every design against every other one, and from that the rank of each with its interval (`Pairs.places`).
+
+    Args:
+        source, by, missing, base, choice: as in `compare`.
+
+    Raises:
+        StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
+    """
+    study, read = scores(source, choice)
+    frame = robustness.chosen(read.frame, base)
+    order: Sequence[str] = ()
+    if study is not None:
+        order = [design.name for design in study.designs]
+        at = looks.state(study, looks.finished(study, frame, trials(study) if started(study) else ()))
+        if at.interim:
+            raise StatisticsError(f"{study.name}: {at.interim} Pairs are compared when all runs are done")
+        frame = looks.visible(looks.last_step(study, frame), at)
+    options = {"margin": study.margin} if study else {}
+    how = _missing(missing, source)
+    return all_pairs(frame, by, controls=controls_of(frame), missing=how, order=order, notes=read.notes, **options)
 
 
 def report(
@@ -71,6 +119,7 @@ def report(
     out: str | Path | None = None,
     baseline: str | None = None,
     command: str | None = None,
+    choice: Choice = Choice(),
 ) -> list[Path]:
     """Write `report.md`, `report.html` and `report.tex` and return their paths.
 
@@ -78,9 +127,11 @@ def report(
         source: as in `compare`.
         out: the folder to write into; by default the study's folder, or the working directory for a file of scores.
         command: the command that repeats the study, if it is not `poolwise run` of its file.
+        choice: as in `compare`.
     """
-    study, frame = scores(source)
-    findings = _findings(study, frame, baseline, "task_type", "error", None, {})
+    study, read = scores(source, choice)
+    frame = read.frame
+    findings = _findings(study, read, baseline, "task_type", _missing(None, source), None, {})
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, findings, out or Path.cwd())
@@ -96,9 +147,10 @@ def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:
 
 
 def _findings(
-    study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str, base: str | None,
+    study: Study | None, read: Scores, baseline: str | None, by: str, missing: str, base: str | None,
     run_effect: dict[str, Any],
 ) -> Findings:  # fmt: skip
+    frame = read.frame
     names = robustness.bases(frame)
     if base is not None:
         frame = robustness.chosen(frame, base)
@@ -106,7 +158,8 @@ def _findings(
     means = robustness.pooled(frame, names) if pooled else frame
     if study is None:
         controls = controls_of(means)
-        findings = Findings.of(compare_scores(means, baseline, by, controls=controls, missing=missing, **run_effect))
+        compared = compare_scores(means, baseline, by, controls=controls, missing=missing, **run_effect)
+        findings = Findings.of(compared, notes=(*read.notes, *compared.notes))
     else:
         one_of_several = base is not None and len(names) > 1
         findings = _study_findings(study, means, baseline, by, missing, one_of_several, run_effect)
@@ -201,8 +254,8 @@ def compare_items(
     Raises:
         StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
     """
-    study, frame = scores(source)
-    frame = robustness.chosen(frame, base)
+    study, read = scores(source)
+    frame = robustness.chosen(read.frame, base)
     if study is not None:
         frame = looks.last_step(study, frame)
         baseline = baseline or study.baseline
@@ -222,14 +275,20 @@ def compare_runs(
     baseline: str | None = None,
     seed: int = 0,
 ) -> tuple[Paired, ...]:
-    """Compare TREC runs query by query, the first one being the baseline; files are read as in `readers.read_trec`.
+    """Compare TREC runs query by query, the first one being the baseline; files are read as in `trec.read_trec`.
 
-    As in pytrec_eval, only queries that a run contains are evaluated: a judged query that one run lacks is left out of
-    all. The note lists such queries and the difference that a score of 0 for them (trec_eval's `-c`) would make.
+    As in pytrec_eval, only queries that a run contains are evaluated: a pair of runs is compared on the judged queries
+    that both have. The note lists the others and the difference that a score of 0 for them (trec_eval's `-c`) would
+    make, and what had to be decided in reading the two runs.
     """
     name = task or Path(qrels).stem
-    frame = readers.read_trec(runs, qrels, metric, name)
-    return compare_on_items(frame, name, design=design, baseline=baseline, missing="drop", seed=seed)
+    scored = read_trec(runs, qrels, metric, name)
+    lines = compare_on_items(scored.frame, name, design=design, baseline=baseline, missing="drop", seed=seed)
+    of = scored.by_design
+    return tuple(
+        replace(line, note="; ".join([*filter(None, [line.note]), *scored.notes, *of[line.baseline], *of[line.design]]))
+        for line in lines
+    )
 
 
 def layer_attention(study: Study) -> dict[str, Any]:

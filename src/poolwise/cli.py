@@ -30,6 +30,20 @@ Sources = Annotated[
     list[str],
     typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
 ]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this split of published scores; repeat for more (default: each task's evaluation split)."),
+]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this subset, such as a language; repeat for more (default: all, averaged)."),
+]
+Benchmark = Annotated[
+    str | None, typer.Option(help="Keep the tasks, splits and subsets of a benchmark, such as 'MTEB(eng, v2)'.")
+]
+Revisions = Annotated[
+    str, typer.Option(help="Of several revisions of a model in mteb results: newest, or runs (each is a run).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Dtype = Annotated[
     str | None,
@@ -174,7 +188,10 @@ def compare(
     sources: Sources,
     baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
-    missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
+    missing: Annotated[
+        str | None,
+        typer.Option(help="error, or drop: leave out tasks that a design lacks (default: drop for mteb results)."),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Compare on the items of this task.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them query by query.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the items; ndcg_at_10 for runs by default.")] = None,
@@ -182,22 +199,44 @@ def compare(
     run_sd: Annotated[float | None, typer.Option(help="Sd of a run's effect, from another study, in points.")] = None,
     run_df: Annotated[float | None, typer.Option(help="Degrees of freedom behind --run-sd.")] = None,
     base: Annotated[str | None, typer.Option(help="Show only this base model, in a study of several.")] = None,
+    split: Split = None,
+    subset: Subset = None,
+    benchmark: Benchmark = None,
+    revisions: Revisions = "newest",
+    pairs: Annotated[bool, typer.Option("--all-pairs", help="Compare every two designs; Holm over all pairs.")] = False,
+    leaderboard: Annotated[
+        bool, typer.Option("--leaderboard", help="Rank the designs, with rank intervals and groups not told apart.")
+    ] = False,
+    details: Annotated[bool, typer.Option("--details", help="List every case behind the notes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
     if task or qrels:
         names = {"task": task, "design": design, "baseline": baseline}
-        _compare_items(sources, as_json, missing, qrels, metric, base, **names)
+        _compare_items(sources, as_json, missing or "error", qrels, metric, base, **names)
         return
     if metric or design:
         raise PoolwiseError("--metric and --design compare items: name their task with --task")
+    choice = _choice(split, subset, benchmark, revisions)
+    if pairs or leaderboard:
+        if baseline or run_sd is not None or run_df is not None:
+            raise PoolwiseError(
+                "--all-pairs and --leaderboard have no baseline and take no run effect of another study"
+            )
+        from poolwise.api import compare_pairs
+        from poolwise.screen import show_pairs
+
+        every = compare_pairs(_only(sources), by=by, missing=missing, base=base, choice=choice)
+        print(json.dumps(every.to_json(), indent=1)) if as_json else show_pairs(every, leaderboard, details)
+        return
     from poolwise.api import compare as compare_source
     from poolwise.screen import show_findings
 
     findings = compare_source(
-        _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
+        _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base,
+        choice=choice,
     )  # fmt: skip
-    print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings)
+    print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings, details)
 
 
 @app.command()
@@ -205,11 +244,16 @@ def report(
     source: Source,
     to: Annotated[Path | None, typer.Option(help="Folder to write into; for a study, its own by default.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
+    split: Split = None,
+    subset: Subset = None,
+    benchmark: Benchmark = None,
+    revisions: Revisions = "newest",
 ) -> None:
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
-    for path in write_report(source, out=to, baseline=baseline):
+    choice = _choice(split, subset, benchmark, revisions)
+    for path in write_report(source, out=to, baseline=baseline, choice=choice):
         print(path)
 
 
@@ -365,6 +409,12 @@ def _compare_items(
     else:
         lines = compare_items(_only(sources), metric=metric, missing=missing, base=base, **names)
     print(json.dumps(to_json(lines), indent=1)) if as_json else show_paired(lines)
+
+
+def _choice(split: list[str] | None, subset: list[str] | None, benchmark: str | None, revisions: str) -> Any:
+    from poolwise.verdicts.mteb_files import Choice
+
+    return Choice(tuple(subset or ()), tuple(split or ()), benchmark, revisions)
 
 
 def _only(sources: list[str]) -> str:

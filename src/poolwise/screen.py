@@ -22,7 +22,6 @@ from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import (
-    advice,
     count,
     designs,
     interval,
@@ -30,7 +29,6 @@ from poolwise.reports.words import (
     overall_sentence,
     points,
     probability,
-    recommended,
     summary,
 )
 from poolwise.runs import layout
@@ -39,6 +37,8 @@ from poolwise.runs.run import run, shared_work
 from poolwise.study.study import Study
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.items import Paired
+from poolwise.verdicts.leaderboard import Pairs
+from poolwise.verdicts.table import Note
 
 PIPE_WIDTH = 140
 WIDEST_STATE = 11  # letters of the widest cell of the grid, so that the live table does not change its width
@@ -323,13 +323,14 @@ def show_paired(pairs: Sequence[Paired]) -> None:
     """Print `poolwise compare --task` or `--qrels`: differences in points, each with its scope and its note."""
     body = tuple(
         (
-            pair.task, pair.metric, pair.design, pair.baseline, points(pair.difference, sign=True),
-            interval(pair.ci_low, pair.ci_high), f"{pair.n:,}", probability(pair.p_value), probability(pair.p_holm),
-            pair.test,
+            pair.task, pair.metric, pair.design, pair.baseline, points(pair.score), points(pair.baseline_score),
+            points(pair.difference, sign=True), interval(pair.ci_low, pair.ci_high), f"{pair.n:,}",
+            probability(pair.p_value), probability(pair.p_holm), pair.test,
         )
         for pair in pairs
     )  # fmt: skip
-    columns = ("task", "metric", "design", "baseline", "difference", "95 % interval", "n", "p", "Holm p", "test")
+    columns = ("task", "metric", "design", "baseline", "score", "baseline's", "difference", "95 % interval", "n", "p",
+               "Holm p", "test")  # fmt: skip
     console = terminal()
     print_table(console, Table("", columns, (("", body),), text=4))
     for pair in pairs:
@@ -361,8 +362,29 @@ def show_probe(name: str, probe: Mapping[str, Any]) -> None:
             console.print("   ".join(cells), highlight=False)
 
 
-def show_findings(findings: Findings) -> None:
-    """Print a comparison: warnings, the answer, recommendations, the tables, sentences on other analyses, notes."""
+def show_pairs(pairs: Pairs, leaderboard: bool, details: bool = False) -> None:
+    """Print every pair of designs, or their leaderboard; with `details` the cases behind each note."""
+    console = terminal()
+    print_table(console, secondary.leaderboard(pairs) if leaderboard else secondary.all_pairs(pairs))
+    print_notes(console, pairs.notes, details)
+
+
+def print_notes(console: Console, notes: Sequence[str], details: bool) -> None:
+    """A line for each note, and with `details` the cases behind it."""
+    hidden = False
+    for note in notes:
+        console.print(Text(note, "yellow"))
+        cases = note.cases if isinstance(note, Note) else ()
+        hidden = hidden or (bool(cases) and not details)
+        for case in cases if details else ():
+            console.print(Text(f"  - {case}", "dim"), soft_wrap=True)
+    if hidden:
+        console.print(Text("--details lists every case behind these notes.", "dim"))
+
+
+def show_findings(findings: Findings, details: bool = False) -> None:
+    """Print a comparison: warnings, the answer, recommendations, the tables, sentences on other analyses, notes; with
+    `details` the cases behind each note."""
     console = terminal()
     for warning in (*pages.warnings(findings), *analyses.alarms(findings)):
         console.print(Text(warning, "bold yellow"))
@@ -373,8 +395,8 @@ def show_findings(findings: Findings) -> None:
     for contrast in findings.overall:
         console.print(Text(overall_sentence(findings, contrast)))
     groups: dict[str, list[str]] = {}
-    for recommendation in recommended(findings):
-        groups.setdefault(advice(findings, recommendation), []).append(recommendation.group)
+    for recommendation in secondary.recommended(findings):
+        groups.setdefault(secondary.advice(findings, recommendation), []).append(recommendation.group)
     for text, names in groups.items():
         console.print(Text.assemble((f"{', '.join(names)}: ", "bold"), text))
     factors = findings.factorial
@@ -399,8 +421,8 @@ def show_findings(findings: Findings) -> None:
         *analyses.control_sentences(findings),
     ):
         console.print(Text(sentence))
-    for note in (*findings.notes, *(findings.budgets.notes if findings.budgets else ()), *findings.excluded):
-        console.print(Text(note, "yellow"))
+    budgets = findings.budgets.notes if findings.budgets else ()
+    print_notes(console, (*findings.notes, *budgets, *findings.excluded), details)
 
 
 def show_end(info: Mapping[str, Any], findings: Findings) -> None:

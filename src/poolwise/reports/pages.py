@@ -17,7 +17,6 @@ from poolwise.files import write_atomic
 from poolwise.reports import analyses, plots, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.words import (
-    advice,
     answer,
     count,
     designs,
@@ -27,7 +26,6 @@ from poolwise.reports.words import (
     number,
     overall_sentence,
     points,
-    recommended,
     sentences,
     strongest,
     summary,
@@ -108,8 +106,9 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
     """The methods paragraph of a paper: which estimator, which family, which scope."""
     family = f"Holm's correction over the {count(findings.family, 'contrast')} with {findings.baseline}"
     wilcoxon = (
-        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
-        f"estimate, its exact {findings.percent} % interval and the matched-pairs rank-biserial correlation"
+        "exact two-sided Wilcoxon signed-rank tests over sources of tasks on seed-averaged scores, with the "
+        f"Hodges–Lehmann estimate, its exact {findings.percent} % interval and the matched-pairs rank-biserial "
+        "correlation"
     )
     start = opening(info, findings)
     if findings.interim:
@@ -151,7 +150,7 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
     predictions, layers = info.get("predictions"), info.get("layers") or {}
     shares = layers.get("runs", {})
     factors = findings.factorial
-    recommendations = {choice.group: advice(findings, choice) for choice in recommended(findings)}
+    recommendations = {choice.group: secondary.advice(findings, choice) for choice in secondary.recommended(findings)}
     predicted = analyses.prediction_sentences(findings, predictions)
     answers = [
         {
@@ -230,9 +229,14 @@ def _templates() -> Environment:
         """A cell of an HTML table: the ± part and the mark of a mean get their own elements."""
         text = str(escape(cell))
         text = re.sub(r"±(\S+)$", r'<span class="pm">±\1</span>', text)
-        names = {"▲": "above the baseline", "▼": "below the baseline", "≈": "equivalent to the baseline"}
+        names = {
+            "▲": "above the baseline",
+            "▼": "below the baseline",
+            "≈": "equivalent to the baseline",
+            "△": "withheld",
+        }
         return Markup(
-            re.sub(r"^([▲▼≈]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
+            re.sub(r"^([▲▼≈△]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
         )  # escaped above
 
     def glue(text: str) -> str:
@@ -249,7 +253,7 @@ def _templates() -> Environment:
         special = dict.fromkeys("&%$#_{}", r"\%s")
         special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
         special |= {"−": "$-$", "±": r"$\pm$", "∞": r"$\infty$", "×": r"$\times$", "≈": r"$\approx$", "<": "$<$"}
-        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
+        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "△": r"$\triangle$"}
         return "".join(special.get(letter, letter).replace("%s", letter) for letter in str(text))
 
     environment = Environment(

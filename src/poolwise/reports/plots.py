@@ -2,7 +2,7 @@
 
 A panel is about 340 px wide, so that a wide page sets panels side by side and a narrow one below each other, and text
 keeps its size. Colours are CSS variables of the page (light, dark, print). Every meaning of a colour is also a shape:
-filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
+filled circle better, filled square worse, diamond equivalent, hollow triangle withheld, hollow circle inconclusive.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MARKS = {  # marker, size, edge, face
     "better": ("o", 7, BETTER, BETTER),
     "worse": ("s", 6.4, WORSE, WORSE),
     "equivalent": ("D", 6, INK, PAPER),
+    "withheld": ("^", 7, INK, PAPER),
     "inconclusive": ("o", 6.6, MUTED, PAPER),
     "untested": ("o", 6.6, MUTED, PAPER),
 }

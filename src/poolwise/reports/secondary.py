@@ -1,5 +1,5 @@
-"""Secondary analyses as tables and pictures: the overall contrast, single runs under a run effect from another study,
-designs at equal cost, and the front of quality over cost."""
+"""What follows from the contrasts, in words, tables and pictures: the choice of a design, the overall contrast, single
+runs under a run effect from another study, designs at equal cost, and the front of quality over cost."""
 
 from __future__ import annotations
 
@@ -14,18 +14,73 @@ from poolwise.reports.words import (
     count,
     detectable_words,
     interval,
+    listing,
     magnitude,
     number,
+    outcome,
     points,
     probability,
+    sample_words,
     weight_words,
 )
+from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.contrasts import Row
 from poolwise.verdicts.costs import PRICED_TOKENS, TOLERANCE, TRAINING, Budget, Point
-from poolwise.verdicts.findings import Findings
+from poolwise.verdicts.findings import BETTER, Findings, Recommendation
+from poolwise.verdicts.leaderboard import Pairs, Place, word_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def recommended(findings: Findings) -> tuple[Recommendation, ...]:
+    """The recommendations to print; none if the summary states that exploratory verdicts carry none."""
+    return () if findings.exploratory else findings.recommendations
+
+
+def advice(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Which design to use for a group, why, and how far to trust that."""
+    base, design = comparison.baseline, recommendation.design
+    if recommendation.reference:
+        return (
+            f"No recommendation: every design scores below {recommendation.reference} "
+            f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
+            "design)."
+        )
+    cheapest = "the cheapest to encode of those not shown to be worse"
+    if not recommendation.judged:
+        return f"No choice of a design from this table: {_why_unjudged(comparison, recommendation.group)}."
+    if design is None:
+        return f"No choice of a design: none is shown to score above {base}, and costs are unknown."
+    if recommendation.basis == BETTER:
+        text = f"Recommended: {design}, the best of the designs that score above {base} after Holm."
+    else:
+        text = f"No design is shown to score above {base}, so cost decides: {design}, {cheapest}."
+    if recommendation.basis == BETTER and recommendation.relative_cost:
+        text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
+    if recommendation.stays is not None:
+        same = round(recommendation.stays * recommendation.folds)
+        text += (
+            f" Leaving out one source at a time gives the same choice in {same} of {recommendation.folds} folds; "
+            f"expected regret {points(recommendation.expected_regret)} points."
+        )
+    return text
+
+
+def _why_unjudged(comparison: Comparison, group: str) -> str:
+    """Why a group has no verdicts on designs to choose by, and what its checkpoints are good for."""
+    if comparison.exploratory:
+        return "its verdicts are exploratory"
+    rows = [row for row in comparison.rows if row.group == group]
+    if any(row.single for row in rows):
+        above = [row.design for row in rows if outcome(comparison, row) == "better"]
+        deploy = ""
+        if above:
+            deploy = f"; if you deploy these very checkpoints, {listing(above)} scored above {comparison.baseline}"
+        return f"its designs were run once{deploy}"
+    sources = comparison.arm(group, comparison.baseline).by_source.shape[1]
+    return f"a verdict takes {FEW_SOURCES} sources of tasks, and here {'is' if sources == 1 else 'are'} {sources}"
 
 
 def overall(comparison: Comparison) -> Table | None:
@@ -81,6 +136,52 @@ def given(comparison: Comparison) -> Table | None:
     )
     columns = ("Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Verdict")
     return Table("Designs, given a run effect", columns, body, note)
+
+
+def all_pairs(pairs: Pairs) -> Table:
+    """Every contrast of every two designs."""
+    designs = pairs.scope == "designs"
+
+    def cells(row: Row) -> Cells:
+        shown = row.verdict or row
+        return (
+            row.design, row.baseline, points(shown.difference, 2, True), interval(shown.ci_low, shown.ci_high),
+            probability(shown.p_value), probability(shown.p_holm), word_of(row, pairs.alpha),
+        )  # fmt: skip
+
+    body = sections(pairs.groups, lambda group: [cells(row) for row in pairs.rows if row.group == group])
+    claim = "for runs and tasks like these" if designs else "seeds averaged: the claims are about these checkpoints"
+    note = (
+        f"Points, design − against, tasks of a source averaged, {claim}; Holm over all {count(pairs.family, 'pair')}."
+    )
+    columns = ("Design", "Against", "Difference", "95 % interval", "p", "p Holm", "Verdict")
+    return Table("All pairs", columns, body, note, 2)
+
+
+def leaderboard(pairs: Pairs) -> Table:
+    """The designs of each group in order, with their rank intervals and the groups that are not told apart."""
+
+    def cells(place: Place) -> Cells:
+        ranks = str(place.rank_low) if place.rank_low == place.rank_high else f"{place.rank_low} to {place.rank_high}"
+        return place.design, points(place.mean), str(place.runs), ranks, place.tied
+
+    def heading(group: str) -> str:
+        rows = [row for row in pairs.rows if row.group == group]
+        apart = sum(word_of(row, pairs.alpha) in ("better", "worse") for row in rows)
+        smallest = "" if rows[0].verdict else f"; smallest reachable p {probability(rows[0].min_reachable_p)}"
+        told = f"{apart} of {count(len(rows), 'pair')} told apart"
+        return f"{group} · {sample_words(rows[0].tasks, rows[0].n)}; {told}{smallest}"
+
+    body = sections(
+        pairs.groups, lambda group: [cells(place) for place in pairs.places if place.group == group], heading
+    )
+    note = (
+        "In the order of the means over sources, ×100. Rank: 1 + the designs shown to score above it, to the number of "
+        "designs less those shown to score below it. Neighbours that share a letter are not told apart. "
+        f"Holm over all {count(pairs.family, 'pair')}, "
+        + ("for runs and tasks like these." if pairs.scope == "designs" else "about these checkpoints.")
+    )
+    return Table("Leaderboard", ("Design", "Mean", "Runs", "Rank", "Tied"), body, note)
 
 
 def equal_cost(findings: Findings) -> Table | None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poolwise.reports.words import (
+    KNOWN_RUN_EFFECTS,
+    chance,
     count,
     detectable_words,
     group_words,
@@ -22,9 +24,9 @@ from poolwise.reports.words import (
     probability,
     sample_words,
 )
-from poolwise.verdicts.arms import by_mechanism
+from poolwise.verdicts.arms import FEW_SOURCES, by_mechanism
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.contrasts import Row, Verdict
 from poolwise.verdicts.controls import RUNGS
 from poolwise.verdicts.costs import PRICED_TOKENS
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 Cells = tuple[str, ...]
 
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "inconclusive": "", "untested": ""}
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "withheld": "△", "inconclusive": "", "untested": ""}
 COST_COLUMNS = {  # key of a cost row -> heading
     "attention": "Attention",
     "pooling": "Pooling",
@@ -94,6 +96,8 @@ def means(comparison: Comparison) -> Table:
     if starred:
         note += f" ▲ above, ▼ below {comparison.baseline} after Holm"
         equivalent = f", ≈ equivalent within ±{points(comparison.margin, 1)}."
+        if any(row.verdict and row.verdict.verdict == "withheld" for row in comparison.rows):
+            equivalent = f"{equivalent[:-1]}, △ withheld for lack of sources."
         note += equivalent if comparison.scope == "designs" else " (checkpoints only)."
     heads = [
         f"{group} ({len(comparison.arm(group, comparison.baseline).whole().tasks)})" for group in comparison.groups
@@ -108,6 +112,7 @@ def means(comparison: Comparison) -> Table:
 def verdicts(comparison: Comparison) -> Table | None:
     """Contrasts of designs: random runs × random tasks, Holm over the family; None if there is no verdict."""
     judged = [(row, row.verdict) for row in comparison.rows if row.verdict]
+    new = any(verdict.better_on_new is not None for _, verdict in judged)
 
     def heading(group: str) -> str:
         first = next(v for row, v in judged if row.group == group)
@@ -118,7 +123,8 @@ def verdicts(comparison: Comparison) -> Table | None:
         lambda group: [
             (
                 row.design, points(v.difference, 2, True), interval(v.ci_low, v.ci_high), probability(v.p_value),
-                probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable), v.verdict,
+                probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable),
+                *(_new_task(v) if new else ()), v.verdict,
             )
             for row, v in judged
             if row.group == group
@@ -131,25 +137,39 @@ def verdicts(comparison: Comparison) -> Table | None:
     for row, verdict in judged:
         if verdict.note:
             unpooled.setdefault(verdict.note, []).append(f"{row.design} ({row.group})")
+    further, held = "", ""
+    if new:
+        further = (
+            " One new task: the interval for the difference on a single further task, and the chance that it is above "
+            f"{points(comparison.margin, 1)} points."
+        )
+    if any(verdict.verdict == "withheld" for _, verdict in judged):
+        held = f" Withheld: would be a verdict, but takes {FEW_SOURCES} sources of tasks."
     notes = "".join(f" Run variance not pooled, as {why}: {', '.join(who)}." for why, who in unpooled.items())
     note = (
         f"Points against {comparison.baseline}, for runs and tasks like these; Holm over "
         f"{count(comparison.family, 'contrast')}. Run effect: sd of one run. Detectable: the true difference that is "
         f"detected with 80 % power at Holm's first step. Equivalent: {comparison.inner_percent} % interval inside "
-        f"±{points(comparison.margin, 1)}.{notes}"
+        f"±{points(comparison.margin, 1)}.{further}{held}{notes}"
     )
     columns = (
         "Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Run effect", "Detectable",
-        "Verdict",
+        *(("One new task", f">{points(comparison.margin, 1)}") if new else ()), "Verdict",
     )  # fmt: skip
     return Table("Differences between designs", columns, body, note)
 
 
+def _new_task(verdict: Verdict) -> Cells:
+    if verdict.better_on_new is None:
+        return "–", "–"
+    return interval(verdict.new_task_low, verdict.new_task_high), chance(verdict.better_on_new)
+
+
 def checkpoints(comparison: Comparison) -> Table | None:
-    """Contrasts of checkpoints: exact Wilcoxon test over tasks on seed means, the usual test of the field; while runs
-    are missing only differences and wins/ties/losses."""
+    """Contrasts of checkpoints: exact Wilcoxon test over sources on seed means; while runs are missing only differences
+    and wins/ties/losses."""
     groups = [group for group in comparison.groups if comparison.interim or not comparison.of_items(group)]
-    tipping = any(row.tipping_run_sd is not None for row in comparison.rows)
+    tipping = any(row.single and row.p_value is not None for row in comparison.rows)
 
     def cells(row: Row) -> Cells:
         difference, counts = points(row.difference, 2, True), f"{row.wins}/{row.ties}/{row.losses}"
@@ -164,24 +184,30 @@ def checkpoints(comparison: Comparison) -> Table | None:
         if comparison.interim:
             return f"{group} · {count(len(comparison.arm(group, comparison.baseline).tasks), 'task')}"
         first = next(row for row in comparison.rows if row.group == group)
-        return f"{group} · {count(first.n, 'task')}, smallest reachable p {probability(first.min_reachable_p)}"
+        return (
+            f"{group} · {sample_words(first.tasks, first.n)}, smallest reachable p {probability(first.min_reachable_p)}"
+        )
 
     body = sections(groups, lambda group: [cells(row) for row in comparison.rows if row.group == group], heading)
     if not body:
         return None
     start = f"Points against {comparison.baseline}"
     if comparison.interim:
-        note = f"{start} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
+        note = f"{start} (Hodges–Lehmann over sources), seeds averaged; nothing is tested yet."
         return Table("Differences so far", ("Design", "Difference", "W/T/L"), body, note)
     note = (
-        f"{start}; seeds averaged, tasks as the sample: the claims are about these checkpoints. Hodges–Lehmann "
+        f"{start}; seeds and the tasks of a source averaged, sources as the sample: the claims are about these "
+        "checkpoints. Hodges–Lehmann "
         f"difference with exact interval, exact Wilcoxon p, Holm over {count(len(comparison.rows), 'contrast')}, "
         "matched-pairs rank-biserial effect size, wins/ties/losses."
     )
     columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if tipping:
         columns.append("Tipping point")
-        note += " Tipping point: the largest run effect at which the mean difference would still hold."
+        note += (
+            " Tipping point: the largest run effect at which the mean difference would still hold after Holm, – where "
+            f"it does not hold anyway. Runs of one design are known to vary by {KNOWN_RUN_EFFECTS}."
+        )
     return Table("Differences between checkpoints", tuple(columns), body, note)
 
 

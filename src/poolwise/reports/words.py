@@ -19,8 +19,10 @@ from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Given, Overall, Row, Verdict
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
-from poolwise.verdicts.findings import BASELINE, BETTER, Findings, Recommendation
+from poolwise.verdicts.findings import Findings
 
+KNOWN_RUN_EFFECTS = ".1 to 2 points (SmolLM2-135M: 1.4 on STS, results/smollm2-h200)"
+"""What one run's effect on a mean over tasks has been measured to be, as its standard deviation."""
 FEW_DESIGNS = 8
 """Up to this many designs are named; of more, the summary gives only how many of them differ on each group."""
 
@@ -113,7 +115,8 @@ def detectable_words(value: float) -> str:
 
 
 def outcome(comparison: Comparison, row: Row) -> str:
-    """`better`, `worse`, `equivalent`, `inconclusive` or `untested`; of the checkpoints if there is no verdict."""
+    """`better`, `worse`, `equivalent`, `withheld`, `inconclusive` or `untested`; of the checkpoints if there is no
+    verdict."""
     if row.verdict:
         return row.verdict.verdict
     if row.p_holm is None:
@@ -132,36 +135,6 @@ def strongest(comparison: Comparison, group: str) -> Row:
     return max(rows, key=lambda row: abs((row.verdict or row).difference))
 
 
-def advice(comparison: Comparison, recommendation: Recommendation) -> str:
-    """Which design to use for a group, why, and how far to trust that."""
-    base, design = comparison.baseline, recommendation.design
-    if design is None:
-        return (
-            f"No recommendation: every design scores below {recommendation.reference} "
-            f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
-            "design)."
-        )
-    cheapest = "the cheapest to encode of those not shown to be worse"
-    if not recommendation.judged:
-        why = "the baseline" if recommendation.basis == BASELINE else cheapest
-        return f"No verdict on designs is possible here; without evidence, the choice is {design}, {why}."
-    if recommendation.basis == BETTER:
-        text = f"Recommended: {design}, the best of the designs that score above {base} after Holm."
-    elif recommendation.basis == BASELINE:
-        text = f"Recommended: {base}, as no design is shown to score above it; costs are unknown."
-    else:
-        text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
-    if recommendation.basis == BETTER and recommendation.relative_cost:
-        text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
-    if recommendation.stays is not None:
-        same = round(recommendation.stays * recommendation.folds)
-        text += (
-            f" Leaving out one source at a time gives the same choice in {same} of {recommendation.folds} folds; "
-            f"expected regret {points(recommendation.expected_regret)} points."
-        )
-    return text
-
-
 def sentences(findings: Findings, base: str | None = None) -> list[str]:
     """One sentence for each contrast of the family, in the order of `findings.rows`.
 
@@ -170,7 +143,8 @@ def sentences(findings: Findings, base: str | None = None) -> list[str]:
     costs = encode_flops(findings.costs)
     prices = {design: cost / costs[findings.baseline] for design, cost in costs.items() if findings.baseline in costs}
     return [
-        f"{answer(findings, row, base)}{_power(findings, row)}{_price(row, prices.get(row.design))}"
+        f"{answer(findings, row, base)}{_power(findings, row)}{new_task_words(findings, row)}"
+        f"{_price(row, prices.get(row.design))}"
         for row in findings.rows
     ]
 
@@ -182,7 +156,8 @@ def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
     if comparison.interim:
         return (
             f"{where}, {row.design} is {above_or_below(row.difference, 1)} {row.baseline} so far "
-            f"({count(row.n, 'task')}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing, "
+            f"({sample_words(row.tasks, row.n)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are "
+            "missing, "
             "so nothing is tested."
         )
     if row.verdict:
@@ -193,11 +168,12 @@ def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
             "and no verdict on designs is possible."
         )
     if row.p_value is None:
-        task = comparison.arm(row.group, row.design).tasks[0]
+        arm = comparison.arm(row.group, row.design)
         seeds = count(min(comparison.seeds[row.design], comparison.seeds[row.baseline]), "seed")
+        what = f"task, {arm.tasks[0]}" if row.tasks == 1 else f"source, {arm.sources[0]}"
         return (
-            f"{where}, there is one task, {task}: {row.design} scores {above_or_below(row.difference, 2)} "
-            f"{row.baseline} ({seeds}{tail}). A single task leaves nothing to test over tasks."
+            f"{where}, there is one {what}: {row.design} scores {above_or_below(row.difference, 2)} "
+            f"{row.baseline} ({seeds}{tail}). A single {what.partition(',')[0]} leaves nothing to test over tasks."
         )
     given = f" {_given_claim(comparison, row, row.given)}" if row.given else ""
     return f"{where}, {_checkpoint_claim(comparison, row, tail)}{given}"
@@ -221,7 +197,38 @@ def verdict_claim(comparison: Comparison, pair: tuple[str, str], verdict: Verdic
             f"{design} and {baseline} are equivalent within ±{points(comparison.margin, 1)} points "
             f"({comparison.inner_percent} % interval {inner}; {context})."
         )
+    if verdict.verdict == "withheld":
+        return (
+            f"{design} against {baseline}: {points(verdict.difference, digits, True)} points ({span}; {context}), Holm "
+            f"p {probability(verdict.p_holm)}, {withheld_words(verdict)}."
+        )
     return f"{design} against {baseline} is inconclusive: differences from {span} points are compatible ({context})."
+
+
+def withheld_words(verdict: Verdict | Given) -> str:
+    """`withheld: 4 sources, a verdict takes 5; add one source of such tasks`."""
+    more = "one more source" if verdict.missing_sources == 1 else f"{verdict.missing_sources} more sources"
+    have = count(verdict.sources, "source")
+    return f"withheld: {have}, a verdict takes {FEW_SOURCES}; add tasks of this kind from {more}"
+
+
+def new_task_words(comparison: Comparison, row: Row) -> str:
+    """What to expect on one further task; only beside a verdict on designs over tasks."""
+    verdict = row.verdict
+    if verdict is None or verdict.better_on_new is None:
+        return ""
+    digits = decimals(verdict.new_task_low, verdict.new_task_high)
+    span = interval(verdict.new_task_low, verdict.new_task_high, digits)
+    return (
+        f" On one further task like these, expect {span} points; better by more than {points(comparison.margin, 1)} "
+        f"with a chance of {chance(verdict.better_on_new)}."
+    )
+
+
+def chance(share: float) -> str:
+    """`62 %`, `<1 %`, `>99 %`."""
+    percent = 100 * share
+    return "<1 %" if percent < 1 else ">99 %" if percent > 99 else f"{percent:.0f} %"
 
 
 def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
@@ -238,7 +245,7 @@ def _power(comparison: Comparison, row: Row) -> str:
     verdict, text = row.verdict, ""
     if verdict is None or verdict.verdict != "inconclusive":
         return ""
-    if verdict.ci_low > 0 or verdict.ci_high < 0:
+    if (verdict.ci_low > 0 or verdict.ci_high < 0) and comparison.family > 1:
         text = (
             f" The interval excludes 0, but not after Holm over {comparison.family} contrasts "
             f"(p {probability(verdict.p_holm)})."
@@ -261,7 +268,7 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     digits = decimals(row.difference, row.ci_low, row.ci_high)
     span = interval(row.ci_low, row.ci_high, digits)
     context = (
-        f"{count(row.n, 'task')}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
+        f"{sample_words(row.tasks, row.n)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
         f"Holm p {probability(row.p_holm)}, rank-biserial {number(row.effect_size)}{tail}"
     )
     why = f"These are checkpoints, not designs: {'one run each' if max(runs) == 1 else 'too few runs or sources'}."
@@ -269,11 +276,14 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
         claim = f"the checkpoint of {row.design} scores {above_or_below(row.difference, digits)} that of {row.baseline}"
         tipping = ""
         if row.tipping_run_sd:
-            tipping = f" It would hold up to a run effect of {points(row.tipping_run_sd)} points."
+            tipping = (
+                f" It would hold up to a run effect of {points(row.tipping_run_sd)} points; runs of one design are "
+                f"known to vary by {KNOWN_RUN_EFFECTS}."
+            )
         elif row.tipping_run_sd is not None:
             tipping = " The difference of the means would not hold even without a run effect."
         return f"{claim} (Hodges–Lehmann, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
-    compatible = f"{count(row.n, 'task')} rule out no size of difference"
+    compatible = f"{count(row.n, 'source')} rule out no size of difference"
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
     pair = f"the checkpoint of {row.design} against that of {row.baseline}"
@@ -287,6 +297,8 @@ def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
     df = "known exactly" if given.run_df == float("inf") else f"{given.run_df:g} df"
     start = f"Given a run effect of {points(given.run_sd)} points from another study ({df})"
     sample = f"{count(given.sources, 'source')}, 1 seed each; Holm p {probability(given.p_holm)}"
+    if given.verdict == "withheld":
+        return f"{start}, {points(given.difference, digits, True)} points ({span}; {sample}), {withheld_words(given)}."
     if given.verdict == "inconclusive":
         return f"{start}, the designs are inconclusive: differences from {span} points are compatible ({sample})."
     return (
@@ -351,11 +363,13 @@ def _differences(findings: Findings) -> str:
     where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(groups[0])}"
     where += " that can be tested" if 1 < len(groups) < len(findings.groups) else ""
     nobody = f"{findings.designs[1]} is not" if len(findings.designs) == 2 else "No design is"
-    open_ones = sum(word == "inconclusive" for _, word in tested)
+    open_ones = sum(word in ("inconclusive", "withheld") for _, word in tested)
+    held = [row for row, word in tested if word == "withheld"]
     sentences = []
     if open_ones == len(tested):
         contrasts = f"all {len(tested)} contrasts are" if len(tested) > 1 else "the only contrast is"
-        sentences.append(f"{nobody} shown to differ from {base} {where}: {contrasts} inconclusive.")
+        why = "inconclusive" if not held else "inconclusive or withheld" if len(held) < len(tested) else "withheld"
+        sentences.append(f"{nobody} shown to differ from {base} {where}: {contrasts} {why}.")
     for word, claim in (("better", "Above"), ("worse", "Below"), ("equivalent", "Equivalent to")):
         rows = [row for row, known in tested if known == word]
         if rows:
@@ -363,16 +377,15 @@ def _differences(findings: Findings) -> str:
         elif word == "better" and open_ones < len(tested):
             sentences.append(f"{nobody} shown to score above {base} {where}.")
     if 0 < open_ones < len(tested):
-        sentences.append(f"{open_ones} of {len(tested)} contrasts {'is' if open_ones == 1 else 'are'} inconclusive.")
+        unsure = open_ones - len(held)
+        if unsure:
+            sentences.append(f"{unsure} of {len(tested)} contrasts {'is' if unsure == 1 else 'are'} inconclusive.")
+    if held:
+        sentences.append(f"Withheld for lack of sources: {_who(findings, held, noun)}.")
     if findings.exploratory and findings.recommendations:
         sentences.append("Exploratory verdicts carry no recommendation.")
     start = "Exploratory: " if findings.exploratory else "Checkpoints only: " if findings.scope != "designs" else ""
     return start + " ".join(sentences)
-
-
-def recommended(findings: Findings) -> tuple[Recommendation, ...]:
-    """The recommendations to print; none if the summary states that exploratory verdicts carry none."""
-    return () if findings.exploratory else findings.recommendations
 
 
 def _who(comparison: Comparison, rows: Sequence[Row], noun: str) -> str:
@@ -417,7 +430,7 @@ def _references(findings: Findings) -> str:
     """The groups in which no design reaches a reference without training."""
     below: dict[str, list[str]] = {}
     for recommendation in findings.recommendations:
-        if recommendation.design is None:
+        if recommendation.reference:
             below.setdefault(str(recommendation.reference), []).append(group_words(recommendation.group))
     sentences = []
     for reference, groups in below.items():

@@ -217,7 +217,7 @@ def results(study: Study) -> Any:
         )
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
-    return readers.read(path)
+    return readers.read(path).frame
 
 
 def gather(folder: Path) -> None:

@@ -1,11 +1,13 @@
 """Contrasts of designs with a baseline, one for each group of tasks, at the two scopes that scores can support.
 
-- Scope checkpoints: seeds are averaged, tasks are the sample. Exact Wilcoxon signed-rank test, Hodges–Lehmann
-  difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like these. With one run
-  per design this is all there is, besides the tipping point: the largest run effect at which the result would hold.
-- Scope designs: two or more runs on either side. Random runs × random tasks (`poolwise.stats.crossed`), tasks of one
-  source averaged first. The claim is about the designs, for runs and tasks like these; only this scope carries a
-  verdict.
+- Scope checkpoints: seeds are averaged, sources of tasks are the sample. Exact Wilcoxon signed-rank test,
+  Hodges–Lehmann difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like
+  these. With one run per design this is all there is, besides the tipping point: the largest run effect at which the
+  result would hold.
+- Scope designs: two or more runs on either side. Random runs × random sources (`poolwise.stats.crossed`). The claim is
+  about the designs, for runs and tasks like these; only this scope carries a verdict.
+
+At both scopes the tasks of one source are averaged first, as they are not independent.
 
 There is one family, declared before looking: contrasts against the baseline × groups, plus the overall contrasts if
 task types have declared weights; Holm's correction spans all of it. Controls (A/A arm, broken arm, dilution ladder,
@@ -30,10 +32,12 @@ from poolwise.verdicts.contrasts import (
     contrast,
     corrected,
     overall,
+    run_squares,
     thin_groups,
+    tipped,
     usable_weights,
 )
-from poolwise.verdicts.table import roles_of, with_origins
+from poolwise.verdicts.table import Note, early_only, roles_of, with_origins, without_copies
 
 if TYPE_CHECKING:
     import polars as pl
@@ -61,7 +65,7 @@ class Comparison:
     alpha: float
     margin: float
     notes: tuple[str, ...]
-    excluded: tuple[str, ...]
+    excluded: tuple[Note, ...]
     roles: tuple[tuple[str, str], ...] = ()
     interim: str = ""
     exploratory: str = ""
@@ -109,8 +113,7 @@ class Comparison:
         who = "Every design was" if len(single) == len(self.designs) else f"{', '.join(single)}: each was"
         return (
             f"One run only. {who} trained once, so a difference may be due to chance in a single run, and no verdict "
-            "on designs is possible: these results are about the checkpoints. Run two seeds or more (the default is "
-            "three)."
+            "on designs is possible: these results are about the checkpoints. Designs take two runs each, better three."
         )
 
     def row(self, group: str, design: str) -> Row:
@@ -180,8 +183,11 @@ def compare(
         hint = suggest(baseline, family)
         raise StatisticsError(f"baseline {baseline!r} {why}; the designs are {', '.join(family)}{hint}")
     designs = [baseline, *(name for name in listed if name in family and name != baseline)]
+    early = early_only(frame)
+    frame, copies = without_copies(frame)
     frame, shared_origins = with_origins(frame)
     groups, excluded = arms(frame, designs, outside, by, missing)
+    squares = run_squares(groups, designs)
     weights, weight_notes = usable_weights(groups, designs, by, type_weights, interim)
     contrasts = len(groups) * (len(designs) - 1) + (len(designs) - 1 if weights else 0)
     rules = Rules(margin, alpha, contrasts, bool(interim), run_sd, run_df)
@@ -190,7 +196,7 @@ def compare(
         base = group_arms[baseline]
         for design in designs[1:]:
             lent = [group_arms[name] for name in designs if name not in (baseline, design)]
-            rows.append(contrast(base, group_arms[design], lent, rules))
+            rows.append(contrast(base, group_arms[design], lent, rules, squares))
         for arm in (group_arms[name] for name in outside if name in group_arms):
             shared = [task for task in base.tasks if task in arm.tasks]
             control_rows.append(contrast(base.on(shared), arm, (), replace(rules, family=1, run_sd=None)))
@@ -199,7 +205,9 @@ def compare(
             "a run effect from another study is for designs that were run once, on tasks from two or more sources; "
             "with two or more runs per design it is measured here, so leave out --run-sd and --run-df"
         )
-    overalls = [overall(groups, baseline, design, designs, weights, rules) for design in designs[1:] if weights]
+    overalls = [
+        overall(groups, baseline, design, designs, weights, rules, squares) for design in designs[1:] if weights
+    ]
     tested, weighted = corrected(rows, overalls, alpha)
     return Comparison(
         baseline=baseline,
@@ -207,14 +215,14 @@ def compare(
         designs=tuple(designs),
         control_designs=tuple(outside),
         groups=tuple(groups),
-        rows=tested,
+        rows=tipped(tested, groups, alpha),
         control_rows=tuple(control_rows),
         overall=weighted,
         arms=tuple(arm for group_arms in groups.values() for arm in group_arms.values()),
         alpha=alpha,
         margin=margin,
-        notes=(*notes, *shared_origins, *weight_notes, *thin_groups(groups, baseline)),
-        excluded=tuple(excluded),
+        notes=(*notes, *copies, *shared_origins, *weight_notes, *thin_groups(groups, baseline)),
+        excluded=(*early, *excluded),
         roles=roles_of(frame),
         interim=interim,
         exploratory=exploratory,

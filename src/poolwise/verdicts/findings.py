@@ -17,21 +17,22 @@ from poolwise import stats
 from poolwise.stats.crossed import Crossed
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.contrasts import Elsewhere, elsewhere_of, run_squares
 from poolwise.verdicts.controls import Band, BrokenArm, Rung, broken_arms, noise_bands, rungs, smallest_seen, unsound
 from poolwise.verdicts.costs import Budgets, Point, encode_flops, fronts
 from poolwise.verdicts.factors import Factorial, factorial
 from poolwise.verdicts.robustness import Outcome, Robustness, Winner, outcomes, robustness
+from poolwise.verdicts.table import Note
 
 if TYPE_CHECKING:
     from poolwise.study.design import Design
 
 LEXICAL_FLOOR = ("tfidf", "tfidf_chars")
 LEXICAL = (*LEXICAL_FLOOR, "bm25")
-BETTER, CHEAPEST, BASELINE, BELOW = "better", "cheapest", "baseline", "below_reference"
+BETTER, CHEAPEST, NONE, BELOW = "better", "cheapest", "none", "below_reference"
 JSON_FIELDS = (
     "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
-    "wins", "ties", "losses", "min_reachable_p",
+    "wins", "ties", "losses", "min_reachable_p", "tasks", "tipping_run_sd",
 )  # fmt: skip
 """The fields of one contrast in `poolwise compare --json`."""
 
@@ -41,11 +42,11 @@ class Recommendation:
     """The design to use for one group of tasks.
 
     `basis`: `better` (than the baseline after Holm, and the best of those), `cheapest` (none is better: the least
-    costly of those not shown to be worse), `baseline` (none is better, costs unknown), `below_reference` (every design
-    scores below `reference`; `design` is None). `judged`: the group carries verdicts on designs; if it is False (or
-    the verdicts are exploratory), nothing could have been shown to be better, and `stays` (the share of `folds` with
-    the same choice) and `expected_regret` (0–1) are None. `cost` is the encode cost in FLOPs, `relative_cost` that
-    over the baseline's.
+    costly of those not shown to be worse), `none` (no evidence for a choice: no design is better and costs are unknown,
+    or there are no verdicts on designs), `below_reference` (every design scores below `reference`). With the last two
+    `design` is None. `judged`: the group carries verdicts on designs that are not exploratory. `stays` (the share of
+    `folds` with the same choice) and `expected_regret` (0–1) are given for a design that is better: that a default
+    stays the default is no evidence. `cost` is the encode cost in FLOPs, `relative_cost` that over the baseline's.
     """
 
     group: str
@@ -161,7 +162,13 @@ class Findings(Comparison):
             "base_models": self._bases_to_json(),
             "notes": [text for text in (self.interim, self.exploratory, self.plan, self.banner) if text]
             + [*self.notes, *self.excluded],
+            "cases": {str(note): list(note.cases) for note in self.listed},
         }
+
+    @property
+    def listed(self) -> tuple[Note, ...]:
+        """The notes that have a list of cases behind them."""
+        return tuple(note for note in (*self.notes, *self.excluded) if isinstance(note, Note) and note.cases)
 
     def _controls_to_json(self) -> dict[str, Any]:
         """`noise_bands` of the A/A arms, and the `ladder` with the loss of its first rung that was detected."""
@@ -210,13 +217,18 @@ def _recommend(comparison: Comparison, costs: Mapping[str, float], group: str) -
     if below := _below_reference(comparison, group):
         name, floor, best = below
         return Recommendation(group, None, BELOW, judged, reference=name, reference_score=floor, best_score=best)
-    words = {row.design: _word(row, comparison.alpha) for row in rows}
-    if not judged:  # checkpoints may rule a design out, but they recommend none
-        words = {design: "inconclusive" if word == "better" else word for design, word in words.items()}
-    shifts = {row.design: row.verdict.difference if row.verdict else row.difference for row in rows}
+    if not judged:
+        return Recommendation(group, None, NONE, judged)
+    verdicts = {row.design: row.verdict for row in rows if row.verdict}
+    words = {design: verdict.verdict for design, verdict in verdicts.items()}
+    shifts = {design: verdict.difference for design, verdict in verdicts.items()}
     design, basis = _choose(comparison, costs, words, shifts)
+    if design is None:
+        return Recommendation(group, None, basis, judged)
     cost, base_cost = costs.get(design), costs.get(comparison.baseline)
-    folds, stays, regret = _leave_one_source_out(comparison, costs, group, design) if judged else (0, None, None)
+    folds, stays, regret = 0, None, None
+    if basis == BETTER:
+        folds, stays, regret = _leave_one_source_out(comparison, costs, group, design)
     return Recommendation(
         group, design, basis, judged,
         difference=shifts.get(design), cost=cost, relative_cost=cost / base_cost if cost and base_cost else None,
@@ -224,25 +236,16 @@ def _recommend(comparison: Comparison, costs: Mapping[str, float], group: str) -
     )  # fmt: skip
 
 
-def _word(row: Row, alpha: float) -> str:
-    """The verdict of a row after Holm; without a verdict on designs, the result for its checkpoints."""
-    if row.verdict:
-        return row.verdict.verdict
-    if row.p_holm is None or row.p_holm > alpha:
-        return "inconclusive"
-    return "better" if row.difference > 0 else "worse"
-
-
 def _choose(
     comparison: Comparison, costs: Mapping[str, float], words: Mapping[str, str], shifts: Mapping[str, float]
-) -> tuple[str, str]:
+) -> tuple[str | None, str]:
     """(design, basis) from the word and the difference of each contrast; ties go to the baseline, then to the order."""
     allowed = [design for design in _candidates(comparison) if words.get(design) != "worse"]
     better = [design for design in allowed if words.get(design) == "better"]
     if better:
         return max(better, key=lambda design: shifts[design]), BETTER
     if not all(costs.get(design) for design in allowed):
-        return comparison.baseline, BASELINE
+        return None, NONE
     return min(allowed, key=lambda design: costs[design]), CHEAPEST
 
 
@@ -279,10 +282,11 @@ def _leave_one_source_out(
     elsewhere = [row.verdict.p_value if row.verdict else float("nan") for row in comparison.rows if row.group != group]
     elsewhere += [contrast.verdict.p_value for contrast in comparison.overall]
     designs = comparison.designs[1:]
+    squares = run_squares(_by_group(comparison), comparison.designs)
     same, regrets = 0, []
     for fold in range(means.shape[1]):
         kept = {design: np.delete(array, fold, axis=1) for design, array in scores.items()}
-        results = [_crossed(comparison, arms, kept, design) for design in designs]
+        results = [_crossed(comparison, arms, kept, design, squares) for design in designs]
         p = stats.holm([*(result.p_value for result in results), *elsewhere])[: len(designs)].tolist()
         shifts = {design: result.difference for design, result in zip(designs, results, strict=True)}
         words = {
@@ -291,11 +295,18 @@ def _leave_one_source_out(
         }
         choice, _ = _choose(comparison, costs, words, shifts)
         same += choice == chosen
-        regrets.append(float(means[:, fold].max() - means[candidates.index(choice), fold]))
+        taken = candidates.index(choice or comparison.baseline)
+        regrets.append(float(means[:, fold].max() - means[taken, fold]))
     return means.shape[1], same / means.shape[1], float(np.mean(regrets))
 
 
-def _crossed(comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str) -> Crossed:
+def _by_group(comparison: Comparison) -> dict[str, dict[str, Arm]]:
+    return {group: {d: comparison.arm(group, d) for d in comparison.designs} for group in comparison.groups}
+
+
+def _crossed(
+    comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str, squares: Elsewhere
+) -> Crossed:
     """The contrast of one fold; designs with the same seeds lend their runs, as in the full comparison."""
     base = comparison.baseline
     pool: Sequence[str] = ()
@@ -303,4 +314,5 @@ def _crossed(comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str,
         pool = [
             name for name in comparison.designs if name not in (base, design) and arms[name].seeds == arms[base].seeds
         ]
-    return stats.crossed(kept[base], kept[design], pool=[kept[name] for name in pool])
+    known = elsewhere_of(squares, arms[base].group, [base, design, *pool]) if pool else None
+    return stats.crossed(kept[base], kept[design], pool=[kept[name] for name in pool], elsewhere=known)
