@@ -220,7 +220,7 @@ def two_arms(y: np.ndarray) -> Contrasts:
     return Contrasts.of(y, run_mean_squares(y[:, :2]) / 2, (0.5, 0.5), (s - 1.0, s - 1.0), error, error_df)
 
 
-def study_form(y: np.ndarray, runs: np.ndarray) -> Iterator[tuple[np.ndarray, Contrasts]]:
+def study_form(y: np.ndarray, runs: np.ndarray, pooled: bool = False) -> Iterator[tuple[np.ndarray, Contrasts]]:
     """The study form, of (studies, designs, seeds, tasks): the places of studies of one shape, and their contrasts.
 
     runs: (studies, groups, designs) run mean squares in all groups of the study.
@@ -236,13 +236,15 @@ def study_form(y: np.ndarray, runs: np.ndarray) -> Iterator[tuple[np.ndarray, Co
         order = np.argsort(out[places, 2:], axis=1, kind="stable")[:, :lent] + 2  # the stable lenders
         chosen = np.concatenate([np.tile([0, 1], (len(places), 1)), order], axis=1)
         known = ratios[places, :2] if groups > 1 else None
-        yield places, _with_lenders(y[places[:, None], chosen], (not first, not second), known, groups)
+        yield places, _with_lenders(y[places[:, None], chosen], (not first, not second), known, groups, pooled)
 
 
-def _with_lenders(y: np.ndarray, stable: tuple[bool, bool], ratios: np.ndarray | None, groups: int) -> Contrasts:
+def _with_lenders(
+    y: np.ndarray, stable: tuple[bool, bool], ratios: np.ndarray | None, groups: int, pooled: bool
+) -> Contrasts:
     """`study_mean_squares` or `shared_mean_squares` of the first two designs and their lenders."""
     _, k, s, t = y.shape
-    measured = groups * (s - 1) >= MEASURED_DF
+    measured = pooled or groups * (s - 1) >= MEASURED_DF
     keep = [*[i for i in (0, 1) if stable[i]], *range(2, k)]
     count, lenders = len(keep), k - 2
     deviations = _centred(_centred(y.mean(axis=3)[:, keep], 1), 2)
@@ -303,15 +305,18 @@ def _coarse_p(c: Contrasts, t: np.ndarray) -> np.ndarray:
     return 2 * ndtr(-t[:, None] * ratios).mean(axis=1)
 
 
-def study_rejects(y: np.ndarray, alpha: float, shift: float = 0.0, group: int = 0) -> np.ndarray:
+def study_rejects(
+    y: np.ndarray, alpha: float, shift: float = 0.0, group: int = 0, cautious: bool = False
+) -> np.ndarray:
     """(studies,) `crossed` in its study form in one group of (studies, groups, designs, seeds, tasks)."""
     if y.shape[2] == 2:
         return rejected(two_arms(y[:, group]), alpha, shift)
-    verdicts = np.zeros(len(y), dtype=bool)
     runs = np.roll(run_mean_squares(y), -group, axis=1)
-    for places, contrasts in study_form(y[:, group], runs):
-        verdicts[places] = rejected(contrasts, alpha, shift)
-    return verdicts
+    found = np.ones(len(y), dtype=bool)
+    for pooled in (False, True) if cautious else (False,):
+        for places, contrasts in study_form(y[:, group], runs, pooled):
+            found[places] &= rejected(contrasts, alpha, shift)
+    return found
 
 
 def wilcoxon_rejects(y: np.ndarray, shift: float = 0.0) -> np.ndarray:
@@ -378,7 +383,7 @@ def _any_pair(y: np.ndarray) -> np.ndarray:
     for first, second in pairs:
         others = [design for design in range(k) if design not in (first, second)]
         if seeds > 1:
-            found.append(study_rejects(y[:, :, [first, second, *others]], ALPHA / len(pairs)))
+            found.append(study_rejects(y[:, :, [first, second, *others]], ALPHA / len(pairs), cautious=True))
         else:
             differences = y[:, 0, second, 0] - y[:, 0, first, 0]
             found.append(np.array([signed_rank(d) <= ALPHA / len(pairs) for d in differences]))

@@ -180,7 +180,7 @@ def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_pa
     from poolwise.verdicts import readers
 
     (tmp_path / "paper.csv").write_text("\n".join(lines))
-    markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv"), baseline="m1")
+    markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv").frame, baseline="m1")
     assert "One run only." in markdown
     assert markdown.count("leaves nothing to test over tasks") >= 4
     assert "On STS, there is one task, mean of STS: m5 scores 1.66 points above m1 (1 seed)." in markdown

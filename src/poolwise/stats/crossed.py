@@ -23,6 +23,9 @@ from scipy.special import stdtr, stdtrit
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import Array, check_level, finite_array
 from poolwise.stats.variance import (
+    MEASURED_DF,
+    POOLED,
+    SHARED,
     MeanSquares,
     Null,
     TaskTypes,
@@ -98,6 +101,7 @@ def crossed(
     pool: Sequence[ArrayLike] = (),
     level: float = 0.95,
     elsewhere: ArrayLike | None = None,
+    cautious: bool = False,
 ) -> Crossed:
     """Difference b - a of two designs over random runs and random tasks.
 
@@ -110,12 +114,19 @@ def crossed(
         level: of the intervals.
         elsewhere: (groups, designs) `variance.run_mean_square` of a, b and the pool, in this order, in other groups of
             tasks: evidence on whose runs are unstable.
+        cautious: for many pairs at once. Where the compared designs' own few runs decide, the runs of the whole study
+            must agree: of the two results, the one with the larger p.
 
     Raises:
         StatisticsError: one seed, one task, different tasks, missing scores.
     """
     arms, others = _pair(a, b, pool)
-    return _contrast(arms, (-1.0, 1.0), others, TaskTypes.one(arms[0].shape[1]), level, elsewhere)
+    types = TaskTypes.one(arms[0].shape[1])
+    result = _contrast(arms, (-1.0, 1.0), others, types, level, elsewhere)
+    if cautious and result.scope == SHARED:
+        pooled = _contrast(arms, (-1.0, 1.0), others, types, level, elsewhere, pooled=True)
+        result = max(result, pooled, key=lambda found: found.p_value)
+    return result
 
 
 def crossed_overall(
@@ -273,14 +284,14 @@ def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, t
 
 def _contrast(
     arms: list[Array], coefficients: tuple[float, ...], others: list[Array], types: TaskTypes, level: float,
-    elsewhere: ArrayLike | None = None,
+    elsewhere: ArrayLike | None = None, pooled: bool = False,
 ) -> Crossed:  # fmt: skip
     check_level(level, "crossed")
     tasks = sorted({arm.shape[1] for arm in [*arms, *others]})
     if len(tasks) > 1:
         raise StatisticsError(f"crossed: designs with {tasks} tasks; every design needs the same tasks")
     known = None if elsewhere is None else finite_array(elsewhere, "crossed: elsewhere", "group", "design", least=0)
-    mean_squares, scope, note, designs = contrast_mean_squares(arms, coefficients, others, types, known)
+    mean_squares, scope, note, designs = contrast_mean_squares(arms, coefficients, others, types, known, pooled)
     by_task = sum((c * arm.mean(axis=0) for c, arm in zip(coefficients, arms, strict=True)), start=np.zeros(tasks))
     difference = float(by_task @ types.task_weights)
     se = float(np.sqrt(mean_squares.variance()))
@@ -348,6 +359,7 @@ def planned_detectable_effect(
     task_sd: float,
     designs: int = 2,
     level: float = 0.95,
+    measured: bool = False,
 ) -> float:
     """The true difference of two designs that `crossed` detects with probability `POWER`, planned before any run.
 
@@ -357,6 +369,7 @@ def planned_detectable_effect(
         run_sd, noise_sd, task_sd: as in `Crossed`; in the unit of the scores, not all 0.
         designs: number of designs that share one run variance; 2 for the two-arm form.
         level: 1 - alpha of the test, above 1 - `POWER`.
+        measured: several groups of tasks show that the designs' runs vary alike, so that few seeds are pooled too.
     """
     check_level(level, "planned_detectable_effect")
     if seeds < 2 or tasks <= 1 or designs < 2:
@@ -371,7 +384,8 @@ def planned_detectable_effect(
     error = noise_sd**2
     run = error + tasks * run_sd**2
     task = error + seeds / 2 * task_sd**2
-    pooled = designs > 2
+    # Few runs decide for themselves; that power is close to the one of the two-arm form.
+    pooled = designs > 2 and (measured or seeds - 1 >= MEASURED_DF)
     run_df = float((designs - 1) * (seeds - 1)) if pooled else 2.0 * (seeds - 1)
     shares = (1.0,) if pooled else (0.5, 0.5)
     null = null_distribution(
@@ -413,9 +427,12 @@ def _fewest_seeds(result: Crossed, run_sd: float, effect: float) -> int | None:
     if not run_sd + result.noise_sd + result.task_sd > 0:
         return 2
 
+    # A compared design whose runs vary more than the others' keeps its own run variance with more seeds, too.
+    designs = 2 if result.note else result.designs
+
     def enough(seeds: int) -> bool:
         detectable = planned_detectable_effect(
-            seeds, result.tasks, run_sd, result.noise_sd, result.task_sd, result.designs, result.level
+            seeds, result.tasks, run_sd, result.noise_sd, result.task_sd, designs, result.level, result.scope == POOLED
         )
         return detectable <= effect or math.isclose(detectable, effect)
 

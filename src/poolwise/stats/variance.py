@@ -188,6 +188,7 @@ def contrast_mean_squares(
     others: Sequence[Array],
     types: TaskTypes,
     elsewhere: Array | None = None,
+    pooled: bool = False,
 ) -> tuple[MeanSquares, str, str, int]:
     """Mean squares of a contrast, with as much of the study's run variance as is sound.
 
@@ -200,6 +201,7 @@ def contrast_mean_squares(
         coefficients: one per arm; the contrast is their weighted sum of design means.
         others: the study's further designs, (seeds_k, tasks) each.
         elsewhere: (groups, designs) `run_mean_square` of the same designs, arms first, in other groups of tasks.
+        pooled: pool the stable designs however few their runs are.
 
     Returns:
         The mean squares, their scope (`POOLED`, `SHARED`, `TWO_ARMS`, `OWN_ARMS`), why the other designs were not
@@ -217,7 +219,7 @@ def contrast_mean_squares(
     if elsewhere is not None and len(elsewhere):
         runs = np.vstack([runs, elsewhere])
     seeds = len(arms[0])
-    measured = len(runs) * (seeds - 1) >= MEASURED_DF
+    measured = pooled or len(runs) * (seeds - 1) >= MEASURED_DF
     noisy, ratios = unstable(runs, seeds, len(arms))
     lenders = [x for x, out in zip(others, noisy[len(arms) :], strict=True) if not out]
     note = NOISIER if noisy[: len(arms)].any() else ""

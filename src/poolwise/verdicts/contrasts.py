@@ -27,7 +27,7 @@ class Rules:
     `margin`: half-width of the equivalence region (0–1). `alpha`: level of each test (.03 at each of two declared
     looks). `family`: the number of contrasts that Holm's correction spans. `interim`: runs are missing, so nothing is
     tested. `run_sd`, `run_df`: the run effect (0–1) from another study and its degrees of freedom, for designs that
-    were run once.
+    were run once. `cautious`: as in `stats.crossed`.
     """
 
     margin: float
@@ -36,6 +36,7 @@ class Rules:
     interim: bool = False
     run_sd: float | None = None
     run_df: float = float("inf")
+    cautious: bool = False
 
     @property
     def level(self) -> float:
@@ -221,7 +222,9 @@ def _verdict(
     names = [base.design, arm.design, *(x.design for x in lenders)]
     known = elsewhere_of(elsewhere, arm.group, names) if lenders else None
     pool = [x.by_source for x in lenders]
-    result = stats.crossed(base.by_source, arm.by_source, pool=pool, level=rules.level, elsewhere=known)
+    result = stats.crossed(
+        base.by_source, arm.by_source, pool=pool, level=rules.level, elsewhere=known, cautious=rules.cautious
+    )
     return _described(result, base, arm, len(arm.whole().tasks), rules)
 
 

@@ -178,7 +178,7 @@ def all_pairs(
     groups, excluded = arms(frame, designs, [], by, missing)
     squares = run_squares(groups, designs)
     pairs = list(combinations(designs, 2))
-    rules = Rules(margin, alpha, len(groups) * len(pairs))
+    rules = Rules(margin, alpha, len(groups) * len(pairs), cautious=True)
     rows = [_pair(group, pair, designs, rules, squares) for group in groups.values() for pair in pairs]
     tested, _ = corrected(rows, (), alpha)
     thin = thin_groups(groups, designs[0])
