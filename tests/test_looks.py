@@ -14,7 +14,8 @@ import pytest
 from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
 from poolwise.reports import pages, tables
-from poolwise.reports.words import overall_sentence, sentences, summary
+from poolwise.reports.secondary import overall_sentence
+from poolwise.reports.words import sentences, summary
 from poolwise.runs import layout, looks
 from poolwise.runs.run import results, run, trials, unfinished
 from poolwise.stats.many import TWO_LOOK_ALPHA

@@ -26,7 +26,7 @@ from poolwise.verdicts.items import compare_items as compare_on_items
 from poolwise.verdicts.leaderboard import Pairs, all_pairs
 from poolwise.verdicts.mteb_files import Choice
 from poolwise.verdicts.table import Scores, controls_of
-from poolwise.verdicts.trec import read_trec
+from poolwise.verdicts.trec import compare_runs as compare_runs
 
 if TYPE_CHECKING:
     import polars as pl
@@ -263,32 +263,6 @@ def compare_items(
         frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls_of(frame),
         seed=seed,
     )  # fmt: skip
-
-
-def compare_runs(
-    runs: Sequence[str | Path],
-    qrels: str | Path,
-    *,
-    metric: str = "ndcg_at_10",
-    task: str | None = None,
-    design: str | None = None,
-    baseline: str | None = None,
-    seed: int = 0,
-) -> tuple[Paired, ...]:
-    """Compare TREC runs query by query, the first one being the baseline; files are read as in `trec.read_trec`.
-
-    As in pytrec_eval, only queries that a run contains are evaluated: a pair of runs is compared on the judged queries
-    that both have. The note lists the others and the difference that a score of 0 for them (trec_eval's `-c`) would
-    make, and what had to be decided in reading the two runs.
-    """
-    name = task or Path(qrels).stem
-    scored = read_trec(runs, qrels, metric, name)
-    lines = compare_on_items(scored.frame, name, design=design, baseline=baseline, missing="drop", seed=seed)
-    of = scored.by_design
-    return tuple(
-        replace(line, note="; ".join([*filter(None, [line.note]), *scored.notes, *of[line.baseline], *of[line.design]]))
-        for line in lines
-    )
 
 
 def layer_attention(study: Study) -> dict[str, Any]:

@@ -24,11 +24,7 @@ from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import (
     count,
     designs,
-    interval,
     magnitude,
-    overall_sentence,
-    points,
-    probability,
     summary,
 )
 from poolwise.runs import layout
@@ -321,18 +317,8 @@ def show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_paired(pairs: Sequence[Paired]) -> None:
     """Print `poolwise compare --task` or `--qrels`: differences in points, each with its scope and its note."""
-    body = tuple(
-        (
-            pair.task, pair.metric, pair.design, pair.baseline, points(pair.score), points(pair.baseline_score),
-            points(pair.difference, sign=True), interval(pair.ci_low, pair.ci_high), f"{pair.n:,}",
-            probability(pair.p_value), probability(pair.p_holm), pair.test,
-        )
-        for pair in pairs
-    )  # fmt: skip
-    columns = ("task", "metric", "design", "baseline", "score", "baseline's", "difference", "95 % interval", "n", "p",
-               "Holm p", "test")  # fmt: skip
     console = terminal()
-    print_table(console, Table("", columns, (("", body),), text=4))
+    print_table(console, secondary.paired(pairs))
     for pair in pairs:
         text = f"{pair.design}, {pair.test}: {pair.scope}."
         console.print(Text(f"{text} {pair.note}." if pair.note else text, "dim"))
@@ -393,7 +379,7 @@ def show_findings(findings: Findings, details: bool = False) -> None:
     if answer := summary(findings):
         console.print(Text(answer, "bold"))
     for contrast in findings.overall:
-        console.print(Text(overall_sentence(findings, contrast)))
+        console.print(Text(secondary.overall_sentence(findings, contrast)))
     groups: dict[str, list[str]] = {}
     for recommendation in secondary.recommended(findings):
         groups.setdefault(secondary.advice(findings, recommendation), []).append(recommendation.group)

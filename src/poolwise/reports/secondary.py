@@ -1,5 +1,7 @@
 """What follows from the contrasts, in words, tables and pictures: the choice of a design, the overall contrast, single
-runs under a run effect from another study, designs at equal cost, and the front of quality over cost."""
+runs under a run effect from another study, all pairs and the leaderboard, items of one data set, designs at equal cost,
+and the front of quality over cost.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from poolwise.reports.tables import Cells, Table, sections
 from poolwise.reports.words import (
     count,
     detectable_words,
+    group_words,
     interval,
     listing,
     magnitude,
@@ -21,13 +24,14 @@ from poolwise.reports.words import (
     points,
     probability,
     sample_words,
-    weight_words,
+    verdict_claim,
 )
 from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.contrasts import Overall, Row
 from poolwise.verdicts.costs import PRICED_TOKENS, TOLERANCE, TRAINING, Budget, Point
 from poolwise.verdicts.findings import BETTER, Findings, Recommendation
+from poolwise.verdicts.items import Paired
 from poolwise.verdicts.leaderboard import Pairs, Place, word_of
 
 if TYPE_CHECKING:
@@ -106,6 +110,19 @@ def overall(comparison: Comparison) -> Table | None:
     return Table("Overall", columns, ((head, rows),), note)
 
 
+def overall_sentence(comparison: Comparison, overall: Overall) -> str:
+    """One sentence for a contrast over all task types with declared weights."""
+    verdict = overall.verdict
+    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
+    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
+    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
+
+
+def weight_words(overall: Overall) -> str:
+    """`retrieval .75, STS .25`."""
+    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
+
+
 def given(comparison: Comparison) -> Table | None:
     """Single runs under a run effect from another study; None without one."""
     known = [(row, row.given) for row in comparison.rows if row.given]
@@ -182,6 +199,21 @@ def leaderboard(pairs: Pairs) -> Table:
         + ("for runs and tasks like these." if pairs.scope == "designs" else "about these checkpoints.")
     )
     return Table("Leaderboard", ("Design", "Mean", "Runs", "Rank", "Tied"), body, note)
+
+
+def paired(pairs: Sequence[Paired]) -> Table:
+    """Comparisons of items: the scores of both systems and their difference in points."""
+    body = tuple(
+        (
+            pair.task, pair.metric, pair.design, pair.baseline, points(pair.score), points(pair.baseline_score),
+            points(pair.difference, sign=True), interval(pair.ci_low, pair.ci_high), f"{pair.n:,}",
+            probability(pair.p_value), probability(pair.p_holm), pair.test,
+        )
+        for pair in pairs
+    )  # fmt: skip
+    columns = ("task", "metric", "design", "baseline", "score", "baseline's", "difference", "95 % interval", "n", "p",
+               "Holm p", "test")  # fmt: skip
+    return Table("", columns, (("", body),), text=4)
 
 
 def equal_cost(findings: Findings) -> Table | None:

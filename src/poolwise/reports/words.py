@@ -16,7 +16,7 @@ from typing import Any
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Given, Overall, Row, Verdict
+from poolwise.verdicts.contrasts import Given, Row, Verdict
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
 from poolwise.verdicts.findings import Findings
@@ -305,19 +305,6 @@ def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
         f"{start}, the design {row.design} scores {above_or_below(given.difference, digits)} {row.baseline} "
         f"({comparison.percent} % interval {span}; {sample}); these runs do not measure that effect."
     )
-
-
-def overall_sentence(comparison: Comparison, overall: Overall) -> str:
-    """One sentence for a contrast over all task types with declared weights."""
-    verdict = overall.verdict
-    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
-    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
-    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
-
-
-def weight_words(overall: Overall) -> str:
-    """`retrieval .75, STS .25`."""
-    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
 
 
 def _price(row: Row, relative: float | None) -> str:

@@ -6,12 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.data.own_tasks import HIGHEST_GRADE
 from poolwise.errors import DataError, suggest
+from poolwise.verdicts.items import Paired, compare_items
 from poolwise.verdicts.table import NOT_IN_RUN, table
 
 if TYPE_CHECKING:
@@ -100,6 +101,32 @@ def read_trec(
         ]
     frame = table(rows, "the runs")
     return Runs(frame, tuple(notes), {design: tuple(found) for design, found in by_design.items()})
+
+
+def compare_runs(
+    runs: Sequence[str | Path],
+    qrels: str | Path,
+    *,
+    metric: str = "ndcg_at_10",
+    task: str | None = None,
+    design: str | None = None,
+    baseline: str | None = None,
+    seed: int = 0,
+) -> tuple[Paired, ...]:
+    """Compare TREC runs query by query, the first one being the baseline; files are read as in `read_trec`.
+
+    As in pytrec_eval, only queries that a run contains are evaluated: a pair of runs is compared on the judged queries
+    that both have. The note lists the others and the difference that a score of 0 for them (trec_eval's `-c`) would
+    make, and what had to be decided in reading the two runs.
+    """
+    name = task or Path(qrels).stem
+    scored = read_trec(runs, qrels, metric, name)
+    lines = compare_items(scored.frame, name, design=design, baseline=baseline, missing="drop", seed=seed)
+    of = scored.by_design
+    return tuple(
+        replace(line, note="; ".join([*filter(None, [line.note]), *scored.notes, *of[line.baseline], *of[line.design]]))
+        for line in lines
+    )
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, tuple[str, int]]:
