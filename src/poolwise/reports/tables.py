@@ -93,6 +93,9 @@ def means(comparison: Comparison) -> Table:
     note = "Mean over tasks, ×100."
     if any(runs > 1 for runs in comparison.seeds.values()):
         note = "Mean over tasks, ×100; ± is the sd of the runs."
+    arms = [comparison.arm(group, comparison.baseline) for group in comparison.groups]
+    if any(arm.unit == "task" and arm.by_source.shape[1] < len(arm.tasks) for arm in arms):
+        note += " Differences below average the tasks of a source first, so they are not those of these means."
     if starred:
         note += f" ▲ above, ▼ below {comparison.baseline} after Holm"
         equivalent = f", ≈ equivalent within ±{points(comparison.margin, 1)}."

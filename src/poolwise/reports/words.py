@@ -242,14 +242,9 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
 
 def _power(comparison: Comparison, row: Row) -> str:
     """For an inconclusive verdict, what this study could have detected and what it would need."""
-    verdict, text = row.verdict, ""
+    verdict = row.verdict
     if verdict is None or verdict.verdict != "inconclusive":
         return ""
-    if (verdict.ci_low > 0 or verdict.ci_high < 0) and comparison.family > 1:
-        text = (
-            f" The interval excludes 0, but not after Holm over {comparison.family} contrasts "
-            f"(p {probability(verdict.p_holm)})."
-        )
     units = "items" if comparison.of_items(row.group) else "tasks"
     needed = f"more {units}, as no number of seeds up to 50 would be enough"
     if verdict.settle_low is not None:
@@ -257,9 +252,16 @@ def _power(comparison: Comparison, row: Row) -> str:
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
         needed = count(fewest, "seed") if fewest == most else needed
     power = f"A true difference of {points(verdict.detectable, 1)} points would be detected with 80 % power"
-    if verdict.detectable >= 1:
-        power = "No true difference would be detected with 80 % power"
-    return f"{text} {power}; one of {points(comparison.margin, 1)} points would need {needed}."
+    power = "No true difference would be detected with 80 % power" if verdict.detectable >= 1 else power
+    power = f"{_not_after_holm(verdict, comparison.family)} {power}"
+    return f"{power}; one of {points(comparison.margin, 1)} points would need {needed}."
+
+
+def _not_after_holm(result: Row | Verdict, family: int) -> str:
+    """Why an interval may exclude 0 beside an inconclusive contrast; never by a correction over one contrast."""
+    if family == 1 or result.ci_low is None or result.ci_high is None or result.ci_low <= 0 <= result.ci_high:
+        return ""
+    return f" The interval excludes 0, but not after Holm over {family} contrasts (p {probability(result.p_holm)})."
 
 
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
@@ -287,7 +289,7 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
     pair = f"the checkpoint of {row.design} against that of {row.baseline}"
-    return f"{pair} is inconclusive: {compatible} ({context}). {why}"
+    return f"{pair} is inconclusive: {compatible} ({context}).{_not_after_holm(row, len(comparison.rows))} {why}"
 
 
 def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
@@ -354,7 +356,8 @@ def _differences(findings: Findings) -> str:
     held = [row for row, word in tested if word == "withheld"]
     sentences = []
     if open_ones == len(tested):
-        contrasts = f"all {len(tested)} contrasts are" if len(tested) > 1 else "the only contrast is"
+        named = {1: "the only contrast is", 2: "both contrasts are"}
+        contrasts = named.get(len(tested), f"all {len(tested)} contrasts are")
         why = "inconclusive" if not held else "inconclusive or withheld" if len(held) < len(tested) else "withheld"
         sentences.append(f"{nobody} shown to differ from {base} {where}: {contrasts} {why}.")
     for word, claim in (("better", "Above"), ("worse", "Below"), ("equivalent", "Equivalent to")):

@@ -93,10 +93,11 @@ class Pairs:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `poolwise compare --all-pairs --json` and `--leaderboard --json`."""
-        fields = ("group", "design", "baseline", "n", "tasks", "difference", "ci_low", "ci_high", "p_value", "p_holm")
+        shown = ("difference", "ci_low", "ci_high", "p_value", "p_holm")
         return {
             "pairs": [
-                {name: getattr(row.verdict or row, name, None) or getattr(row, name, None) for name in fields}
+                {"group": row.group, "design": row.design, "baseline": row.baseline, "n": row.n, "tasks": row.tasks}
+                | {name: getattr(row.verdict or row, name) for name in shown}
                 | {"verdict": word_of(row, self.alpha)}
                 for row in self.rows
             ],
