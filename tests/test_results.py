@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def test_many_mistakes_of_one_kind_are_counted(tmp_path):
     [
         ("scores.csv", b"", "the file is empty"),
         ("scores.csv", HEADER.encode(), "a header, but no scores"),
-        ("scores.csv", HEADER.replace(",", ";").encode(), "is the file comma-separated?"),
+        ("scores.csv", HEADER.replace(",", " ").encode(), "is the file comma-separated?"),
+        ("scores.csv", HEADER.encode("utf-16"), "not UTF-8 text; it looks like UTF-16"),
+        ("scores.csv.gz", b"no", "cannot be read"),
         ("scores.csv", HEADER.encode() + b"m1,0,A,STS,ap,0.5,extra\n", "not a readable CSV file"),
         ("scores.parquet", b"PAR1 no", "not a readable PARQUET file"),
         ("scores.xlsx", b"PK", "unknown file type '.xlsx'; allowed: .csv, .tsv, .parquet"),
@@ -105,6 +108,13 @@ def test_unreadable_files_are_named(tmp_path, name, content, words):
 def test_a_file_that_is_not_there_gets_a_guess(tmp_path):
     csv(tmp_path, "m1,0,A,STS,ap,0.5\n")
     assert "did you mean 'scores.csv'?" in refused(tmp_path / "score.csv")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("t.csv", ";"), ("t.csv", "\t"), ("t.tsv", ","), ("t.csv.gz", ",")])
+def test_tables_of_other_separators_and_compressed_ones_are_read(tmp_path, name, separator):
+    text = (HEADER + "m1,0,A,STS,ap,0.5\n").replace(",", separator).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    assert read(tmp_path / name).select("design", "seed", "score").rows() == [("m1", 0, 0.5)]
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.tsv"])

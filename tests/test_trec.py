@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
 from pathlib import Path
@@ -207,6 +208,13 @@ def test_a_query_among_its_own_results_is_reported(tmp_path):
         ("04-tiny-score-gaps/wide.run", "04-tiny-score-gaps/tiny.run", "04-tiny-score-gaps/q.qrels", "mrr", 0.0),
         ("05-ids-with-blanks/b.run", "05-ids-with-blanks/a.run", "05-ids-with-blanks/q.tsv", "ndcg_at_10", 0.36907),
         ("05-ids-with-blanks/b_.run", "05-ids-with-blanks/a_.run", "05-ids-with-blanks/q_.tsv", "ndcg_at_10", 0.36907),
+        (
+            "02-query-is-a-document/noself.run",
+            "02-query-is-a-document/withself.run",
+            "02-query-is-a-document/q.tsv",
+            "ndcg_at_10",
+            -0.36907,
+        ),
     ],
 )
 def test_the_cases_of_others(first, second, judged, metric, expected, shared):
@@ -214,6 +222,19 @@ def test_the_cases_of_others(first, second, judged, metric, expected, shared):
     (line,) = compare_runs([cases / first, cases / second], cases / judged, metric=metric)
     assert line.difference == pytest.approx(expected, abs=1e-5)
     assert ("tied scores in 8 of 8" in line.note) == first.startswith("01")
+    assert ("withself.run: 12 of 12 queries are among their own results" in line.note) == first.startswith("02")
+
+
+def test_compressed_runs_and_other_encodings(tmp_path):
+    run, _ = trec(tmp_path)
+    packed = tmp_path / "packed.run.gz"
+    packed.write_bytes(gzip.compress(run.read_bytes()))
+    frame = read_trec([run, packed], tmp_path / "q.tsv").frame.filter(pl.col("item_id").is_null())
+    assert frame["design"].to_list() == ["a", "packed"]
+    assert frame["score"].n_unique() == 1
+    run.write_bytes("q1 Q0 Café 1 2.0 x\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.run, line 1: not UTF-8 text; it looks like Windows-1252"):
+        read_trec([run], tmp_path / "q.tsv")
 
 
 def test_the_command_shows_both_means_in_points(tmp_path):

@@ -34,7 +34,7 @@ MANY_HIGH_BYTES = 0.3
 """Share of bytes above 127 beyond which a line is in no Western European encoding."""
 
 
-class _UnreadableError(Exception):
+class UnreadableError(Exception):
     """What ends the reading of a file: the place and the reason."""
 
     def __init__(self, place: str, reason: str):
@@ -68,7 +68,7 @@ def read_records(file: Path, mistakes: Mistakes, choose: Choose) -> Iterator[Pla
     readers = {"jsonl": _jsonl, "parquet": _parquet}
     try:
         yield from readers[kind](file, mistakes, columns) if kind in readers else _delimited(file, mistakes, columns)
-    except _UnreadableError as error:
+    except UnreadableError as error:
         mistakes.add(error.place, str(error))
     note_unread(columns.unread, mistakes)
 
@@ -104,16 +104,16 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
             for line in stream:
                 number += 1
                 if number == 1 and b"\0" in line:
-                    raise _UnreadableError("line 1", _not_utf8(line))
+                    raise UnreadableError("line 1", _not_utf8(line))
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    raise _UnreadableError(f"line {number}", _not_utf8(line)) from None
+                    raise UnreadableError(f"line {number}", _not_utf8(line)) from None
                 yield f"line {number}", text
     except (OSError, EOFError, zlib.error) as error:
         # a file that is cut short still gives its first lines; the reader must not take them for the whole
         after = f" after line {number}" if number else ""
-        raise _UnreadableError("", f"cannot be read{after}: {getattr(error, 'strerror', None) or error}") from error
+        raise UnreadableError("", f"cannot be read{after}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _not_utf8(line: bytes) -> str:
@@ -171,17 +171,17 @@ _DOUBLED = 'put a cell with a quotation mark in quotes and write the mark twice:
 
 def _header(file: Path, columns: _Columns) -> tuple[str, list[str]]:
     """The delimiter under which the header has the needed columns, and the header."""
-    refused: list[tuple[int, _UnreadableError]] = []
+    refused: list[tuple[int, UnreadableError]] = []
     for delimiter in DELIMITERS[file_format(file) or ""]:
         header: list[str] = []
         try:
             _, header = next(_cells(file, delimiter), ("", []))
             columns.of(header)
             return delimiter, header
-        except _UnreadableError as error:
+        except UnreadableError as error:
             refused.append((0, error))
         except ValueError as error:
-            refused.append((len(header), _UnreadableError("", str(error))))
+            refused.append((len(header), UnreadableError("", str(error))))
     raise max(refused, key=lambda pair: pair[0])[1]  # under the delimiter that makes the most columns
 
 
@@ -196,7 +196,7 @@ def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
             if cells:
                 yield place, cells
     except csv.Error as error:
-        raise _UnreadableError(f"line {end + 1}", f"badly quoted ({error}); {_DOUBLED}") from None
+        raise UnreadableError(f"line {end + 1}", f"badly quoted ({error}); {_DOUBLED}") from None
 
 
 def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
@@ -212,9 +212,9 @@ def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Plac
                     number += 1
                     yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise _UnreadableError("", f"cannot be read as Parquet: {error}") from error
+        raise UnreadableError("", f"cannot be read as Parquet: {error}") from error
     except ValueError as error:  # of `choose`; pyarrow's own are ArrowExceptions, caught above
-        raise _UnreadableError("", str(error)) from error
+        raise UnreadableError("", str(error)) from error
 
 
 def is_list(cell: str) -> bool:
@@ -281,5 +281,5 @@ def _plain(file: Path, field: str, mistakes: Mistakes) -> Iterator[Placed]:
     try:
         for place, line in read_lines(file):
             yield place, {field: line.rstrip("\r\n")}
-    except _UnreadableError as error:
+    except UnreadableError as error:
         mistakes.add(error.place, str(error))

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from poolwise.data.reading import DELIMITERS, UnreadableError, file_format, read_lines
 from poolwise.errors import DataError, suggest
 from poolwise.verdicts.mteb_files import NEWEST, RUNS, Choice, Log, Result, benchmark_cells, known_task, read_file
 from poolwise.verdicts.table import REQUIRED, Note, Scores, first_few, table, validate
@@ -38,6 +39,8 @@ REVISION = re.compile(rf"[0-9a-f]{{7,64}}|{UNNAMED}|main|master|v?\d[\w.-]*")
 def read(path: str | Path, choice: Choice = Choice()) -> Scores:
     """Read a CSV, TSV or Parquet file of scores, or a folder of mteb results, as the validated long table.
 
+    A table is separated by commas, semicolons or tabs, and may be compressed (`.csv.gz`).
+
     choice: which splits, subsets and tasks to keep; of a folder also which revisions of a model.
 
     Raises:
@@ -52,20 +55,24 @@ def read(path: str | Path, choice: Choice = Choice()) -> Scores:
     if not path.exists():
         near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise DataError(f"{path}: no such file or folder{near}")
-    suffix = path.suffix.lower()
+    kind = file_format(path)
     try:
-        if suffix == ".parquet":
+        if kind == "parquet":
             return selected(validate(pl.read_parquet(path), str(path), unit="row", first=1), choice, str(path))
-        if suffix in (".csv", ".tsv"):
-            separator = "\t" if suffix == ".tsv" else ","
+        if kind in DELIMITERS:
+            _, header = next(read_lines(path), ("", ""))
+            separator = max(DELIMITERS[kind], key=header.count)
             frame = pl.read_csv(path, separator=separator, infer_schema=False, encoding="utf8")
             return selected(validate(frame, str(path), unit="line", first=2), choice, str(path))
+    except UnreadableError as error:
+        raise DataError(f"{path}: {error}") from error
     except pl.exceptions.NoDataError as error:
         raise DataError(f"{path}: the file is empty; its first line must be {','.join(REQUIRED)}") from error
     except pl.exceptions.PolarsError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path}: not a readable {suffix[1:].upper()} file ({reason})") from error
-    raise DataError(f"{path}: unknown file type {suffix!r}; allowed: .csv, .tsv, .parquet or a folder of mteb results")
+        raise DataError(f"{path}: not a readable {str(kind).upper()} file ({reason})") from error
+    allowed = ".csv, .tsv, .parquet or a folder of mteb results"
+    raise DataError(f"{path}: unknown file type {path.suffix!r}; allowed: {allowed}")
 
 
 def selected(frame: pl.DataFrame, choice: Choice, where: str) -> Scores:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.data.own_tasks import HIGHEST_GRADE
+from poolwise.data.reading import UnreadableError, read_lines
 from poolwise.errors import DataError, suggest
 from poolwise.verdicts.items import Paired, compare_items
 from poolwise.verdicts.table import NOT_IN_RUN, table
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 MEASURES = {"ndcg_at": "ndcg_cut", "map_at": "map_cut", "recall_at": "recall", "precision_at": "P"}
 ENDINGS = {".run", ".trec", ".res", ".txt", ".tsv"}
 """Endings of file names that are no part of a system's name."""
-Line = tuple[str, int, list[str]]
-"""(file and line for messages, its number, its cells)."""
+Line = tuple[str, list[str]]
+"""(file and line for messages, its cells)."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def read_trec(
 ) -> Runs:
     """Score TREC runs (`query Q0 document rank score tag`) against judgements.
 
-    Cells are separated by tabs or by blanks; ids that contain blanks need tabs. `qrels` is TREC's table (`query 0
-    document grade`) or BEIR's (`query-id corpus-id score`). `metric` is mteb's name: `ndcg_at_k`, `map_at_k`,
-    `recall_at_k`, `precision_at_k`, `map`, `mrr`.
+    Cells are separated by tabs or by blanks; ids that contain blanks need tabs. Files may be compressed (`.gz`).
+    `qrels` is TREC's table (`query 0 document grade`) or BEIR's (`query-id corpus-id score`). `metric` is mteb's name:
+    `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
 
     The design is a run's file name without `.run` or another of `ENDINGS`; a trailing `.seed1`, `-seed1` or `_seed1` is
     its seed (default 0). A judged query that a run lacks scores 0, and its `note` states that. Documents with equal
@@ -131,7 +132,8 @@ def compare_runs(
 
 def _names(paths: Sequence[Path]) -> dict[Path, tuple[str, int]]:
     """(design, seed) of each run by its file name; with its folder where files of two folders have the same name."""
-    stems = {path: path.stem if path.suffix.lower() in ENDINGS else path.name for path in paths}
+    plain = {path: Path(path.name.removesuffix(".gz")) for path in paths}
+    stems = {path: name.stem if name.suffix.lower() in ENDINGS else name.name for path, name in plain.items()}
     if len({path.resolve() for path in paths}) < len(paths) or len(stems) < len(paths):
         twice = next(path for path, n in Counter(path.resolve() for path in paths).items() if n > 1)
         raise DataError(f"{twice}: the same run is given more than once")
@@ -177,20 +179,20 @@ def _few(names: Sequence[str]) -> str:
 def _lines(path: Path, fits: Callable[[list[str]], bool]) -> Iterator[Line]:
     """Every line that is not blank, with its cells: split at tabs if that gives cells that fit, otherwise at blanks."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    by_tab = [cell.strip() for cell in line.strip("\r\n").split("\t")]
-                    yield f"{path}, line {number}", number, by_tab if fits(by_tab) else line.split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        for place, line in read_lines(path):
+            if line.strip():
+                by_tab = [cell.strip() for cell in line.strip("\r\n").split("\t")]
+                yield f"{path}, {place}", by_tab if fits(by_tab) else line.split()
+    except UnreadableError as error:
+        where = f"{path}, {error.place}" if error.place else str(path)
+        raise DataError(f"{where}: {error}") from error
 
 
 def _judgements(path: Path) -> dict[str, dict[str, int]]:
     """Query -> document -> grade."""
     judged: dict[str, dict[str, int]] = {}
-    for where, number, cells in _lines(path, lambda cells: len(cells) in (3, 4)):
-        if number == 1 and cells[-1] == "score":  # the header of BEIR's table
+    for where, cells in _lines(path, lambda cells: len(cells) in (3, 4)):
+        if where.endswith(", line 1") and cells[-1] == "score":  # the header of BEIR's table
             continue
         try:
             query, document, cell = (cells[0], cells[2], cells[3]) if len(cells) == 4 else cells
@@ -228,7 +230,7 @@ def _ranking(path: Path) -> _Ranking:
     """The ranking of a run by its scores, ties by document id, descending."""
     scores: dict[str, dict[str, float]] = {}
     ranks: dict[str, dict[str, float]] = {}
-    for where, _, cells in _lines(path, lambda cells: len(cells) in (5, 6)):
+    for where, cells in _lines(path, lambda cells: len(cells) in (5, 6)):
         try:
             query, _, document, rank, cell, *tag = cells
             if len(tag) > 1 or not re.fullmatch(r"-?\d+(\.0*)?", rank):
