@@ -163,6 +163,12 @@ def load(
     return encoder
 
 
+def recipe_of(encoder: SentenceTransformer) -> Recipe | None:
+    """The recipe by which an encoder was built or trained; None for a model that poolwise did not build."""
+    spec = getattr(encoder, "poolwise", None)
+    return None if spec is None else Recipe.model_validate(_tuples(spec["recipe"]))
+
+
 def load_any(model: str | Path) -> SentenceTransformer:
     """The encoder in a trial's folder (its last step), in one step's folder or an exported one; or `load_named`.
 

@@ -285,8 +285,6 @@ def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torc
     }
     if recipe.mini_batch_size:
         return CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=recipe.mini_batch_size, **options)
-    if cast(Backbone, encoder[0]).layout == "padded":
-        return MultipleNegativesRankingLoss(encoder, **options)
     return _OneForward(encoder, **options)
 
 
