@@ -269,6 +269,8 @@ def evaluate(
     dtype: str | None = None,
     template: str | None = None,
     max_length: int | None = None,
+    release: str | None = None,
+    base: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
@@ -284,6 +286,7 @@ def evaluate(
         template: put before each text (in retrieval before queries alone), with `{instruction}` replaced by the task's
             instruction in mteb: for instruct models, e.g. "Instruct: {instruction}\nQuery: ". None: its own prompts.
         max_length: tokens to which texts are cut; None: as many as the model's own limit.
+        release, base: `model` is a folder that the paper's authors released: its design, m1 to m5, and its base model.
         note: called with a line for everything unusual about own data (columns not read, empty documents, …).
     """
     from sentence_transformers import SentenceTransformer
@@ -293,6 +296,7 @@ def evaluate(
     from poolwise.encoding.fast import MASKED, reads_padding
     from poolwise.model.checkpoint import recipe_of
     from poolwise.model.encoder import evaluation_prompts, instructions
+    from poolwise.model.release import load_release
     from poolwise.scoring.evaluate import evaluate as score
     from poolwise.scoring.evaluate import model_identity
     from poolwise.scoring.references import reference
@@ -305,7 +309,11 @@ def evaluate(
     for task in resolved:
         for line in task.notes:
             note(line)
-    if isinstance(model, (str, Path)):
+    if (release is None) != (base is None):
+        raise PoolwiseError("a release needs its design and its base model: give both release and base")
+    if release and base:
+        model = load_release(model, base, release, dtype=dtype or "auto")
+    elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
