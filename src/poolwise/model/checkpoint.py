@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -34,12 +35,15 @@ from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
 from poolwise.model.encoder import STANDARD, PoolingHead, build
+from poolwise.pooling.paper import head_file
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
 from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
 
 RUN_FILE = "run.json"
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights."""
 FORMAT = 1
 
 
@@ -63,16 +67,20 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
     model = backbone.model
     if isinstance(model, PeftModel):
-        state = _read(folder / "adapter" / "adapter_model.safetensors")
-        with _fitting(folder / "adapter"):
-            result = set_peft_model_state_dict(model, state)
-        expected = sum("lora_" in name for name, _ in model.named_parameters())
-        # PEFT ignores tensors that are missing
-        if result.unexpected_keys or len(state) != expected:
-            raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
+        load_adapter(model, _read(folder / "adapter" / "adapter_model.safetensors"), folder / "adapter")
     elif any(parameter.requires_grad for parameter in model.parameters()):
         _load_into(model, folder / "backbone.safetensors")
     _load_into(head.head, folder / "pooling.safetensors")
+
+
+def load_adapter(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path) -> None:
+    """Load an adapter's tensors into a PEFT model. Raises CheckpointError if they are not exactly those it has."""
+    with _fitting(where):
+        result: Any = set_peft_model_state_dict(model, state)
+    expected = sum("lora_" in name for name, _ in model.named_parameters())
+    # PEFT ignores tensors that are missing
+    if result.unexpected_keys or len(state) != expected:
+        raise CheckpointError(f"{where}: holds {len(state)} tensors, the recipe makes {expected}")
 
 
 def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
@@ -164,6 +172,12 @@ def load(
     return encoder
 
 
+def recipe_of(encoder: SentenceTransformer) -> Recipe | None:
+    """The recipe by which an encoder was built or trained; None for a model that poolwise did not build."""
+    spec = getattr(encoder, "poolwise", None)
+    return None if spec is None else Recipe.model_validate(_tuples(spec["recipe"]))
+
+
 def load_any(model: str | Path) -> SentenceTransformer:
     """The encoder in a trial's folder (its last step), in one step's folder or an exported one; or `load_named`.
 
@@ -172,21 +186,39 @@ def load_any(model: str | Path) -> SentenceTransformer:
     folder = Path(model)
     steps = {read_run(path.parent).get("step", 0): path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
+    refuse_bare_adapter(folder)
     exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
     return load(folder) if exported or (folder / RUN_FILE).exists() else load_named(str(model))
+
+
+def refuse_bare_adapter(folder: Path) -> None:
+    """Raise CheckpointError for an adapter's folder that does not say how its states are pooled.
+
+    sentence-transformers would pool by the mean, so that a score would be another model's.
+    """
+    if not (folder / ADAPTER).is_file() or any((folder / name).exists() for name in ("modules.json", RUN_FILE)):
+        return
+    what = "a release of the paper's authors" if head_file(folder) else "an adapter without modules.json"
+    raise CheckpointError(
+        f"{folder} is {what}, which does not say how it pools. If it is a design of the paper, name it and its base: "
+        f"`poolwise evaluate {folder} --release m5 --base NAME`, or poolwise.load_release(folder, base, 'm5')"
+    )
 
 
 def load_named(name: str) -> SentenceTransformer:
     """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
     try:
         with cached_if_unreachable(name):
-            return SentenceTransformer(name)
+            encoder = SentenceTransformer(name)
     except Exception as error:  # whatever a hub client, a configuration or a weight file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"model {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
             f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
         ) from error
+    if not Path(name).is_dir() and isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
+        refuse_bare_adapter(Path(cached).parent)  # a snapshot of the Hub
+    return encoder
 
 
 def _import_own(pooling: str, folder: Path) -> None:

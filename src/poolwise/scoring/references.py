@@ -20,6 +20,7 @@ from poolwise.data.pairs import Pairs
 from poolwise.encoding.fast import KEPT_BYTES, sentence_vectors
 from poolwise.encoding.shortcuts import VectorCache
 from poolwise.model.checkpoint import load_named
+from poolwise.scoring.adapters import PublishedBatches
 from poolwise.study.recipe import Recipe
 from poolwise.verdicts.controls import RUNGS
 
@@ -156,8 +157,8 @@ class Kept:
 
     def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
         """(N, D) embeddings. A text is encoded once, unless its embedding depends on the other texts of its batch."""
-        if getattr(self.encoder, "by_batch", False):
-            return sentence_vectors(self.encoder, texts, side, prompt, batch_size)
+        if isinstance(self.encoder, PublishedBatches):
+            return self.encoder.kept_vectors(texts, side, prompt, batch_size)
         return self.cache.get(
             texts, side, prompt, lambda new: sentence_vectors(self.encoder, new, side, prompt, batch_size)
         )
