@@ -23,22 +23,6 @@ from test_comparison import study as of_tasks
 
 PRODUCTS = ("kettle", "lamp", "drill", "tent", "heater", "camera", "printer", "blender", "scale", "radio", "router")
 PRODUCTS += ("fan", "clock", "toaster", "vacuum")
-    "kettle",
-    "lamp",
-    "drill",
-    "tent",
-    "heater",
-    "camera",
-    "printer",
-    "blender",
-    "scale",
-    "radio",
-    "router",
-    "fan",
-    "clock",
-    "toaster",
-    "vacuum",
-]
 TOPICS = {"warranty": ("covered", "guarantee"), "battery": ("charge", "power"), "cleaning": ("wipe", "cloth")}
 TAILS = ("ask in the shop", "keep this leaflet", "see the back page")
 
