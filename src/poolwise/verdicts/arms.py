@@ -17,13 +17,8 @@ Two kinds of tasks are compared over seeds and items, their items taking the pla
 | retrieval, reranking | query (of built-in tasks: meaning, its wordings averaged) | the main metric |
 | classification | example | share of classifiers that predict it correctly |
 | clustering | set | V-measure |
-| STS | pair | its pseudo-value of Spearman's correlation, below |
+| STS | pair | its pseudo-value of Spearman's correlation (`stats.resample.spearman_parts`) |
 | pair classification | pair | its pseudo-value of average precision (`stats.resample.average_precision_parts`) |
-
-The pseudo-value of pair i is rho + z_i w_i − rho (z_i² + w_i²) / 2, with z and w the standardised midranks of cosines
-and gold values: the influence function of Pearson's correlation on ranks (infinitesimal jackknife; Devlin, Gnanadesikan
-& Kettenring 1975) plus rho. Its mean over the pairs is exactly rho; its spread over them gives the standard error of
-rho for large n. The same holds for average precision.
 """
 
 from __future__ import annotations
@@ -40,7 +35,7 @@ from numpy.typing import NDArray
 from poolwise import stats
 from poolwise.demo import PREFIX
 from poolwise.errors import StatisticsError, suggest
-from poolwise.stats.resample import average_precision_parts
+from poolwise.stats.resample import average_precision_parts, spearman_parts
 from poolwise.verdicts.table import LISTED, first_few, main_scores
 
 if TYPE_CHECKING:
@@ -331,8 +326,7 @@ def _item_rows(items: pl.DataFrame, main: pl.DataFrame, unit: pl.Expr) -> pl.Dat
     meaning = pl.when(planted).then(pl.format("meaning {}", queries))
     rows = pl.concat(
         [
-            _pseudo_values(pairs.filter(pl.col("task_type") != "PairClassification")),
-            _pseudo_precisions(pairs.filter(pl.col("task_type") == "PairClassification")),
+            _pseudo_values(pairs),
             others.with_columns(meaning.fill_null(pl.col("item_id")).alias("item_id")),
         ],
         how="diagonal_relaxed",
@@ -347,32 +341,12 @@ def _item_rows(items: pl.DataFrame, main: pl.DataFrame, unit: pl.Expr) -> pl.Dat
 
 
 def _pseudo_values(pairs: pl.DataFrame) -> pl.DataFrame:
-    """STS pairs with their pseudo-values as scores; 0 if the task scored 0 because all cosines are equal."""
+    """Pairs with their pseudo-values as scores; 0 if the task scored 0 because all cosines are equal."""
     import polars as pl
 
-    if pairs.is_empty():
-        return pairs
-
-    def standard(column: str) -> pl.Expr:
-        rank = pl.col(column).rank("average").over(RUN)
-        return (rank - rank.mean().over(RUN)) / rank.std(ddof=0).over(RUN)
-
-    z, w = pl.col("_z"), pl.col("_w")
-    pairs = pairs.with_columns(standard("score").alias("_z"), standard("gold").alias("_w"))
-    pairs = pairs.with_columns((z * w).mean().over(RUN).alias("_rho"))
-    value = pl.col("_rho") + z * w - pl.col("_rho") * (z**2 + w**2) / 2
-    constant = (pl.col("score_main") == 0) | value.is_nan()
-    return pairs.with_columns(pl.when(constant).then(0.0).otherwise(value).alias("score")).drop("_z", "_w", "_rho")
-
-
-def _pseudo_precisions(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Pairs of pair classification with their pseudo-values of average precision as scores."""
-    import polars as pl
-
-    parts = [
-        run.with_columns(score=pl.Series(average_precision_parts(run["score"].to_numpy(), run["gold"].to_numpy())))
-        if run["score_main"][0]
-        else run.with_columns(score=pl.lit(0.0))
-        for run in pairs.partition_by(RUN, maintain_order=True)
-    ]
+    parts = []
+    for run in pairs.partition_by(RUN, maintain_order=True):
+        parts_of = average_precision_parts if run["task_type"][0] == "PairClassification" else spearman_parts
+        scored = parts_of(run["score"].to_numpy(), run["gold"].to_numpy()) if run["score_main"][0] else 0.0
+        parts.append(run.with_columns(score=pl.Series(np.broadcast_to(scored, len(run)).copy())))
     return pl.concat(parts) if parts else pairs
