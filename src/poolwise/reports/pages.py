@@ -70,9 +70,7 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:
     """The first line of every report: base model and its size, designs, seeds, tasks."""
-    base = info.get("base_model")
-    if base and str(base).startswith((".", "/", "~")):  # a local folder: its path means nothing to a reader
-        base = Path(base).name
+    base = _base(info)
     named = f"Base model {base}" if base else "Base model not stated"
     size = findings.costs[0].get("base_parameters") if findings.costs and not findings.by_base else None
     if size:
@@ -81,6 +79,13 @@ def opening(info: Mapping[str, Any], findings: Findings) -> str:
     seeds = count(runs[0], "seed") if len(runs) == 1 else f"{runs[0]} to {runs[-1]} seeds"
     designs = count(len(findings.designs), "design")
     return f"{named}; {designs}, {seeds}, {_task_words(findings)}; baseline {findings.baseline}."
+
+
+def _base(info: Mapping[str, Any]) -> str | None:
+    """The name of the base model, or of several; of a local folder only the last part, as its path means nothing to a
+    reader."""
+    names = str(info.get("base_model") or "").split(", ")
+    return ", ".join(Path(name).name if name.startswith((".", "/", "~")) else name for name in names) or None
 
 
 def _task_words(comparison: Comparison) -> str:
@@ -177,7 +182,7 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "many": tables.MANY_GROUPS,
         "plants": {group: planted.get("plants", "") for group, planted in mechanisms.items()},
         "claim": CLAIM,
-        "sentences": sentences(findings, info.get("base_model")),
+        "sentences": sentences(findings, _base(info)),
         "overall_sentences": [overall_sentence(findings, contrast) for contrast in findings.overall],
         "overall": secondary.overall(findings),
         "given": secondary.given(findings),
