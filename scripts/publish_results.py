@@ -18,11 +18,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import figures
+import pictures
 import polars as pl
 import pyarrow.parquet as pq
 
 from poolwise import api
-from poolwise.files import atomic_path, write_json
+from poolwise.files import atomic_path, write_atomic, write_json
 from poolwise.runs import costs, layout
 from poolwise.study.catalogue import origin
 from poolwise.study.study import Study
@@ -71,12 +73,16 @@ def convert(table: str, study_file: str | Path) -> None:
     costs.store(study, study.folder)
 
 
-def rewrite(root: Path = ROOT) -> list[Path]:
-    """Every report of `results/` from its scores. Returns what was written."""
-    written = []
-    for study_file in sorted(root.glob("results/*/study.toml")):
-        written += api.report(study_file)
-    return written
+def rewrite() -> list[Path]:
+    """Every report, page and picture from the committed scores. Returns what was written."""
+    written = [path for study_file in published() for path in api.report(study_file)]
+    written += [write_atomic(page, figures.filled(page.read_text(encoding="utf-8"))) for page in figures.pages()]
+    return written + [write_atomic(path, pictures.svg(*which)) for path, which in pictures.paths().items()]
+
+
+def published() -> list[Path]:
+    """The study files of `results/`."""
+    return sorted(ROOT.glob("results/*/study.toml"))
 
 
 def _trials(run: Path) -> list[dict[str, Any]]:
