@@ -90,3 +90,20 @@ def test_the_trial_to_repeat_is_one_of_the_study():
     assert one.tasks == study.tasks
     assert one.designs == study.designs[:1]
     assert one.seeds == study.seeds[:1]
+
+
+def test_the_first_screen_of_the_readme_holds_picture_and_verdict():
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    assert any("docs/forest-light.svg" in line for line in screen)
+    assert any(line.startswith("$ poolwise compare") for line in screen)
+    assert screen[-1] == "```"
+    assert any("`make demo`" in line and "`make test`" in line for line in screen)
+
+
+def test_every_file_that_the_pages_link_to_is_there():
+    for page in (ROOT / "README.md", ROOT / "docs" / "results.md", *ROOT.glob("results/*/README.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"""(?:\]\(|src="|srcset=")(?!https?:|#)([^)"]+)""", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for link in re.findall(r"`((?:docs|results|studies|scripts)/[\w./-]+)`", text):
+            assert (ROOT / link).exists(), f"{page.name}: {link}"
