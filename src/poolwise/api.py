@@ -15,7 +15,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import results, started, trials, tuned_results
+from poolwise.runs.run import results, started, trials, tuned_results, versions
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -251,25 +251,15 @@ def layer_attention(study: Study) -> dict[str, Any]:
 
 def study_info(study: Study) -> dict[str, Any]:
     """What a report states about a study: base model, recipe, versions, predictions, the command that repeats it."""
-    packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
     return {
         "name": study.name,
         "base_model": ", ".join(study.bases),
         "recipe": study.recipe.model_dump(mode="json"),
         "fingerprint": study.fingerprint,
         "predictions": demo.predictions() if any(task.startswith("demo") for task in study.tasks) else None,
-        "versions": {name: _version(name) for name in packages},
+        "versions": versions(study),
         "command": f"poolwise run {study.name}.toml",
     }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
-        return "not installed"
 
 
 def evaluate(
