@@ -14,7 +14,7 @@ from poolwise.errors import PoolwiseError, StatisticsError
 from poolwise.verdicts.leaderboard import all_pairs, tied_groups, word_of
 from poolwise.verdicts.mteb_files import Choice
 from test_comparison import study
-from test_published import model, result, write
+from test_mteb_folders import model, result, write
 
 TASKS = (
     "STS12",

@@ -89,7 +89,7 @@ def test_what_holm_takes_back_is_inconclusive_everywhere(tmp_path):
     frame.write_csv(tmp_path / "told.csv")
     text = shown(tmp_path / "told.csv")
     assert "both contrasts are inconclusive" in text
-    assert "No choice of a design from this table: its designs were run once." in text
+    assert "No choice from this: its designs were run once." in text
     assert not any(mark in text for mark in (" ▲ 5", "told apart", "Above a", "Recommended"))
     c = compare(tmp_path / "told.csv")
     assert [row.p_holm for row in c.rows] == [0.0625, 0.0625]

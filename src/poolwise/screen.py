@@ -23,7 +23,6 @@ from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import (
     count,
-    designs,
     magnitude,
     summary,
 )
@@ -387,6 +386,7 @@ def show_findings(findings: Findings, details: bool = False) -> None:
         console.print(Text.assemble((f"{', '.join(names)}: ", "bold"), text))
     factors = findings.factorial
     for table in (
+        tables.own_tasks(findings),
         tables.means(findings),
         secondary.overall(findings),
         tables.verdicts(findings),
@@ -416,7 +416,7 @@ def show_end(info: Mapping[str, Any], findings: Findings) -> None:
     console = terminal()
     console.print()
     console.print(Text(pages.opening(info, findings)))
-    if definitions := designs(findings):
+    if definitions := pages.designs(findings):
         console.print(Text(definitions, "dim"))
     console.print()
     console.print(Text(summary(findings, info["predictions"]), "bold"))

@@ -8,7 +8,8 @@ Every part is optional, so that a bare CSV of scores gives a report as well. Not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +18,24 @@ from poolwise.files import write_atomic
 from poolwise.reports import analyses, plots, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.words import (
+    FEW_DESIGNS,
     answer,
     count,
-    designs,
     group_words,
+    interval,
     listing,
     magnitude,
     number,
+    outcome,
     points,
     sentences,
     strongest,
     summary,
 )
+from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.costs import encode_flops
 from poolwise.verdicts.findings import Findings
 
 if TYPE_CHECKING:
@@ -49,11 +55,97 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
         frame: the long table that was compared, with its earlier steps.
     """
     facts = _facts(info, frame, findings)
-    pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
-    return [
-        write_atomic(Path(out_dir) / name, _templates().get_template(page).render(facts))
-        for name, page in pages.items()
-    ]
+    pages = {
+        name: _templates().get_template(f"{name}.j2").render(facts)
+        for name in ("report.md", "report.html", "report.tex")
+    }
+    pages["report.html"] = _with_contents(pages["report.html"])
+    return [write_atomic(Path(out_dir) / name, text) for name, text in pages.items()]
+
+
+def _with_contents(page: str) -> str:
+    """The page with links to its sections in its empty <nav>; they are known only once it is made."""
+    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', page)
+    links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in found)
+    return page.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
+
+
+def at_a_glance(findings: Findings) -> tables.Table:
+    """A row for each group: the winner, the contrast that decides it, what that design costs, and what would settle an
+    open question."""
+    costs = encode_flops(findings.costs)
+    own = costs.get(findings.baseline)
+
+    def cells(group: str) -> tables.Cells:
+        row = strongest(findings, group)
+        shown, word = row.verdict or row, outcome(findings, row)
+        price = f"× {number(costs[row.design] / own)}" if own and row.design in costs else "–"
+        words = {"better": row.design, "equivalent": "equal", "withheld": "withheld"} if row.verdict else {}
+        winner = words.get(word, "no winner")  # single runs have none, whatever their checkpoints show
+        span = interval(shown.ci_low, shown.ci_high)
+        return (
+            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _to_settle(findings, row),
+        )  # fmt: skip
+
+    base = findings.baseline
+    columns = (
+        "Tasks",
+        "Winner",
+        f"Largest gap to {base}",
+        "Interval" if findings.interim else f"{findings.percent} % interval",
+        "Encoding",
+        "To settle it",
+    )
+    note = (
+        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}. Encoding: FLOPs "
+        f"over {base}’s. To settle it: what would detect a difference of {points(findings.margin, 1)} points."
+    )
+    if any(row.verdict is None for row in findings.rows):
+        note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
+    return tables.Table("At a glance", columns, (("", tuple(cells(group) for group in findings.groups)),), note, 2)
+
+
+def _to_settle(findings: Findings, row: Row) -> str:
+    """What a contrast without a verdict needs: finished runs, sources, seeds, or more tasks or items."""
+    verdict, word = row.verdict, outcome(findings, row)
+    if findings.interim:
+        return "the missing runs"
+    if word in ("better", "worse", "equivalent") and verdict:
+        return "shown" if word == "better" else f"shown: {row.design} is {word}"
+    if min(findings.seeds[row.design], findings.seeds[row.baseline]) < 2:
+        return "two seeds or more"
+    arm = findings.arm(row.group, row.baseline)
+    if arm.by_source.shape[1] < FEW_SOURCES:
+        return f"tasks from {FEW_SOURCES} sources"
+    if verdict is None or verdict.settle_low is None:
+        return "more items" if arm.unit != "task" else "more tasks"
+    fewest, most = verdict.settle_low, verdict.settle_high
+    return (
+        count(fewest, "seed") if fewest == most else f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
+    )
+
+
+def with_references(means: tables.Table, findings: Findings) -> tables.Table:
+    """The table of means with what needs no training: TF-IDF, BM25 and the untuned designs, where they have scores on
+    all tasks of a group."""
+    names = [name for name, role in findings.roles if role in ("reference", "untuned")]
+    cells = {name: tuple(_reference_mean(findings, group, name) for group in findings.groups) for name in names}
+    cells = {name: found for name, found in cells.items() if set(found) != {"–"}}
+    (_, rows), *_ = means.sections
+    if means.columns[0] == "Design":
+        columns, rows = means.columns, (*rows, *((name, *found) for name, found in cells.items()))
+    else:
+        columns = (*means.columns, *cells)
+        rows = tuple((*row, *(found[place] for found in cells.values())) for place, row in enumerate(rows))
+    return replace(means, columns=columns, sections=(("", rows),))
+
+
+def _reference_mean(findings: Findings, group: str, name: str) -> str:
+    try:
+        arm = findings.arm(group, name)
+    except KeyError:
+        return "–"
+    return points(arm.mean) if len(arm.tasks) == len(findings.arm(group, findings.baseline).tasks) else "–"
 
 
 def layers_page(view: Mapping[str, Any]) -> str:
@@ -67,9 +159,7 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:
     """The first line of every report: base model and its size, designs, seeds, tasks."""
-    base = info.get("base_model")
-    if base and str(base).startswith((".", "/", "~")):  # a local folder: its path means nothing to a reader
-        base = Path(base).name
+    base = _base(info)
     named = f"Base model {base}" if base else "Base model not stated"
     size = findings.costs[0].get("base_parameters") if findings.costs and not findings.by_base else None
     if size:
@@ -80,18 +170,42 @@ def opening(info: Mapping[str, Any], findings: Findings) -> str:
     return f"{named}; {designs}, {seeds}, {_task_words(findings)}; baseline {findings.baseline}."
 
 
+def designs(findings: Findings) -> str:
+    """The definition of each design, `m1: causal, last_token; …`; empty if unknown, or if their names say as much."""
+    parts = []
+    for design in findings.treatments:
+        if design.name not in findings.designs:
+            continue
+        args = ", ".join(f"{name} {value}" for name, value in design.pooling_args.items())
+        parts.append(f"{design.name}: {design.attention}, {design.pooling}{f' ({args})' if args else ''}")
+    named = all(design.name == f"{design.pooling}-{design.attention}" for design in findings.treatments)
+    return "" if named or len(parts) > FEW_DESIGNS else "; ".join(parts) + "."
+
+
+def _base(info: Mapping[str, Any]) -> str | None:
+    """The name of the base model, or of several; of a local folder only the last part, as its path means nothing to a
+    reader."""
+    names = str(info.get("base_model") or "").split(", ")
+    return ", ".join(Path(name).name if name.startswith((".", "/", "~")) else name for name in names) or None
+
+
 def _task_words(comparison: Comparison) -> str:
     """`17 tasks (10 retrieval and 7 STS)`, `9 tasks on 3 mechanisms`."""
     total = count(len(comparison.tasks), "task")
     types = [group for group in comparison.groups if not comparison.of_items(group)]
     if comparison.by != "task_type":
         return f"{total} ({count(len(comparison.groups), 'group')})"
-    if not types:
-        return f"{total} on {count(len(comparison.groups), 'mechanism')}"
-    sizes = {group: len(comparison.arm(group, comparison.baseline).tasks) for group in types}
-    parts = [f"{size} {group_words(group)}" for group, size in sizes.items()]
-    if planted := len(comparison.groups) - len(types):
-        parts.append(f"{len(comparison.tasks) - sum(sizes.values())} on {count(planted, 'mechanism')}")
+    planted = [group for group in comparison.groups if comparison.of_mechanism(group)]
+    own = [group for group in comparison.groups if comparison.of_own_task(group)]
+    if not types and not own:
+        return f"{total} on {count(len(planted), 'mechanism')}"
+
+    def tasks(groups: Sequence[str]) -> int:
+        return sum(len(comparison.arm(group, comparison.baseline).whole().tasks) for group in groups)
+
+    parts = [f"{tasks([group])} {group_words(group)}" for group in types]
+    parts += [f"{tasks(planted)} on {count(len(planted), 'mechanism')}"] if planted else []
+    parts += [f"{len(own)} of your own"] if own else []
     return f"{total} ({listing(parts)})"
 
 
@@ -119,10 +233,18 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
     if findings.exploratory:
         looks += "The verdicts are exploratory. "
     planted = [findings.of_items(group) for group in findings.groups]
-    units = "items of each mechanism" if all(planted) else "tasks"
+    kinds = [
+        kind
+        for kind, some in (
+            ("mechanism", any(map(findings.of_mechanism, findings.groups))),
+            ("own task", any(map(findings.of_own_task, findings.groups))),
+        )
+        if some
+    ]
+    units = f"items of each {' and '.join(kinds)}" if all(planted) else "tasks"
     averaged = "" if all(planted) else ", tasks of one source averaged first"
-    if any(planted) and not all(planted):
-        units += " (items, for built-in mechanisms)"
+    if kinds and not all(planted):
+        units += f" (items of each {' and '.join(kinds)})"
     checkpoints = "" if all(planted) else f" Checkpoints were compared by {wilcoxon}."
     return (
         f"{start} Differences between designs were estimated over random runs and random {units} (crossed random "
@@ -163,6 +285,8 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
     if info.get("fingerprint"):
         versions.append(("study fingerprint", str(info["fingerprint"])))
     mechanisms = (predictions or {}).get("mechanisms", {})
+    forest = plots.forest(findings)
+    bounded = {row.group for row in findings.rows if (row.verdict or row).ci_low is not None}
     return {
         "title": info.get("name") or "Scores",
         "opening": opening(info, findings),
@@ -175,14 +299,18 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "many": tables.MANY_GROUPS,
         "plants": {group: planted.get("plants", "") for group, planted in mechanisms.items()},
         "claim": CLAIM,
-        "sentences": sentences(findings, info.get("base_model")),
+        "sentences": sentences(findings, _base(info)),
         "overall_sentences": [secondary.overall_sentence(findings, contrast) for contrast in findings.overall],
         "overall": secondary.overall(findings),
         "given": secondary.given(findings),
+        "own": tables.own_tasks(findings),
+        "glance": at_a_glance(findings),
         "means": tables.means(findings),
+        "references": with_references(tables.means(findings), findings),
         "verdicts": tables.verdicts(findings),
         "checkpoints": tables.checkpoints(findings),
-        "forest": plots.forest(findings),
+        "forest": [panel for panel in forest if panel.group in bounded or not bounded],
+        "unbounded": [panel for panel in forest if bounded and panel.group not in bounded],
         "dots": plots.task_dots(findings),
         "strip": plots.run_strip(findings),
         "task_scores": tables.task_scores(findings),
@@ -262,5 +390,10 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex)
+
+    def slug(text: str) -> str:
+        """A heading as the name of its anchor."""
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex, slug=slug)
     return environment

@@ -30,7 +30,7 @@ from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Overall, Row
 from poolwise.verdicts.costs import PRICED_TOKENS, TOLERANCE, TRAINING, Budget, Point
-from poolwise.verdicts.findings import BETTER, Findings, Recommendation
+from poolwise.verdicts.findings import BASELINE, BETTER, LEXICAL, Findings, Recommendation
 from poolwise.verdicts.items import Paired
 from poolwise.verdicts.leaderboard import Pairs, Place, word_of
 
@@ -52,15 +52,19 @@ def advice(comparison: Comparison, recommendation: Recommendation) -> str:
             f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
             "design)."
         )
-    cheapest = "the cheapest to encode of those not shown to be worse"
-    if not recommendation.judged:
-        return f"No choice of a design from this table: {_why_unjudged(comparison, recommendation.group)}."
     if design is None:
-        return f"No choice of a design: none is shown to score above {base}, and costs are unknown."
+        speaks = _nothing_speaks if recommendation.judged else _unjudged
+        return f"No choice from this: {speaks(comparison, recommendation)}."
+    others = listing([name for name in comparison.designs if name not in (base, *LEXICAL)] or ["none"])
     if recommendation.basis == BETTER:
-        text = f"Recommended: {design}, the best of the designs that score above {base} after Holm."
+        several = len(comparison.designs) > 2
+        why = f"the best of the designs that score above {base} after Holm" if several else f"which scores above {base}"
+        text = f"Recommended: {design}, {why}."
+    elif recommendation.basis == BASELINE:
+        text = f"Recommended: {base}, as {others} {'is' if ' ' not in others else 'are'} shown to score below it."
     else:
-        text = f"No design is shown to score above {base}, so cost decides: {design}, {cheapest}."
+        cheapest = "the cheapest to encode of those not shown to be worse"
+        text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
     if recommendation.basis == BETTER and recommendation.relative_cost:
         text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
     if recommendation.stays is not None:
@@ -72,19 +76,43 @@ def advice(comparison: Comparison, recommendation: Recommendation) -> str:
     return text
 
 
-def _why_unjudged(comparison: Comparison, group: str) -> str:
+def _nothing_speaks(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Why no design is chosen: none is better, and none costs less."""
+    shown = f"no design is shown to score above {comparison.baseline}"
+    if recommendation.as_cheap:
+        return f"{shown}, and {listing(recommendation.as_cheap)} cost the same to encode, the others more"
+    known = "none costs less to encode" if getattr(comparison, "costs", ()) else "costs are unknown"
+    return f"{shown}, and {known}"
+
+
+def _unjudged(comparison: Comparison, recommendation: Recommendation) -> str:
     """Why a group has no verdicts on designs to choose by, and what its checkpoints are good for."""
     if comparison.exploratory:
         return "its verdicts are exploratory"
-    rows = [row for row in comparison.rows if row.group == group]
+    rows = [row for row in comparison.rows if row.group == recommendation.group]
     if any(row.single for row in rows):
-        above = [row.design for row in rows if outcome(comparison, row) == "better"]
-        deploy = ""
-        if above:
-            deploy = f"; if you deploy these very checkpoints, {listing(above)} scored above {comparison.baseline}"
+        words = {row.design: outcome(comparison, row) for row in rows}
+        above, below = ([name for name in words if words[name] == word] for word in ("better", "worse"))
+        claims = [f"{listing(above)} scored above {comparison.baseline}"] if above else []
+        claims += [f"{comparison.baseline} above {listing(below)}" if above else
+                   f"{comparison.baseline} scored above {listing(below)}"] if below else []  # fmt: skip
+        deploy = f"; if you deploy these very checkpoints, {' and '.join(claims)}" if claims else ""
         return f"its designs were run once{deploy}"
-    sources = comparison.arm(group, comparison.baseline).by_source.shape[1]
+    sources = comparison.arm(recommendation.group, comparison.baseline).by_source.shape[1]
     return f"a verdict takes {FEW_SOURCES} sources of tasks, and here {'is' if sources == 1 else 'are'} {sources}"
+
+
+def overall_sentence(comparison: Comparison, overall: Overall) -> str:
+    """One sentence for a contrast over all task types with declared weights."""
+    verdict = overall.verdict
+    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
+    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
+    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
+
+
+def weight_words(overall: Overall) -> str:
+    """`retrieval .75, STS .25`."""
+    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
 
 
 def overall(comparison: Comparison) -> Table | None:
@@ -108,19 +136,6 @@ def overall(comparison: Comparison) -> Table | None:
     )
     columns = ("Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Detectable", "Verdict")
     return Table("Overall", columns, ((head, rows),), note)
-
-
-def overall_sentence(comparison: Comparison, overall: Overall) -> str:
-    """One sentence for a contrast over all task types with declared weights."""
-    verdict = overall.verdict
-    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
-    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
-    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
-
-
-def weight_words(overall: Overall) -> str:
-    """`retrieval .75, STS .25`."""
-    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
 
 
 def given(comparison: Comparison) -> Table | None:

@@ -19,7 +19,7 @@ from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Given, Row, Verdict
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
-from poolwise.verdicts.findings import Findings
+from poolwise.verdicts.findings import BELOW, Findings
 
 KNOWN_RUN_EFFECTS = ".1 to 2 points (1.4 on STS for SmolLM2-135M)"
 """What one run's effect on a mean over tasks has been measured to be, as its standard deviation."""
@@ -72,12 +72,16 @@ def magnitude(value: float) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """`1 task`, `10 tasks`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    """`1 task`, `10 tasks`, `30 queries`."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
 
 
-def sample_words(tasks: int, sources: int) -> str:
-    """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`."""
+def sample_words(tasks: int, sources: int, unit: str = "task") -> str:
+    """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`; for an
+    own task, whose items are of some `unit`, `30 queries`."""
+    if unit not in ("task", "item"):
+        return count(sources, unit)
     if sources > tasks:
         return f"{count(sources, 'item')} of {count(tasks, 'task')}"
     return count(tasks, "task") + (f" from {count(sources, 'source')}" if sources < tasks else "")
@@ -152,13 +156,12 @@ def sentences(findings: Findings, base: str | None = None) -> list[str]:
 def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
     """The sentence of a contrast without its power and its price."""
     tail = f"; base {base}" if base else ""
-    where = f"On {group_words(row.group)}"
+    where, unit = f"On {group_words(row.group)}", comparison.arm(row.group, row.design).unit
     if comparison.interim:
         return (
             f"{where}, {row.design} is {above_or_below(row.difference, 1)} {row.baseline} so far "
-            f"({sample_words(row.tasks, row.n)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are "
-            "missing, "
-            "so nothing is tested."
+            f"({sample_words(row.tasks, row.n, unit)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). "
+            "Runs are missing, so nothing is tested."
         )
     if row.verdict:
         return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}"
@@ -235,7 +238,7 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
     seeds = count(verdict.seeds, "seed")
     if verdict.seeds != verdict.baseline_seeds:
         seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
-    sample = sample_words(verdict.tasks, verdict.sources)
+    sample = sample_words(verdict.tasks, verdict.sources, comparison.arm(row.group, row.design).unit)
     context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
     return verdict_claim(comparison, (row.design, row.baseline), verdict, context)
 
@@ -245,7 +248,7 @@ def _power(comparison: Comparison, row: Row) -> str:
     verdict = row.verdict
     if verdict is None or verdict.verdict != "inconclusive":
         return ""
-    units = "items" if comparison.of_items(row.group) else "tasks"
+    units = count(2, comparison.arm(row.group, row.design).unit).removeprefix("2 ")
     needed = f"more {units}, as no number of seeds up to 50 would be enough"
     if verdict.settle_low is not None:
         fewest, most = verdict.settle_low, verdict.settle_high
@@ -269,9 +272,12 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     seeds = count(runs[0], "seed") if runs[0] == runs[1] else f"{runs[0]} and {runs[1]} seeds"
     digits = decimals(row.difference, row.ci_low, row.ci_high)
     span = interval(row.ci_low, row.ci_high, digits)
+    unit = comparison.arm(row.group, row.design).unit
+    effect = "" if row.effect_size is None else f", rank-biserial {number(row.effect_size)}"
+    estimate = "Hodges–Lehmann" if unit == "task" else "mean"
     context = (
-        f"{sample_words(row.tasks, row.n)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
-        f"Holm p {probability(row.p_holm)}, rank-biserial {number(row.effect_size)}{tail}"
+        f"{sample_words(row.tasks, row.n, unit)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
+        f"Holm p {probability(row.p_holm)}{effect}{tail}"
     )
     why = f"These are checkpoints, not designs: {'one run each' if max(runs) == 1 else 'too few runs or sources'}."
     if row.p_holm is not None and row.p_holm <= comparison.alpha:
@@ -284,8 +290,8 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
             )
         elif row.tipping_run_sd is not None:
             tipping = " The difference of the means would not hold even without a run effect."
-        return f"{claim} (Hodges–Lehmann, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
-    compatible = f"{count(row.n, 'source')} rule out no size of difference"
+        return f"{claim} ({estimate}, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
+    compatible = f"{count(row.n, 'source' if unit == 'task' else unit)} rule out no size of difference"
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
     pair = f"the checkpoint of {row.design} against that of {row.baseline}"
@@ -319,11 +325,13 @@ def _price(row: Row, relative: float | None) -> str:
 
 
 def group_noun(comparison: Comparison) -> str:
-    """The name of a group of the comparison: `mechanism`, `task type` or `group`."""
-    planted = [comparison.of_items(group) for group in comparison.groups]
-    if all(planted):
+    """The name of a group of the comparison: `mechanism`, `own task`, `task type` or `group`."""
+    if all(comparison.of_mechanism(group) for group in comparison.groups):
         return "mechanism"
-    return "task type" if comparison.by == "task_type" and not any(planted) else "group"
+    if all(comparison.of_own_task(group) for group in comparison.groups):
+        return "own task"
+    plain = not any(comparison.of_items(group) for group in comparison.groups)
+    return "task type" if comparison.by == "task_type" and plain else "group"
 
 
 def summary(findings: Findings, predictions: Mapping[str, Any] | None = None) -> str:
@@ -348,8 +356,8 @@ def _differences(findings: Findings) -> str:
     tested = [(row, word) for row in findings.rows if (word := outcome(findings, row)) != "untested"]
     if not tested:
         return ""
-    groups = list(dict.fromkeys(row.group for row, _ in tested))
-    where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(groups[0])}"
+    groups = dict.fromkeys(row.group for row, _ in tested)
+    where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(tested[0][0].group)}"
     where += " that can be tested" if 1 < len(groups) < len(findings.groups) else ""
     nobody = f"{findings.designs[1]} is not" if len(findings.designs) == 2 else "No design is"
     open_ones = sum(word in ("inconclusive", "withheld") for _, word in tested)
@@ -420,7 +428,7 @@ def _references(findings: Findings) -> str:
     """The groups in which no design reaches a reference without training."""
     below: dict[str, list[str]] = {}
     for recommendation in findings.recommendations:
-        if recommendation.reference:
+        if recommendation.basis == BELOW:
             below.setdefault(str(recommendation.reference), []).append(group_words(recommendation.group))
     sentences = []
     for reference, groups in below.items():
@@ -436,15 +444,3 @@ def _predictions(comparison: Comparison, predictions: Mapping[str, Any] | None) 
         return ""
     counts = ", ".join(f"{outcomes.count(word)} {word}" for word in ("right", "wrong", "undecided"))
     return f"Of {count(len(outcomes), 'prediction')} written before the runs: {counts}."
-
-
-def designs(findings: Findings) -> str:
-    """The definition of each design, `m1: causal, last_token; …`; empty if unknown, or if their names say as much."""
-    parts = []
-    for design in findings.treatments:
-        if design.name not in findings.designs:
-            continue
-        args = ", ".join(f"{name} {value}" for name, value in design.pooling_args.items())
-        parts.append(f"{design.name}: {design.attention}, {design.pooling}{f' ({args})' if args else ''}")
-    named = all(design.name == f"{design.pooling}-{design.attention}" for design in findings.treatments)
-    return "" if named or len(parts) > FEW_DESIGNS else "; ".join(parts) + "."

@@ -5,6 +5,7 @@
         trials.json                 its trials: name, label, role, seed, base, hash of the spec, their score files
         results.parquet             the long table of all scores, rewritten after each run
         looks.json, costs.json      the seeds that were declared and the looks taken; parameters and FLOPs per design
+        versions.json               the versions of the libraries that took part, by package
         frozen/KEY/                 hidden states of an untuned base, shared by its trials
         prepared-SHARD/             what preparation hands to the workers; removed when the run ends
         search/SETTING/             the runs of a study's `[tuning]`, one study folder per setting
@@ -47,6 +48,7 @@ TRIALS = "trials.json"
 RESULTS = "results.parquet"
 LOOKS = "looks.json"
 COSTS = "costs.json"
+VERSIONS = "versions.json"
 # Files of a trial's folder.
 SPEC = "spec.json"
 DTYPE = "dtype.json"

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
 """Fields that may grow after the first run; any other change would alter the comparison."""
+PACKAGES = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
+"""The packages whose versions are recorded: scores may depend on them."""
 NAMING = ("name", "output", "grid")
 """Fields without bearing on results: `grid` is spelled out as designs."""
 
@@ -86,6 +88,7 @@ class _Run:
             if kind == "trials":  # preparation succeeded: only now does the study bind later runs
                 write_json(folder / layout.STUDY, study.model_dump(mode="json"))
                 write_json(folder / layout.TRIALS, content)
+                _record_versions(folder)
                 begin()
             if kind == "failed":
                 failed[content[0]] = content[1]
@@ -187,6 +190,31 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
+
+
+def versions(study: Study) -> dict[str, str]:
+    """Package -> version of the libraries that the study ran with (several if it was continued with others), as its
+    folder records them; without a record, those of this process."""
+    recorded = _read(study.folder / layout.VERSIONS)
+    return {name: ", ".join(found) for name, found in (recorded or _add_versions({})).items()}
+
+
+def _record_versions(folder: Path) -> None:
+    """Add the versions of this process to those with which the study has run before."""
+    write_json(folder / layout.VERSIONS, _add_versions(_read(folder / layout.VERSIONS)))
+
+
+def _add_versions(before: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: list(dict.fromkeys([*before.get(name, []), _version(name)])) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
+        return "not installed"
 
 
 def shared_work(study: Study) -> str | None:
@@ -395,3 +423,20 @@ def _mean() -> Any:
     import polars as pl
 
     return pl.col("score").mean()
+
+
+def layer_attention(study: Study) -> dict[str, Any]:
+    """The attention of finished trials over layers: the number of `texts`, and `runs`: design -> seed -> (L,) shares.
+
+    Only trials of designs that attend to layers have it; designs on several base models are listed separately.
+    """
+    shares: dict[str, dict[int, list[float]]] = {}
+    texts = 0
+    for row in trials(study) if started(study) else ():
+        path = layout.trial(study.folder, row["name"]) / layout.LAYERS
+        if row["role"] == "design" and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            shares.setdefault(name, {})[row["seed"]] = content["attention"]
+            texts = content["texts"]
+    return {"texts": texts, "runs": shares}

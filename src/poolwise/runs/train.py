@@ -38,6 +38,7 @@ from poolwise.model.base import torch_dtype
 from poolwise.model.encoder import derived_seed
 from poolwise.model.lora import fast_training
 from poolwise.model.packing import choose, joined
+from poolwise.pooling.heads import Norm
 from poolwise.runs import layout
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
@@ -165,6 +166,11 @@ class _Trainer(SentenceTransformerTrainer):
         target.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self.model, target)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Weights that decay: not those of a head's norms, as transformers leaves out the norms it knows."""
+        norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Norm)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in norms]
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         checkpoint.load_weights(self.model, Path(checkpoint_path))
 
@@ -285,8 +291,6 @@ def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torc
     }
     if recipe.mini_batch_size:
         return CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=recipe.mini_batch_size, **options)
-    if cast(Backbone, encoder[0]).layout == "padded":
-        return MultipleNegativesRankingLoss(encoder, **options)
     return _OneForward(encoder, **options)
 
 

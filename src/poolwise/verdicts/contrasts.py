@@ -128,7 +128,8 @@ class Row:
     """One contrast of one group (scope: checkpoints), with the verdict on designs if the runs allow one.
 
     `difference` is design − baseline (Hodges–Lehmann over `n` sources, the tasks of a source and seeds averaged);
-    unbounded ends are None. `wins`, `ties` and `losses` are sources too, `tasks` is the number of tasks.
+    unbounded ends are None. `wins`, `ties` and `losses` are sources too, `tasks` is the number of tasks. On an own task
+    `n` counts items, and single runs are compared by the mean difference and Student's t over them.
     `p_value`, `p_holm` and `effect_size` are None if there is only one source, or if runs are still missing.
     `single`: one run on either side. Then `tipping_run_sd` is the largest run effect at which the mean difference would
     still be significant at the step of Holm's correction at which the row is; None if the row is not significant.
@@ -164,11 +165,15 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: 
     """
     differences = _over_sources(base, arm)
     n = len(differences)
-    # Rank tests over items do not keep their level (docs/compare.md), so items have no contrast of checkpoints.
+    # Rank tests over items do not keep their level (docs/compare.md), so items have no ranked contrast.
     ranked = arm.unit == "task"
     tested = ranked and n > 1 and not rules.interim
     single = len(base.seeds) == len(arm.seeds) == 1
     difference, ci_low, ci_high = arm.mean - base.mean, None, None
+    over_items = None
+    if arm.unit not in ("task", "item") and single and n > 1 and not rules.interim:
+        over_items = stats.one_seed(differences, 0, level=rules.level)
+        ci_low, ci_high = over_items.ci_low, over_items.ci_high
     if ranked:
         shift = stats.hodges_lehmann(differences, rules.level)
         difference = shift.estimate
@@ -177,11 +182,11 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: 
     return Row(
         group=arm.group, design=arm.design, baseline=base.design, n=n,
         difference=difference, ci_low=ci_low, ci_high=ci_high,
-        p_value=stats.signed_rank(differences) if tested else None,
+        p_value=over_items.p_value if over_items else stats.signed_rank(differences) if tested else None,
         p_holm=None,
         effect_size=stats.rank_biserial(differences) if tested else None,
         wins=counts.wins, ties=counts.ties, losses=counts.losses,
-        min_reachable_p=stats.min_reachable_p(n), tasks=len(arm.tasks), single=single,
+        min_reachable_p=stats.min_reachable_p(n), tasks=len(arm.whole().tasks), single=single,
         verdict=None if rules.interim else _verdict(base, arm, lent, rules, elsewhere),
         given=_given(base, arm, rules) if single and tested else None,
     )  # fmt: skip
@@ -237,7 +242,7 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
     same = stats.equivalence(result, rules.margin, alpha=rules.alpha)
     settled = result.p_value <= rules.strictest or same.equivalent
     fewest, most = (None, None) if settled else stats.seeds_to_settle(strictest, rules.margin)
-    new = None if arm.unit == "item" else stats.one_new_task(result, rules.margin)
+    new = None if arm.unit != "task" else stats.one_new_task(result, rules.margin)
     return Verdict(
         seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
         difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,

@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import midranks
-from poolwise.stats.resample import average_precision_function, correlation
-from poolwise.verdicts.table import LISTED, NOT_IN_RUN, first_few
+from poolwise.stats.resample import average_precision_function, average_precision_parts, correlation, spearman_parts
+from poolwise.verdicts.table import (
+    LISTED,
+    MEASURED,
+    NOT_IN_RUN,
+    OUTPUT,
+    first_few,
+    item_metric,
+    items_of,
+    last_steps,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,8 +41,6 @@ NOUNS = {
     "STS": "pairs", "PairClassification": "pairs",
 }  # fmt: skip
 COPIED_ITEMS = 10  # items on which two runs must agree, all of them, for one to be taken for a copy of the other
-OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
-MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,13 @@ class DataSet:
     copies: tuple[str, ...] = ()
     lacking: tuple[str, ...] = ()
     with_zeros: Mapping[str, float] = field(default_factory=dict)
+
+    def per_item(self, design: str) -> Array:
+        """(runs, items) whose mean over items is each run's score: the scores, or pseudo-values of the statistic."""
+        if self.gold is None:
+            return self.runs[design]
+        parts = spearman_parts if self.task_type == "STS" else average_precision_parts
+        return np.stack([parts(run, self.gold) for run in self.runs[design]])
 
     @property
     def noun(self) -> str:
@@ -83,54 +98,6 @@ class DataSet:
 
     def _items(self, run: Array) -> list[str]:
         return [name for name, score in zip(self.names, run, strict=True) if score == score]
-
-
-def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
-    """The item rows of one task at the last step of each run."""
-    import polars as pl
-
-    items = frame.filter(pl.col("item_id").is_not_null())
-    known = items["task"].unique(maintain_order=True).to_list()
-    if not known:
-        raise StatisticsError("the scores contain no items (rows with an item_id); only main scores can be compared")
-    if task not in known:
-        why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
-        names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
-        raise StatisticsError(f"task {task!r} {why}; tasks with items: {names}{suggest(task, known)}")
-    last = pl.col("step").max().over("design", "seed")
-    return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
-
-
-def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
-    """The step of each design's checkpoints. Raises StatisticsError if runs of a design stopped at different steps."""
-    steps: dict[str, int | None] = {}
-    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
-        if steps.setdefault(design, step) != step:
-            raise StatisticsError(
-                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
-                "them with `poolwise run`, or leave the short ones out"
-            )
-    return steps
-
-
-def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
-    """The metric of the rows to compare: the one asked for, the task's main one, or the only one."""
-    import polars as pl
-
-    kind = rows["task_type"][0]
-    stored = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
-    if wanted is None:
-        main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
-        wanted = next((name for name in main if name in stored), None)
-        wanted = next(iter(stored)) if wanted is None and len(stored) == 1 else wanted
-        if wanted is None:
-            raise StatisticsError(f"{task}: items have several metrics ({', '.join(stored)}); choose one with --metric")
-    if wanted not in {*stored, *stored.values()}:
-        raise StatisticsError(
-            f"metric {wanted!r} does not exist for the items of {task!r}; allowed: {', '.join(stored)}"
-            f"{suggest(wanted, stored)}"
-        )
-    return stored.get(wanted, wanted)
 
 
 def data_sets(rows: pl.DataFrame, task: str, metric: str, missing: str) -> list[DataSet]:
@@ -184,11 +151,13 @@ def _data_set(part: pl.DataFrame, label: str, metric: str, missing: str, expecte
         gold = known
     designs = dict.fromkeys(design for design, _ in expected)
     places = {name: [i for i, (design, _) in enumerate(expected) if design == name] for name in designs}
+    known = part.select("design", "seed", "model_identity").iter_rows() if "model_identity" in part.columns else ()
+    models = {(design, seed): model for design, seed, model in known}
     copies = []
     for name, runs in places.items():
-        first: dict[bytes, int] = {}
+        first: dict[tuple[bytes, Any], int] = {}
         for i in runs:
-            first.setdefault(table[i].tobytes(), i)
+            first.setdefault((table[i].tobytes(), models.get(expected[i])), i)
         if len(first) < len(runs) and len(names) >= COPIED_ITEMS:
             copies.append(f"{len(runs) - len(first)} of {len(runs)} runs of {name} repeat another one exactly")
             places[name] = list(first.values())
@@ -211,7 +180,9 @@ class Paired:
     `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope`: what the claim is about;
     `note`: what else must be known to read it. `score` and `baseline_score` are the scores of the two on these items.
     `gaps`: items left out because one of the two lacks them; `difference_with_zeros`: what it would be with a score of
-    0 for those (None without gaps, and for scores that are no mean over items).
+    0 for those (None without gaps, and for scores that are no mean over items). `inner_low/high`: the 90 % interval,
+    which decides on equivalence. `run_se`: the part of the standard error that comes from runs and that more items
+    would not reduce.
     """
 
     task: str
@@ -231,10 +202,13 @@ class Paired:
     baseline_score: float
     gaps: int = 0
     difference_with_zeros: float | None = None
+    inner_low: float = math.nan
+    inner_high: float = math.nan
+    run_se: float = 0.0
 
 
 class Estimate(NamedTuple):
-    """The result of one test: the difference, its interval and p, the test's name, and notes on reading it."""
+    """The result of one test: the difference, its intervals and p, the test's name, and notes on reading it."""
 
     difference: float
     ci_low: float
@@ -242,6 +216,8 @@ class Estimate(NamedTuple):
     p_value: float
     test: str
     notes: tuple[str, ...]
+    inner: tuple[float, float]
+    run_se: float = 0.0
 
 
 def compare_items(
@@ -306,9 +282,60 @@ def compare_items(
     return tuple(replace(line, p_holm=adjusted[i]) for i, line in enumerate(lines))
 
 
+SWITCH, STAY, SAME, OPEN = "switch", "stay", "no difference", "not enough"
+POWER_Z = 0.8416  # the normal quantile of 80 % power
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one line says to someone who has `line.baseline` and could switch to `line.design`.
+
+    `answer`: `switch` (better after Holm), `stay` (worse after Holm, or the 95 % interval rules out a gain of the
+    margin), `no difference` (the 90 % interval lies within ± the margin, or all scores are equal), `not enough`.
+    `more`: about how many more items would detect a difference of the margin with 80 % power, if it is `not enough`;
+    None if no number would, because the runs alone vary too much.
+    """
+
+    answer: str
+    line: Paired
+    more: int | None = None
+
+
+def answers(lines: Sequence[Paired], margin: float) -> tuple[Answer, ...]:
+    """An answer for each line. `margin`: the smallest difference that matters, 0–1, fixed before looking."""
+    family = {scope: sum(line.scope == scope for line in lines) for scope in {line.scope for line in lines}}
+    return tuple(_answer(line, margin, family[line.scope]) for line in lines)
+
+
+def _answer(line: Paired, margin: float, family: int) -> Answer:
+    if line.difference == 0 and line.ci_low == line.ci_high == 0:
+        return Answer(SAME, line)
+    if line.p_holm <= 0.05:
+        return Answer(SWITCH if line.difference > 0 else STAY, line)
+    if -margin < line.inner_low and line.inner_high < margin:
+        return Answer(SAME, line)
+    if line.ci_high < margin:
+        return Answer(STAY, line)
+    reach = float(ndtri(1 - 0.025 / family)) + POWER_Z
+    error = max((line.ci_high - line.ci_low) / (2 * float(ndtri(0.975))), line.run_se)
+    left = (margin / reach) ** 2 - line.run_se**2
+    more = math.ceil(line.n * (error**2 - line.run_se**2) / left) - line.n if left > 0 else None
+    return Answer(OPEN, line, None if more is None else max(1, more))
+
+
+def decision(found: Sequence[Answer]) -> Answer:
+    """The answer over all challengers: switch to the best that is better, else the least settled of their answers."""
+    better = [each for each in found if each.answer == SWITCH]
+    if better:
+        return max(better, key=lambda each: each.line.difference)
+    order = (OPEN, SAME, STAY)
+    return min(found, key=lambda each: (order.index(each.answer), -each.line.difference))
+
+
 def to_json(lines: Sequence[Paired]) -> dict[str, Any]:
     """The content of `poolwise compare --json` for comparisons of items."""
-    return {"comparisons": [asdict(line) for line in lines]}
+    inner = ("inner_low", "inner_high", "run_se")
+    return {"comparisons": [{k: v for k, v in asdict(line).items() if k not in inner} for line in lines]}
 
 
 def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
@@ -333,13 +360,13 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
     lines = [(estimate, runs)]
     scores = (_score(data, b), _score(data, a))
-    if data.gold is None and min(len(a), len(b)) > 1 and n > 1:
+    if min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
         Paired(
             data.task, data.metric, name, base, n, test.difference, test.ci_low, test.ci_high, test.p_value, math.nan,
             test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]),
-            *scores, len(data.lacking), zeros,
+            *scores, len(data.lacking), zeros, *test.inner, test.run_se,
         )
         for test, scope in lines
     ]  # fmt: skip
@@ -372,7 +399,8 @@ def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Est
         notes.append(f"the scores are equal on all {data.noun}")
     elif 2 / 2**moved > 0.05:
         notes.append(f"only {moved} of {len(x)} {data.noun} differ, so p cannot fall below {2 / 2**moved:g}")
-    return Estimate(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes))
+    inner = interval.inner_low, interval.inner_high
+    return Estimate(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes), inner)
 
 
 def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Generator) -> Estimate:
@@ -386,20 +414,24 @@ def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Gene
             notes.append(f"for comparison, Zou's interval: {low:.4f} to {high:.4f}")
     else:
         result, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
-    return Estimate(result.difference, result.ci_low, result.ci_high, result.p_value, test, tuple(notes))
+    inner = result.inner_low, result.inner_high
+    return Estimate(result.difference, result.ci_low, result.ci_high, result.p_value, test, tuple(notes), inner)
 
 
 def _over_runs(data: DataSet, base: str, name: str) -> Estimate:
     """Random runs × random items; other designs with the same seeds lend their run variance."""
     seeds = data.seeds[base]
     lent = [
-        runs for other, runs in data.runs.items() if other not in (base, name) and data.seeds[other] == seeds
+        data.per_item(other) for other in data.runs if other not in (base, name) and data.seeds[other] == seeds
     ] if data.seeds[name] == seeds else []  # fmt: skip
-    result = stats.crossed(data.runs[base], data.runs[name], pool=lent)
+    result = stats.crossed(data.per_item(base), data.per_item(name), pool=lent)
     note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {result.run_sd:.4f} ({result.scope})"
+    inner = stats.equivalence(result, 1.0)  # its 90 % interval does not depend on the margin
+    run_se = result.run_sd * math.sqrt(1 / len(seeds) + 1 / len(data.seeds[name]))
     return Estimate(
-        result.difference, result.ci_low, result.ci_high, result.p_value, CROSSED, (note, *filter(None, [result.note]))
-    )
+        result.difference, result.ci_low, result.ci_high, result.p_value, CROSSED, (note, *filter(None, [result.note])),
+        (inner.ci_low, inner.ci_high), run_se,
+    )  # fmt: skip
 
 
 def _size_notes(data: DataSet, n: int) -> list[str]:

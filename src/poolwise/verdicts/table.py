@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import DataError, suggest
+from poolwise.errors import DataError, StatisticsError, suggest
 from poolwise.study.catalogue import origin
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
 SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
 NOT_IN_RUN = "query not in the run"  # `note` of an item that scores 0 because the run ranked nothing for it
 LISTED = 5  # number of names or rows that a message lists
-COPIES = 2  # scores that two runs must share, all of them equal, to be taken for one run
+OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
+MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
+"""Task type -> the main metric of outputs that are scored against gold values."""
+COPIES = 3  # scores that two runs must share, all of them equal, to be taken for one run
 
 
 class Note(str):
@@ -177,6 +180,54 @@ def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("item_id").is_null()).filter(pl.col("step").eq_missing(last))
 
 
+def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
+    """The item rows of one task at the last step of each run."""
+    import polars as pl
+
+    items = frame.filter(pl.col("item_id").is_not_null())
+    known = items["task"].unique(maintain_order=True).to_list()
+    if not known:
+        raise StatisticsError("the scores contain no items (rows with an item_id); only main scores can be compared")
+    if task not in known:
+        why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
+        names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
+        raise StatisticsError(f"task {task!r} {why}; tasks with items: {names}{suggest(task, known)}")
+    last = pl.col("step").max().over("design", "seed")
+    return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
+
+
+def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
+    """The step of each design's checkpoints. Raises StatisticsError if runs of a design stopped at different steps."""
+    steps: dict[str, int | None] = {}
+    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
+        if steps.setdefault(design, step) != step:
+            raise StatisticsError(
+                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
+                "them with `poolwise run`, or leave the short ones out"
+            )
+    return steps
+
+
+def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
+    """The metric of the rows to compare: the one asked for, the task's main one, or the only one."""
+    import polars as pl
+
+    kind = rows["task_type"][0]
+    stored = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
+    if wanted is None:
+        main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
+        wanted = next((name for name in main if name in stored), None)
+        wanted = next(iter(stored)) if wanted is None and len(stored) == 1 else wanted
+        if wanted is None:
+            raise StatisticsError(f"{task}: items have several metrics ({', '.join(stored)}); choose one with --metric")
+    if wanted not in {*stored, *stored.values()}:
+        raise StatisticsError(
+            f"metric {wanted!r} does not exist for the items of {task!r}; allowed: {', '.join(stored)}"
+            f"{suggest(wanted, stored)}"
+        )
+    return stored.get(wanted, wanted)
+
+
 def early_only(frame: pl.DataFrame) -> list[Note]:
     """A note on the tasks that have scores at earlier steps alone, so that they are no part of a comparison."""
     import polars as pl
@@ -195,7 +246,8 @@ def without_copies(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[Note]]:
     """The table without runs that repeat another run of their design score by score, and a note on them.
 
     Copies of one run (a file written three times, one checkpoint under two revisions) would measure a run effect of 0.
-    Two runs are copies if they have the same main scores in the same `COPIES` cells or more. References are left alone.
+    Two runs are copies if they have the same main scores in the same `COPIES` cells or more, unless `model_identity`
+    shows that they are different models. References are left alone.
     """
     import polars as pl
 
@@ -205,9 +257,10 @@ def without_copies(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[Note]]:
         scored = scored.filter(pl.col("role").is_null() | ~pl.col("role").is_in(["reference", "untuned"]))
     kept: dict[tuple[str, tuple[Any, ...]], int] = {}
     copies = list[tuple[str, int, int]]()
-    runs = scored.select("design", "seed", *cells, "score").sort("design", "seed", *cells)
+    model = ["model_identity"] if "model_identity" in scored.columns else []
+    runs = scored.select("design", "seed", *cells, *model, "score").sort("design", "seed", *cells)
     for (design, seed), run in runs.partition_by("design", "seed", as_dict=True, maintain_order=True).items():
-        content = tuple(run.select(*cells, "score").iter_rows())
+        content = tuple(run.select(*cells, *model, "score").iter_rows())
         first = kept.setdefault((design, content), seed)
         if first != seed and len(content) >= COPIES:
             copies.append((design, seed, first))
