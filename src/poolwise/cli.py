@@ -232,6 +232,34 @@ def evaluate(
 
 
 @app.command()
+def ab(
+    data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL_A MODEL_B...", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
+    ],
+    margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
+    to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of kept embeddings; .poolwise beside the data.")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Switch or stay: compare models on your own data; the first is the one in use."""
+    _quiet()
+    from poolwise.reports.ab import render
+    from poolwise.runs.ab import ab as compare_models
+    from poolwise.screen import show_ab, stdout_to_stderr
+
+    with stdout_to_stderr():
+        result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
+    place = to or Path(result["data"]).parent / f"{result['name']}-ab"
+    paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
+    print(json.dumps(result, indent=1)) if as_json else show_ab(result)
+    for path in paths:
+        _say(str(path.resolve()))
+
+
+@app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
 ) -> None:

@@ -52,10 +52,7 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
     """
     facts = _facts(info, frame, findings)
     pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
-    return [
-        write_atomic(Path(out_dir) / name, _templates().get_template(page).render(facts))
-        for name, page in pages.items()
-    ]
+    return [write_atomic(Path(out_dir) / name, page(template, facts)) for name, template in pages.items()]
 
 
 def layers_page(view: Mapping[str, Any]) -> str:
@@ -63,8 +60,13 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
     view: the dictionary of `poolwise layers --json`.
     """
-    page = _templates().get_template("layers.html.j2")
-    return page.render(title=view["study"], pictures=layer_report.panels(view), tables=layer_report.tables(view))
+    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    return page("layers.html.j2", facts)
+
+
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the given template (its name in `templates/`)."""
+    return _templates().get_template(template).render(facts)
 
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:
