@@ -230,8 +230,10 @@ def keep_vectors(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PoolwiseError(f"{path}: another process is encoding these texts; wait until it is done") from None
-        done = path.stat().st_size // (4 * width) if width else 0
-        file.truncate(4 * width * done)  # a row that was being written when the process was killed
+        size = path.stat().st_size
+        done = size // (4 * width) if width else 0
+        if size != 4 * width * done:  # a row that was being written when the process was killed
+            file.truncate(4 * width * done)
         start, first, reported = time.perf_counter(), done, time.perf_counter()
         rest = itertools.islice(texts(), done, None) if done < total else iter(())
         for vectors in _kept_windows(fast, iter(rest), prompt, side, total - done):

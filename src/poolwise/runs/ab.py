@@ -134,7 +134,7 @@ def ab(
     found = SearchData(path) if searched else TextData(path)
     if "bm25" in models and found.kind != "retrieval":
         raise TaskError(
-            f"bm25 ranks documents for a query, it has no similarity of texts for {found.kind}; leave it out"
+            f"bm25 ranks documents for queries, it has no similarity of texts for {found.kind}; leave it out"
         )
     for note in found.notes:
         say(f"note: {note}")
