@@ -121,7 +121,7 @@ class Bm25:
 
 
 def search_words(model: Any, texts: Sequence[str], depth: int, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As `encoding.encode.search`, by a lexical reference with an index; documents without a word of the query get 0."""
+    """As `encoding.encode.search`, by an indexed lexical reference; documents without a word of the query get 0."""
     depth = min(depth, len(rank))
     places, scores = np.zeros((len(texts), depth), np.int64), np.zeros((len(texts), depth), np.float32)
     for low in range(0, len(texts), 64):
