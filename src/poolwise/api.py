@@ -6,6 +6,7 @@ Comparing and reporting write nothing but the report's own files, and load no mo
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,7 @@ def evaluate(
         model = load_release(model, base, release, dtype=dtype or "auto")
     elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
+        model = model if lexical else _trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
@@ -335,8 +337,27 @@ def evaluate(
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 
-def export_design(study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None) -> Path:
+def _trial_in(model: Path) -> Path:
+    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
+    if not (model / layout.STUDY).is_file():
+        return model
+    study, _ = _study_in(model)
+    rows = [row for row in trials(study) if row["role"] == "design"]
+    folders = [layout.trial(study.folder, row["name"]) for row in rows if row["state"] == "done"]
+    if len(folders) != 1:
+        which = (
+            f"give one of them:{''.join(f'{chr(10)}  - {folder}' for folder in folders)}" if folders else "run it first"
+        )
+        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
+    return folders[0]
+
+
+def export_design(
+    study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None, force: bool = False
+) -> Path:
     """Export a trained design of a study: its run of `seed` on `base` (by default the first ones) at the last step.
+
+    force: replace an exported folder at `to`; anything else there is refused.
 
     Raises:
         StudyError: the study has no such design.
@@ -358,7 +379,10 @@ def export_design(study: Study, design: str, to: str | Path, seed: int | None = 
         folder = layout.trial(study.folder, trial["name"])
         weights = layout.milestone(folder, study.recipe.steps)
         if weights.exists():
-            return export(load(weights), to)
+            encoder = load(weights)
+            if force and (Path(to) / "modules.json").is_file():
+                shutil.rmtree(to)
+            return export(encoder, to)
         if trial["state"] == "failed":
             raise CheckpointError(
                 f"{design} with seed {seed} failed: {trial['reason']}. Its log is {folder / layout.LOG}; "

@@ -35,6 +35,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
@@ -127,6 +128,7 @@ def run(
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
+    _say(loaded.place)
     start_server()  # before this process imports the libraries itself, which takes as long
     from poolwise.runs.run import all_done
     from poolwise.screen import run_with_grid
@@ -161,6 +163,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
+    _say(loaded.place)
     rows = trials(loaded)
     try:
         guard(loaded)
@@ -209,8 +212,9 @@ def report(
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
+    _check_place(to)
     for path in write_report(source, out=to, baseline=baseline):
-        print(path)
+        print(path.resolve())
 
 
 @app.command()
@@ -241,6 +245,35 @@ def evaluate(
 
 
 @app.command()
+def ab(
+    data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL_A MODEL_B...", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
+    ],
+    margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
+    to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of kept embeddings; .poolwise beside the data.")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Switch or stay: compare models on your own data; the first is the one in use."""
+    _check_place(to)
+    _quiet()
+    from poolwise.reports.ab import render
+    from poolwise.runs.ab import ab as compare_models
+    from poolwise.screen import show_ab, stdout_to_stderr
+
+    with stdout_to_stderr():
+        result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
+    place = to or Path(result["data"]).parent / f"{result['name']}-ab"
+    paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
+    print(json.dumps(result, indent=1)) if as_json else show_ab(result)
+    for path in paths:
+        _say(str(path.resolve()))
+
+
+@app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
 ) -> None:
@@ -262,13 +295,18 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model of the run; the study's first by default.")] = None,
+    force: Force = False,
 ) -> None:
     """Write a trained design as a sentence-transformers folder, LoRA merged."""
-    _quiet()
-    from poolwise.api import export_design
     from poolwise.study.study import Study
 
-    print(export_design(Study.load(study), design, to, seed, base))
+    loaded = Study.load(study)
+    loaded.design(design)
+    _check_place(to, force, "exists and is not empty")
+    _quiet()
+    from poolwise.api import export_design
+
+    print(export_design(loaded, design, to, seed, base, force))
 
 
 @app.command()
@@ -283,8 +321,10 @@ def encode(
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
+    _check_place(to, force, "exists")
     _quiet()
     from poolwise.encoding.encode import encode_file
     from poolwise.screen import stdout_to_stderr
@@ -321,6 +361,7 @@ def layers(
     as_json: Json = False,
 ) -> None:
     """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer."""
+    _check_place(to)
     _quiet()
     from poolwise.api import layers as view_layers
     from poolwise.screen import show_layers, stdout_to_stderr
@@ -380,6 +421,17 @@ def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
+
+
+def _check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
+    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
+    if to is None:
+        return
+    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
+        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
+    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
+    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
+        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
 
 
 def _say(line: str) -> None:

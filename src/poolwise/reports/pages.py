@@ -57,19 +57,16 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
         frame: the long table that was compared, with its earlier steps.
     """
     facts = _facts(info, frame, findings)
-    pages = {
-        name: _templates().get_template(f"{name}.j2").render(facts)
-        for name in ("report.md", "report.html", "report.tex")
-    }
+    pages = {name: page(f"{name}.j2", facts) for name in ("report.md", "report.html", "report.tex")}
     pages["report.html"] = _with_contents(pages["report.html"])
     return [write_atomic(Path(out_dir) / name, text) for name, text in pages.items()]
 
 
-def _with_contents(page: str) -> str:
+def _with_contents(html: str) -> str:
     """The page with links to its sections in its empty <nav>; they are known only once it is made."""
-    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', page)
+    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in found)
-    return page.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
+    return html.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
 
 
 def at_a_glance(findings: Findings) -> tables.Table:
@@ -154,8 +151,13 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
     view: the dictionary of `poolwise layers --json`.
     """
-    page = _templates().get_template("layers.html.j2")
-    return page.render(title=view["study"], pictures=layer_report.panels(view), tables=layer_report.tables(view))
+    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    return page("layers.html.j2", facts)
+
+
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the given template (its name in `templates/`)."""
+    return _templates().get_template(template).render(facts)
 
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:

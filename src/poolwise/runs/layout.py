@@ -1,6 +1,6 @@
 """The folder of a study's runs: which file lies where. No other file of the package spells these paths.
 
-    FOLDER/                         `output` of the study file, or runs/NAME
+    FOLDER/                         `output` of the study file, or runs/NAME beside it
         study.json                  the study as it was started
         trials.json                 its trials: name, label, role, seed, base, hash of the spec, their score files
         results.parquet             the long table of all scores, rewritten after each run
