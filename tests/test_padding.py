@@ -98,14 +98,14 @@ def test_check_says_how_it_is_scored(place: Path) -> None:
 
 def test_a_run_is_evaluated_with_the_prompts_and_length_of_its_study(place: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(place)
-    more = 'max_length = 32\nevaluation_max_length = 9\nevaluation_prompts = "mteb"\n'
+    more = 'max_length = 32\nevaluation_max_length = 60\nevaluation_prompts = "mteb"\n'
     path = write(place, "prompted", *CHANGES, ("max_length = 32\n", more), designs=DESIGNS)
     assert run(path, workers=1) == {}
     encoder = checkpoint.load_any(folder_of(path, "m1"))
     (row,) = poolwise.evaluate(encoder, ["./pairs"])
     assert row["score"] == pytest.approx(score(path, "m1"), abs=1e-6)
     assert encoder.max_seq_length == 32  # as it was before
-    (other,) = poolwise.evaluate(encoder, ["./pairs"], template="{instruction} now: ", max_length=30)
+    (other,) = poolwise.evaluate(encoder, ["./pairs"], template="{instruction} ", max_length=48)
     assert abs(other["score"] - row["score"]) > 1e-3
     with pytest.raises(poolwise.PoolwiseError, match=r"must contain \{instruction\}"):
         poolwise.evaluate(encoder, ["./pairs"], template="now: ")

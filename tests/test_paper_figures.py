@@ -1,4 +1,4 @@
-"""What readers of the paper look for: its table from the same scores, the layers of an untuned base, training curves."""
+"""What readers of the paper look for: its table from the same scores, layers of an untuned base, training curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from poolwise.scoring.layers import layer_correlation, untuned
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study
-from poolwise.verdicts import readers
 from tiny import SENTENCES, tiny_folder
 
 
