@@ -16,7 +16,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import results, started, trials, tuned_results, versions
+from poolwise.runs.run import losses, results, started, trials, tuned_results, versions
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -85,7 +85,7 @@ def report(
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, findings, out or Path.cwd())
-    known = {**study_info(study), "layers": layer_attention(study)}
+    known = {**study_info(study), "layers": layer_attention(study), "losses": losses(study)}
     return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
 
 

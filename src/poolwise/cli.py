@@ -301,12 +301,15 @@ def export(
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
-    loaded.design(design)
+    exported = loaded.design(design)
     _check_place(to, force, "exists and is not empty")
     _quiet()
     from poolwise.api import export_design
+    from poolwise.encoding.fast import MASKED
 
     print(export_design(loaded, design, to, seed, base, force))
+    if exported.spec.reads_padding(exported.factors()):
+        _say(f"note: {MASKED}")
 
 
 @app.command()
@@ -353,21 +356,39 @@ def serve(
 
 @app.command()
 def layers(
-    run: Annotated[str, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")
+    ] = None,
+    untuned: Annotated[str | None, typer.Option(help="Instead of a run: a base model before training.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="With --untuned: task, benchmark or folder; repeat for more.")
+    ] = None,
     design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
     base: Annotated[str | None, typer.Option(help="Only this base model.")] = None,
     to: Annotated[Path, typer.Option(help="HTML page to write, with the pictures.")] = Path("layers.html"),
     as_json: Json = False,
 ) -> None:
-    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer."""
+    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer.
+
+    With --untuned the scores of a base model's layers before training, and how alike two layers rank pairs of texts.
+    """
+    if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
+        raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
     _check_place(to)
     _quiet()
-    from poolwise.api import layers as view_layers
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
-        view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
+        if run is None or untuned:
+            from poolwise.data.tasks import resolve_tasks
+            from poolwise.scoring.layers import untuned as view_untuned
+
+            view = view_untuned(str(untuned), resolve_tasks(tasks or (), Path.cwd()))
+        else:
+            from poolwise.api import layers as view_layers
+
+            view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
     print(json.dumps(view, indent=1)) if as_json else show_layers(view, to)
 
 

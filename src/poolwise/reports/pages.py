@@ -52,8 +52,8 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
     """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each atomically; returns their paths.
 
     Args:
-        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers; an
-            empty dict is enough.
+        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers, losses
+            (design -> seed -> loss by step); an empty dict is enough.
         frame: the long table that was compared, with its earlier steps.
     """
     facts = _facts(info, frame, findings)
@@ -307,6 +307,8 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "given": secondary.given(findings),
         "own": tables.own_tasks(findings),
         "glance": at_a_glance(findings),
+        "paper_terms": secondary.paper_terms(findings),
+        "curves": plots.loss_curves(info.get("losses") or {}),
         "means": tables.means(findings),
         "references": with_references(tables.means(findings), findings),
         "verdicts": tables.verdicts(findings),

@@ -248,6 +248,18 @@ def results(study: Study) -> Any:
     return readers.read(path)
 
 
+def losses(study: Study) -> dict[str, dict[int, list[float]]]:
+    """Training losses by step: design (on its base, if there are several) -> seed -> losses."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in trials(study) if started(study) else ():
+        content = _read(layout.trial(study.folder, row["name"]) / layout.TRAINED)
+        if row["role"] == "design" and "losses" in content:
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            by_step = {int(step): loss for step, loss in content["losses"].items()}
+            found.setdefault(name, {})[row["seed"]] = [by_step[step] for step in sorted(by_step)]
+    return found
+
+
 def gather(folder: Path) -> None:
     """Collect the scores of a study's trials in `results.parquet`, those on its present tasks.
 
