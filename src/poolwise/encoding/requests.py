@@ -6,6 +6,7 @@ share of, so that a request of one short text does not wait for one of two thous
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import copy
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,8 @@ WAITING = 256
 """Requests that may wait; further ones are answered with 429."""
 WAITING_TEXTS = 16 * MAX_TEXTS
 """Texts that may wait."""
+ANSWER_SECONDS = 120
+"""Seconds after which a request that still waits is answered with 503."""
 TURN = 0.1
 """Seconds that the texts encoded together should take, by the pace of those before."""
 ROOM = (512, 65536)
@@ -64,6 +67,10 @@ class RequestError(Exception):
         more = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
         headers = {**more.get(self.status, {}), **({"connection": "close"} if close else {})}
         return Response(orjson.dumps({"error": content}), self.status, headers, "application/json")
+
+
+class GoneError(Exception):
+    """The client has closed the connection; nobody reads an answer."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +286,22 @@ class Batcher:
         return len(some) < 16 or cut_off > 0 or some[3:] != again[len(again) - len(some) + 3 :]
 
 
+async def answered(batcher: Batcher, asked: Asked, leaving: Awaitable[Any]) -> tuple[np.ndarray, int]:
+    """The vectors (N, D) and tokens of a request. If its client leaves, which ends `leaving`, it leaves the queue."""
+    job = batcher.submit(asked.items, asked.side)
+    future, gone = asyncio.wrap_future(job), asyncio.ensure_future(leaving)
+    try:
+        await asyncio.wait({future, gone}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if future.done():
+            return future.result()
+        if gone.done():
+            raise GoneError
+        raise RequestError(503, f"the texts were not encoded within {ANSWER_SECONDS} seconds; try again later")
+    finally:
+        job.cancel()
+        gone.cancel()
+
+
 class Metrics:
     """What `GET /metrics` shows, in Prometheus' format."""
 
@@ -301,7 +324,7 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__} at " + " < ".join(f"{f.filename}:{f.lineno}" for f in reversed(frames))
 
 
-def schema(batcher: Batcher) -> dict[str, Any]:
+def schema(batcher: Batcher, names: Sequence[str]) -> dict[str, Any]:
     """The JSON schema of a request for embeddings."""
     text = {"type": "string", "minLength": 1, "pattern": r"\S"}
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": batcher.known_ids - 1}}
@@ -311,7 +334,7 @@ def schema(batcher: Batcher) -> dict[str, Any]:
         "required": ["input"],
         "properties": {
             "input": {"anyOf": [text, ids, *several] if batcher.known_ids else [text, several[0]]},
-            "model": {"type": ["string", "null"]},
+            "model": {"enum": [None, *names]},
             "input_type": {"enum": [None, *SIDES]},
             "encoding_format": {"enum": [None, *FORMS]},
             "dimensions": {"enum": [None, *batcher.widths]},

@@ -15,23 +15,33 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import h11
-import numpy as np
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from poolwise import __version__
 from poolwise.encoding.encode import open_model
-from poolwise.encoding.requests import MAX_BYTES, Asked, Batcher, Metrics, RequestError, checked, described, schema
+from poolwise.encoding.requests import (
+    MAX_BYTES,
+    Batcher,
+    GoneError,
+    Metrics,
+    RequestError,
+    answered,
+    checked,
+    described,
+    schema,
+)
 from poolwise.errors import PoolwiseError
 
 ROUTE, MODELS, HEALTH, METRICS = "/v1/embeddings", "/v1/models", "/health", "/metrics"
@@ -39,16 +49,15 @@ CONNECTIONS = 512
 """Open connections; requests on further ones are answered with 503, and twice as many are not accepted."""
 BODIES = 64 * MAX_BYTES
 """Bytes of all bodies that are read or waiting; requests beyond are answered with 429."""
-HEAD_SECONDS, BODY_SECONDS, IDLE_SECONDS, STALLED_SECONDS = 10, 60, 75, 60
-"""Time to send a request's head and its body, between two requests, and to read an answer."""
-ANSWER_SECONDS = 120
-"""Seconds after which a request that still waits is answered with 503."""
+HEAD_SECONDS, BODY_SECONDS, REFUSED_SECONDS, IDLE_SECONDS, STALLED_SECONDS = 10, 60, 5, 75, 60
+"""Time to send a request's head, its body, one that is refused, the next request, and to read an answer."""
 DRAIN_SECONDS, LAST_SECONDS = 8.0, 1
 """At SIGTERM: for requests in flight, and then for connections to close."""
 QUIET_SECONDS = 0.5
 """At SIGTERM: for which open connections are still answered, with 503, so that none is reset while it sends."""
 TOKEN = "POOLWISE_TOKEN"
 """Environment variable with the key that clients must send."""
+TOO_LARGE = f"the body is larger than {MAX_BYTES} bytes: send fewer texts at a time"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("poolwise.serve")
 
@@ -83,20 +92,21 @@ class Gate:
                     message.setdefault("headers", []).append((b"connection", b"close"))
             await send(message)
 
-        self.active += 1
-        reserved = 0
+        admitted = reserved = 0
         try:
             body = bytearray()
             try:
                 headers = heads(scope)
                 refused = self._refused(scope, headers)
-                expects = b"expect" in headers
-                if refused is None or not expects:  # a client that sends without asking reads the answer afterwards
-                    async for chunk in chunks(receive, headers, keep=refused is None):
-                        reserved, self.bytes = reserved + len(chunk), self.bytes + len(chunk)
-                        if refused is None and self.bytes > BODIES:
+                admitted = int(refused is None)
+                self.active += admitted
+                if refused is None or b"expect" not in headers:  # else the client waits for an answer before it sends
+                    async for chunk in chunks(receive, keep=refused is None):
+                        if refused is None and self.bytes + len(chunk) > BODIES:
                             refused = RequestError(429, "too many large requests are waiting; try again later")
-                        body += chunk if refused is None else b""
+                        if refused is None:
+                            body += chunk
+                            reserved, self.bytes = reserved + len(chunk), self.bytes + len(chunk)
                 if refused is not None:
                     raise refused
                 await self.app(scope, replay(bytes(body), receive), watched)
@@ -110,7 +120,7 @@ class Gate:
                     failed = RequestError(500, "the request could not be answered")
                     await failed.response()(scope, receive, watched)
         finally:
-            self.active -= 1
+            self.active -= admitted
             self.bytes -= reserved
             self.metrics.requests.labels(route, status).inc()
             if route == ROUTE:
@@ -121,7 +131,7 @@ class Gate:
         if b"transfer-encoding" in headers and b"content-length" in headers:
             return RequestError(400, "both Content-Length and Transfer-Encoding; send one of them")
         if int(headers.get(b"content-length", b"0")) > MAX_BYTES:
-            return too_large(int(headers[b"content-length"]))
+            return RequestError(413, TOO_LARGE)
         if self.connections() > CONNECTIONS:
             return RequestError(503, f"more than {CONNECTIONS} connections are open; try again later")
         if self.draining and scope["path"] != METRICS:
@@ -155,10 +165,6 @@ class Gate:
         return None
 
 
-class GoneError(Exception):
-    """The client has closed the connection; nobody reads an answer."""
-
-
 def heads(scope: Any) -> dict[bytes, bytes]:
     """A request's headers. Raises RequestError if one that decides something comes twice."""
     found: dict[bytes, bytes] = {}
@@ -169,29 +175,26 @@ def heads(scope: Any) -> dict[bytes, bytes]:
     return found
 
 
-def too_large(size: int) -> RequestError:
-    return RequestError(413, f"a body of {size} bytes; at most {MAX_BYTES} are allowed: send fewer texts at a time")
-
-
-async def chunks(receive: Receive, headers: dict[bytes, bytes], keep: bool) -> Any:
-    """The pieces of a body; if they are not kept, at most `16 * MAX_BYTES` are read, which clients send before they
-    read an answer. Raises RequestError if it is too large or too slow, `GoneError` if it ends early."""
+async def chunks(receive: Receive, keep: bool) -> AsyncIterator[bytes]:
+    """The pieces of a body. Of a refused one, whose client sends it before it reads the answer, only so much is read
+    as comes in `REFUSED_SECONDS`. Raises RequestError if it is too large or too slow, GoneError if it ends early."""
     size = 0
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS if keep else REFUSED_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise GoneError
                 chunk = message.get("body", b"")
                 size += len(chunk)
-                if size > (MAX_BYTES if keep else 16 * MAX_BYTES):
-                    raise too_large(size)
-                yield chunk if keep else b""
+                if keep and size > MAX_BYTES:
+                    raise RequestError(413, TOO_LARGE)
+                yield chunk
                 if not message.get("more_body"):
                     return
     except TimeoutError:
-        raise RequestError(408, f"the body was not complete after {BODY_SECONDS} seconds") from None
+        if keep:
+            raise RequestError(408, f"the body was not complete after {BODY_SECONDS} seconds") from None
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -277,7 +280,7 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     created = int(time.time())
     models = [{"id": name, "object": "model", "created": created, "owned_by": "poolwise"} for name in names]
     refused = {code: {"description": HTTPStatus(code).phrase} for code in (400, 401, 403, 408, 413, 422, 429, 500, 503)}
-    body = {"required": True, "content": {"application/json": {"schema": schema(batcher)}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema(batcher, names)}}}
     others = {code: refused[code] for code in (400, 401, 403, 408, 413, 503)}
 
     @app.exception_handler(RequestError)
@@ -296,7 +299,7 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     async def embeddings(request: Request) -> Response:
         """Embeddings of texts, or of the model's own token ids."""
         asked = checked(await request.body(), names, batcher)
-        vectors, tokens = await answered(request, batcher, asked)
+        vectors, tokens = await answered(batcher, asked, request.receive())
         metrics.texts.inc(len(vectors))
         metrics.tokens.inc(tokens)
         return Response(asked.answer(vectors, tokens, names[0]), media_type="application/json")
@@ -320,28 +323,12 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
         facts = {"dimensions": batcher.width, "trained_dimensions": batcher.widths, "max_length": batcher.limit}
         return {"status": "ok", "model": names[0], **facts}
 
-    @app.get(METRICS, responses=others)
+    @app.get(METRICS, responses=others, response_class=PlainTextResponse)
     async def show_metrics() -> Response:
         """Counts and times in Prometheus' format."""
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-async def answered(request: Request, batcher: Batcher, asked: Asked) -> tuple[np.ndarray, int]:
-    """The vectors (N, D) and tokens of a request. One whose client leaves is taken out of the queue."""
-    job = batcher.submit(asked.items, asked.side)
-    future, gone = asyncio.wrap_future(job), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait({future, gone}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if future.done():
-            return future.result()
-        if gone.done():
-            raise GoneError
-        raise RequestError(503, f"the texts were not encoded within {ANSWER_SECONDS} seconds; try again later")
-    finally:
-        job.cancel()
-        gone.cancel()
 
 
 class Server(uvicorn.Server):
@@ -350,7 +337,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, batcher: Batcher, names: Sequence[str], bound: socket.socket, token: str | None, hosts: Any
     ) -> None:
-        self.batcher, self.bound = batcher, bound
+        self.batcher, self.bound, self.port = batcher, bound, int(bound.getsockname()[1])
         self.metrics = Metrics(batcher, lambda: len(self.server_state.connections))
         self.gate = Gate(create_app(batcher, names, self.metrics), self.metrics, token, hosts)
         self.gate.connections = lambda: len(self.server_state.connections)
@@ -360,25 +347,34 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(self.gate, http=Connection, **settings, **quiet, **times))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `Gate` logs, without any text
 
-    @property
-    def port(self) -> int:
-        """The port that it is bound to."""
-        return int(self.bound.getsockname()[1])
-
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until `should_exit`."""
         super().run([self.bound])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, answer those in flight, close the connections: within ten seconds."""
+        """Refuse new connections and requests, answer those in flight, close the rest: within ten seconds."""
         self.gate.draining = True
         end = time.monotonic() + DRAIN_SECONDS
+        await self._accept_last()
         await asyncio.sleep(QUIET_SECONDS)
         while self.gate.active and time.monotonic() < end and not self.force_exit:
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.batcher.close, max(0.0, end - time.monotonic()) if not self.force_exit else 0.0)
+        await asyncio.to_thread(self.batcher.close, 0.0 if self.force_exit else max(0.0, end - time.monotonic()))
         await asyncio.sleep(0.05)  # for the answers to those that were cut short
         await super().shutdown(sockets)
+
+    async def _accept_last(self) -> None:
+        """Accept the connections that wait, which closing the listening socket would reset, and close it."""
+        loop, waiting = asyncio.get_running_loop(), []
+        with contextlib.suppress(OSError):
+            while True:
+                waiting.append(self.bound.accept()[0])
+        for server in self.servers:
+            server.close()
+        settings: Any = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        for each in waiting:
+            each.setblocking(False)
+            await loop.connect_accepted_socket(lambda: Connection(**settings, _loop=loop), each)
 
 
 @contextlib.contextmanager
