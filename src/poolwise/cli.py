@@ -341,17 +341,30 @@ def encode(
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model, as often as needed; MODEL by default.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; use a proxy for access from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="With POOLWISE_TOKEN: a further name by which clients and pages reach it; '*': any."),
+    ] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings."""
-    _quiet()
-    from poolwise.encoding.server import serve as serve_forever
+    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings.
 
-    serve_forever(model, host, port, say=_say, dtype=dtype)
+    Clients must send the key in the environment variable POOLWISE_TOKEN, if it is set.
+    """
+    _quiet()
+    try:
+        from poolwise.encoding.server import serve as serve_forever
+    except ModuleNotFoundError as error:
+        raise PoolwiseError(f"serving needs {error.name!r}; install it: pip install 'poolwise[serve]'") from None
+
+    serve_forever(model, host, port, say=_say, dtype=dtype, names=name or (), hosts=allow_host or ())
 
 
 @app.command()
