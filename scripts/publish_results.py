@@ -117,7 +117,7 @@ def _present(study: Study, frame: pl.DataFrame) -> pl.DataFrame:
 def _write_scores(frame: pl.DataFrame, path: Path) -> None:
     """Parquet that is small: single-precision cosines end in equal bytes, which this encoding puts side by side."""
     table = frame.to_arrow()
-    numbers = [name for name in ("score", "gold", "seconds") if name in frame.columns]
+    numbers = [name for name in ("score", "seconds") if name in frame.columns]
     words = [name for name in frame.columns if name not in numbers]
     with atomic_path(path) as temporary:
         pq.write_table(
