@@ -124,9 +124,10 @@ def sliding_window(model: nn.Module) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def partial_layers(model: nn.Module) -> str | None:
+def partial_layers(model: nn.Module, longest: int | None = None) -> str | None:
     """What an attention mode means for a base in which not every layer attends to all tokens; None if all do.
 
+    longest: tokens of the longest text; a window of that many is as good as none.
     transformers turns a sliding window into a symmetric one; what is no attention (LFM2's convolutions, the recurrences
     of Qwen3-Next) reads earlier tokens only in every mode. The probe sees that some layer mixes both ways, not which.
     """
@@ -136,6 +137,8 @@ def partial_layers(model: nn.Module) -> str | None:
         kinds = Counter({"sliding_attention": config.num_hidden_layers})
     local = kinds.pop("sliding_attention", 0) + kinds.pop("chunked_attention", 0)
     whole = kinds.pop("full_attention", 0)
+    if longest and window and longest <= window:
+        whole, local = whole + local, 0
     if not local and not kinds:
         return None
     parts = [f"{whole} attend to all tokens"]

@@ -83,7 +83,7 @@ def check_base(study: Study, path: str, config: Any) -> list[str]:
             raise AttentionError(f"recipe.base_model = {recipe.base_model!r} cannot carry {names}: {error}") from error
     layout, reason = choose(model, study.designs, recipe.max_length)
     slower = f"Training batches are {layout}, not packed, which is slower: {reason}." if reason else None
-    return [note for note in (partial_layers(model), slower) if note]
+    return [note for note in (partial_layers(model, recipe.max_length), slower) if note]
 
 
 def _names(designs: Sequence[Design], mode: str) -> str:
