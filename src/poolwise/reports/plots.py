@@ -94,6 +94,7 @@ def intervals(
     reach = [max(-low, high) for low, high in own]
     shared = not reach or max(reach) < TENFOLD * min(reach)
     scales = [_scale([row for _, rows in groups for row in rows])] * len(groups) if shared else own
+    axis = axis if shared else f"{axis} (own scale)"
     panels = []
     for (group, rows), limits in zip(groups, scales, strict=True):
 
