@@ -410,7 +410,10 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds, three mechanisms.")] = False,
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
-    """Run a whole study on the built-in model and tasks, offline, from training to a report."""
+    """Run a whole study on the built-in model and tasks, offline, from training to a report; then report a real one.
+
+    The second report, smollm2.html, is made from the stored scores of a study on SmolLM2-135M.
+    """
     from poolwise.runs.engine import start_server
     from poolwise.study.starters import demo_study
 
@@ -429,6 +432,21 @@ def demo(
     show_end(study_info(loaded), compare_source(loaded))
     for path in write_report(loaded, out=to, command=f"poolwise demo{' --quick' if quick else ''}"):
         print(path)
+    from poolwise.demo import smollm2_study
+
+    print(_one_page(smollm2_study(), to / "smollm2.html"))
+
+
+def _one_page(study_file: Path, path: Path) -> Path:
+    """The HTML report of a stored study, as a file of that name."""
+    from tempfile import TemporaryDirectory
+
+    from poolwise.api import report as write_report
+    from poolwise.files import write_atomic
+
+    with TemporaryDirectory() as place:
+        pages = {page.suffix: page for page in write_report(str(study_file), out=place)}
+        return write_atomic(path, pages[".html"].read_bytes())
 
 
 def _compare_items(

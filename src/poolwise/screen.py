@@ -359,6 +359,8 @@ def show_probe(name: str, probe: Mapping[str, Any]) -> None:
     """Print the result of `poolwise probe`: whether the model supports each mode, and which token moves which."""
     console = terminal()
     console.print(f"{name}: {probe['model']}, {probe['backend']}, {probe['dtype']}; as loaded: {probe['declared']}")
+    if probe["layers"]:
+        console.print(probe["layers"], markup=False)
     for mode, result in probe["modes"].items():
         console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")
         if result["reason"]:

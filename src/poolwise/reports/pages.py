@@ -127,7 +127,8 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
     """The table of means with what needs no training: TF-IDF, BM25 and the untuned designs, where they have scores on
     all tasks of a group."""
     names = [name for name, role in findings.roles if role in ("reference", "untuned")]
-    cells = {name: tuple(_reference_mean(findings, group, name) for group in findings.groups) for name in names}
+    arms = {name: [findings.whole_arm(group, name) for group in findings.groups] for name in names}
+    cells = {name: tuple(points(arm.mean) if arm else "–" for arm in found) for name, found in arms.items()}
     cells = {name: found for name, found in cells.items() if set(found) != {"–"}}
     (_, rows), *_ = means.sections
     if means.columns[0] == "Design":
@@ -136,14 +137,6 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
         columns = (*means.columns, *cells)
         rows = tuple((*row, *(found[place] for found in cells.values())) for place, row in enumerate(rows))
     return replace(means, columns=columns, sections=(("", rows),))
-
-
-def _reference_mean(findings: Findings, group: str, name: str) -> str:
-    try:
-        arm = findings.arm(group, name)
-    except KeyError:
-        return "–"
-    return points(arm.mean) if len(arm.tasks) == len(findings.arm(group, findings.baseline).tasks) else "–"
 
 
 def layers_page(view: Mapping[str, Any]) -> str:
