@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 
 from poolwise import api
 from poolwise.files import atomic_path, write_atomic, write_json
-from poolwise.runs import costs, layout
+from poolwise.runs import layout
+from poolwise.runs.prepare import store_costs
 from poolwise.study.catalogue import origin
 from poolwise.study.study import Study
 
@@ -62,15 +63,7 @@ def publish(study_file: str | Path, runs: list[str]) -> None:
     for name in (layout.LOOKS, layout.VERSIONS):
         if (Path(runs[0]) / name).exists():
             shutil.copyfile(Path(runs[0]) / name, target / name)
-    costs.store(study, target)
-
-
-def convert(table: str, study_file: str | Path) -> None:
-    """A table of main scores, as results were published before items were, into the folder of its study file."""
-    study, frame = Study.load(study_file), api.scores(table)[1]
-    frame = frame.select([name for name in frame.columns if frame[name].count()])
-    _write_scores(_present(study, frame), study.folder / layout.RESULTS)
-    costs.store(study, study.folder)
+    store_costs(study, target)
 
 
 def rewrite() -> list[Path]:
@@ -117,7 +110,7 @@ def _present(study: Study, frame: pl.DataFrame) -> pl.DataFrame:
 def _write_scores(frame: pl.DataFrame, path: Path) -> None:
     """Parquet that is small: single-precision cosines end in equal bytes, which this encoding puts side by side."""
     table = frame.to_arrow()
-    numbers = [name for name in ("score", "gold", "seconds") if name in frame.columns]
+    numbers = [name for name in ("score", "seconds") if name in frame.columns]
     words = [name for name in frame.columns if name not in numbers]
     with atomic_path(path) as temporary:
         pq.write_table(
@@ -127,9 +120,7 @@ def _write_scores(frame: pl.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["convert"]:
-        convert(*sys.argv[2:])
-    elif len(sys.argv) > 2:
+    if len(sys.argv) > 2:
         publish(sys.argv[1], sys.argv[2:])
     for path in rewrite():
         print(path.relative_to(ROOT))

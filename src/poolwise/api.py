@@ -6,6 +6,7 @@ Comparing and reporting write nothing but the report's own files, and load no mo
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import layer_attention, results, started, trials, tuned_results, versions
+from poolwise.runs.run import losses, results, started, trials, tuned_results, versions
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -129,7 +130,12 @@ def report(
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, findings, out or Path.cwd())
-    known = {**study_info(study), "layers": layer_attention(study)}
+    known = {
+        **study_info(study),
+    shares = layout.layer_attention(study, trials(study) if started(study) else ())
+        "layers": shares,
+        "losses": losses(study),
+    }
     return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
 
 
@@ -327,6 +333,7 @@ def evaluate(
         model = load_release(model, base, release, dtype=dtype or "auto")
     elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
+        model = model if lexical else _trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
@@ -345,8 +352,27 @@ def evaluate(
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 
-def export_design(study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None) -> Path:
+def _trial_in(model: Path) -> Path:
+    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
+    if not (model / layout.STUDY).is_file():
+        return model
+    study, _ = _study_in(model)
+    rows = [row for row in trials(study) if row["role"] == "design"]
+    folders = [layout.trial(study.folder, row["name"]) for row in rows if row["state"] == "done"]
+    if len(folders) != 1:
+        which = (
+            f"give one of them:{''.join(f'{chr(10)}  - {folder}' for folder in folders)}" if folders else "run it first"
+        )
+        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
+    return folders[0]
+
+
+def export_design(
+    study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None, force: bool = False
+) -> Path:
     """Export a trained design of a study: its run of `seed` on `base` (by default the first ones) at the last step.
+
+    force: replace an exported folder at `to`; anything else there is refused.
 
     Raises:
         StudyError: the study has no such design.
@@ -368,7 +394,10 @@ def export_design(study: Study, design: str, to: str | Path, seed: int | None = 
         folder = layout.trial(study.folder, trial["name"])
         weights = layout.milestone(folder, study.recipe.steps)
         if weights.exists():
-            return export(load(weights), to)
+            encoder = load(weights)
+            if force and (Path(to) / "modules.json").is_file():
+                shutil.rmtree(to)
+            return export(encoder, to)
         if trial["state"] == "failed":
             raise CheckpointError(
                 f"{design} with seed {seed} failed: {trial['reason']}. Its log is {folder / layout.LOG}; "

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from poolwise.files import write_atomic
+from poolwise.reports import ab as ab_report
 from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
@@ -323,6 +324,17 @@ def show_paired(pairs: Sequence[Paired]) -> None:
         console.print(Text(f"{text} {pair.note}." if pair.note else text, "dim"))
 
 
+def show_ab(result: Mapping[str, Any]) -> None:
+    """Print the result of `poolwise ab`: the decision first, then the evidence; texts are cut, the files have them."""
+    (console := terminal()).print(Text(ab_report.headline(result), "bold"), soft_wrap=True)
+    for line in (ab_report.opening(result), *ab_report.sentences(result)):
+        console.print(Text(line), soft_wrap=True)
+    for table in ab_report.tables(result):
+        print_table(console, ab_report.narrow(table))
+    for note in ab_report.notes(result):
+        console.print(Text(note, "yellow"), soft_wrap=True)
+
+
 def show_layers(view: Mapping[str, Any], page: Path) -> None:
     """Print the tables of `poolwise layers` and write the page with its pictures."""
     console = terminal()
@@ -335,6 +347,8 @@ def show_probe(name: str, probe: Mapping[str, Any]) -> None:
     """Print the result of `poolwise probe`: whether the model supports each mode, and which token moves which."""
     console = terminal()
     console.print(f"{name}: {probe['model']}, {probe['backend']}, {probe['dtype']}; as loaded: {probe['declared']}")
+    if probe["layers"]:
+        console.print(probe["layers"], markup=False)
     for mode, result in probe["modes"].items():
         console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")
         if result["reason"]:

@@ -50,24 +50,21 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
     """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each atomically; returns their paths.
 
     Args:
-        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers; an
-            empty dict is enough.
+        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers, losses
+            (design -> seed -> loss by step); an empty dict is enough.
         frame: the long table that was compared, with its earlier steps.
     """
     facts = _facts(info, frame, findings)
-    pages = {
-        name: _templates().get_template(f"{name}.j2").render(facts)
-        for name in ("report.md", "report.html", "report.tex")
-    }
+    pages = {name: page(f"{name}.j2", facts) for name in ("report.md", "report.html", "report.tex")}
     pages["report.html"] = _with_contents(pages["report.html"])
     return [write_atomic(Path(out_dir) / name, text) for name, text in pages.items()]
 
 
-def _with_contents(page: str) -> str:
+def _with_contents(html: str) -> str:
     """The page with links to its sections in its empty <nav>; they are known only once it is made."""
-    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', page)
+    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
     links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in found)
-    return page.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
+    return html.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
 
 
 def at_a_glance(findings: Findings) -> tables.Table:
@@ -129,7 +126,8 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
     """The table of means with what needs no training: TF-IDF, BM25 and the untuned designs, where they have scores on
     all tasks of a group."""
     names = [name for name, role in findings.roles if role in ("reference", "untuned")]
-    cells = {name: tuple(_reference_mean(findings, group, name) for group in findings.groups) for name in names}
+    arms = {name: [findings.whole_arm(group, name) for group in findings.groups] for name in names}
+    cells = {name: tuple(points(arm.mean) if arm else "–" for arm in found) for name, found in arms.items()}
     cells = {name: found for name, found in cells.items() if set(found) != {"–"}}
     (_, rows), *_ = means.sections
     if means.columns[0] == "Design":
@@ -140,21 +138,18 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
     return replace(means, columns=columns, sections=(("", rows),))
 
 
-def _reference_mean(findings: Findings, group: str, name: str) -> str:
-    try:
-        arm = findings.arm(group, name)
-    except KeyError:
-        return "–"
-    return points(arm.mean) if len(arm.tasks) == len(findings.arm(group, findings.baseline).tasks) else "–"
-
-
 def layers_page(view: Mapping[str, Any]) -> str:
     """The page of `poolwise layers`: its pictures, then its tables.
 
     view: the dictionary of `poolwise layers --json`.
     """
-    page = _templates().get_template("layers.html.j2")
-    return page.render(title=view["study"], pictures=layer_report.panels(view), tables=layer_report.tables(view))
+    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    return page("layers.html.j2", facts)
+
+
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the given template (its name in `templates/`)."""
+    return _templates().get_template(template).render(facts)
 
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:
@@ -305,6 +300,8 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "given": secondary.given(findings),
         "own": tables.own_tasks(findings),
         "glance": at_a_glance(findings),
+        "paper_terms": secondary.paper_terms(findings),
+        "curves": plots.loss_curves(info.get("losses") or {}),
         "means": tables.means(findings),
         "references": with_references(tables.means(findings), findings),
         "verdicts": tables.verdicts(findings),

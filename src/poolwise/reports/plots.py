@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Pixels: width of a panel, height of a row, margins above and below the axes and to their right, width of a letter.
 WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6
 LABEL_LETTERS = 21
+TENFOLD = 10
 # matplotlib knows no CSS variables: it draws in placeholder colours, which `_inline` replaces.
 INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 VARIABLES = {
@@ -86,14 +87,19 @@ def forest(comparison: Comparison) -> list[Panel]:
 def intervals(
     groups: Sequence[tuple[str, Sequence[Interval]]], axis: str, title: str, above: bool = False
 ) -> list[Panel]:
-    """A panel with the intervals of each group, all on one scale; labels at the left, or `above` their row."""
-    every = [row for _, rows in groups for row in rows]
-    ends = [100 * end for row in every for end in (row.low, row.middle, row.high) if end is not None]
-    limits = focused([100 * row.middle for row in every], ends)
-    panels = []
-    for group, rows in groups:
+    """A panel with the intervals of each group; labels at the left, or `above` their row.
 
-        def draw(axes: Axes, rows: Sequence[Interval] = rows) -> None:
+    All panels have one scale, unless the scales of two groups would differ tenfold.
+    """
+    own = [_scale(rows) for _, rows in groups]
+    reach = [max(-low, high) for low, high in own]
+    shared = not reach or max(reach) < TENFOLD * min(reach)
+    scales = [_scale([row for _, rows in groups for row in rows])] * len(groups) if shared else own
+    axis = axis if shared else f"{axis} (own scale)"
+    panels = []
+    for (group, rows), limits in zip(groups, scales, strict=True):
+
+        def draw(axes: Axes, rows: Sequence[Interval] = rows, limits: tuple[float, float] = limits) -> None:
             axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
             for place, row in enumerate(rows):
                 _draw_interval(axes, place, row, limits)
@@ -102,6 +108,11 @@ def intervals(
         alt = f"{title}, {group}: {axis}: {'; '.join(parts)}."
         panels.append(_panel(group, alt, [row.label for row in rows], limits, draw, axis, True, above))
     return panels
+
+
+def _scale(rows: Sequence[Interval]) -> tuple[float, float]:
+    ends = [100 * end for row in rows for end in (row.low, row.middle, row.high) if end is not None]
+    return focused([100 * row.middle for row in rows], ends)
 
 
 def task_dots(comparison: Comparison) -> list[Panel]:
@@ -134,15 +145,23 @@ def task_dots(comparison: Comparison) -> list[Panel]:
 
 
 def run_strip(comparison: Comparison) -> list[Panel]:
-    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale."""
+    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale.
+
+    What needs no training (TF-IDF, BM25) is a cross in a row of its own, where it has scores on all tasks of the group.
+    """
     panels = []
+    lexical = [name for name, role in comparison.roles if role == "reference"]
     for group in comparison.groups:
         means = {name: 100 * comparison.arm(group, name).run_means for name in comparison.designs}
+        means |= {name: 100 * arm.run_means for name in lexical if (arm := comparison.whole_arm(group, name))}
         limits = padded([float(value) for values in means.values() for value in values])
 
         def draw(axes: Axes, means: dict[str, Any] = means) -> None:
-            for place, values in enumerate(means.values()):
-                _dots(axes, place, values)
+            for place, (name, values) in enumerate(means.items()):
+                if name in lexical:
+                    axes.plot(list(values), [place], "x", color=MUTED, markersize=6, markeredgewidth=1.6)
+                else:
+                    _dots(axes, place, values)
 
         parts = [f"{name} {', '.join(number(float(value)) for value in values)}" for name, values in means.items()]
         alt = f"Runs, {group}: mean score of each seed: {'; '.join(parts)}."
@@ -188,6 +207,40 @@ def _bar(axes: Axes, place: int, low: float, high: float, colour: str, limits: t
     for beyond, edge, arrow in ((low < limits[0], limits[0], "<"), (high > limits[1], limits[1], ">")):
         if beyond:
             axes.plot([edge], [place], arrow, color=colour, markersize=5, clip_on=False, zorder=2)
+
+
+POINTS = 50  # of a training curve, each a mean over as many steps as it takes
+
+
+def loss_curves(losses: Mapping[str, Mapping[Any, Sequence[float]]]) -> list[Panel]:
+    """The loss in training, a panel for each design and a line for each run. losses: design -> run -> loss by step."""
+    binned = {design: [_binned(values) for values in runs.values() if values] for design, runs in losses.items()}
+    ends = [loss for lines in binned.values() for line in lines for _, loss in line]
+    if not ends:
+        return []
+    limits, last = padded(ends), max(line[-1][0] for lines in binned.values() for line in lines)
+    panels = []
+    for design, lines in binned.items():
+
+        def draw(axes: Axes, lines: Sequence[Sequence[tuple[float, float]]] = lines) -> None:
+            axes.set_xlim(0, last)
+            axes.set_ylim(*limits)
+            axes.grid(color=RULE, linewidth=0.7)
+            for line in lines:
+                axes.plot(*zip(*line, strict=True), color=BETTER, linewidth=1.2, alpha=0.7)
+            axes.tick_params(axis="y", labelcolor=MUTED, labelsize=11)
+            axes.set_xlabel("step", color=MUTED, fontsize=11, labelpad=4)
+
+        final = ", ".join(number(line[-1][1], 2) for line in lines)
+        panels.append(sketch(design, f"Training loss of {design} over steps, ending at {final}.", 170, 46, RIGHT, draw))
+    return panels
+
+
+def _binned(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(step, mean loss) of about `POINTS` equal parts of the training."""
+    size = max(1, len(values) // POINTS)
+    parts = [values[start : start + size] for start in range(0, len(values), size)]
+    return [(size * place + len(part), sum(part) / len(part)) for place, part in enumerate(parts)]
 
 
 def _dots(axes: Axes, place: int, values: Any) -> None:

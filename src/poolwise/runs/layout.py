@@ -1,6 +1,6 @@
 """The folder of a study's runs: which file lies where. No other file of the package spells these paths.
 
-    FOLDER/                         `output` of the study file, or runs/NAME
+    FOLDER/                         `output` of the study file, or runs/NAME beside it
         study.json                  the study as it was started
         trials.json                 its trials: name, label, role, seed, base, hash of the spec, their score files
         results.parquet             the long table of all scores, rewritten after each run
@@ -30,6 +30,7 @@ Every file is written whole or not at all, so that a run which was killed contin
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,3 +196,21 @@ def stored_costs(study: Study, folder: Path | None = None) -> list[dict[str, Any
         return [known[name, design.name] for name in study.bases for design in study.designs]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def layer_attention(study: Study, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The attention of finished trials over layers: the number of `texts`, and `runs`: design -> seed -> (L,) shares.
+
+    rows: the trials. Only those of designs that attend to layers have it; designs on several base models are listed
+    separately.
+    """
+    shares: dict[str, dict[int, list[float]]] = {}
+    texts = 0
+    for row in rows:
+        path = trial(study.folder, row["name"]) / LAYERS
+        if row["role"] == "design" and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            shares.setdefault(name, {})[row["seed"]] = content["attention"]
+            texts = content["texts"]
+    return {"texts": texts, "runs": shares}

@@ -248,6 +248,18 @@ def results(study: Study) -> Any:
     return readers.read(path).frame
 
 
+def losses(study: Study) -> dict[str, dict[int, list[float]]]:
+    """Training losses by step: design (on its base, if there are several) -> seed -> losses."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in trials(study) if started(study) else ():
+        content = _read(layout.trial(study.folder, row["name"]) / layout.TRAINED)
+        if row["role"] == "design" and "losses" in content:
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            by_step = {int(step): loss for step, loss in content["losses"].items()}
+            found.setdefault(name, {})[row["seed"]] = [by_step[step] for step in sorted(by_step)]
+    return found
+
+
 def gather(folder: Path) -> None:
     """Collect the scores of a study's trials in `results.parquet`, those on its present tasks.
 
@@ -423,20 +435,3 @@ def _mean() -> Any:
     import polars as pl
 
     return pl.col("score").mean()
-
-
-def layer_attention(study: Study) -> dict[str, Any]:
-    """The attention of finished trials over layers: the number of `texts`, and `runs`: design -> seed -> (L,) shares.
-
-    Only trials of designs that attend to layers have it; designs on several base models are listed separately.
-    """
-    shares: dict[str, dict[int, list[float]]] = {}
-    texts = 0
-    for row in trials(study) if started(study) else ():
-        path = layout.trial(study.folder, row["name"]) / layout.LAYERS
-        if row["role"] == "design" and path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            shares.setdefault(name, {})[row["seed"]] = content["attention"]
-            texts = content["texts"]
-    return {"texts": texts, "runs": shares}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
 
 def _seeds(value: object) -> object:
     """`seeds = 3` means 0, 1, 2."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"seeds = {value}: give the number of seeds, 1 or more, or a list such as [0, 1, 2]")
         return tuple(range(value))
     return to_tuple(value)
 
@@ -99,6 +102,7 @@ class Study(Strict):
     grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)] = Field(default_factory=dict)
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _where: str = PrivateAttr("study")
 
     @model_validator(mode="before")
     @classmethod
@@ -167,16 +171,17 @@ class Study(Strict):
 
         Raises StudyError with every mistake in the file.
         """
-        path = Path(path)
+        path, text = Path(path), ""
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            text = path.read_text(encoding="utf-8-sig")
+            raw = tomllib.loads(text)
         except FileNotFoundError:
             near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
             raise StudyError([f"no such file{near} Make one with `poolwise init demo`"], str(path)) from None
         except (OSError, UnicodeDecodeError) as error:
             raise StudyError([f"cannot be read: {error}"], str(path)) from None
         except tomllib.TOMLDecodeError as error:
-            raise StudyError([f"is not valid TOML: {error}"], str(path)) from None
+            raise StudyError([f"is not valid TOML: {error}{_line_of(error, text)}"], str(path)) from None
         return cls.parse(raw, base_dir=path.resolve().parent, where=str(path))
 
     @classmethod
@@ -196,7 +201,7 @@ class Study(Strict):
             if not any(line.startswith("baseline") for line in problems):  # pydantic stops before it compares fields
                 problems += _missing_baseline(raw.get("baseline", "m1"), _names(raw.get("designs")))
             raise StudyError(problems, where) from None
-        study._base_dir = base_dir or Path.cwd()
+        study._base_dir, study._where = base_dir or Path.cwd(), where
         return study
 
     def load_code(self) -> None:
@@ -213,8 +218,22 @@ class Study(Strict):
 
     @property
     def folder(self) -> Path:
-        """The run folder: `output`, or `runs/NAME` in the working directory."""
-        return (self._base_dir / self.output) if self.output else Path("runs") / self.name
+        """The run folder: `output`, or `runs/NAME` beside the study file. A run that an earlier version left in the
+        working directory is used where it is."""
+        if self.output:
+            return self._base_dir / self.output
+        return Path("runs", self.name).resolve() if self._at_old_place else self._base_dir / "runs" / self.name
+
+    @property
+    def _at_old_place(self) -> bool:
+        beside, old = self._base_dir / "runs" / self.name, Path("runs", self.name)
+        return not self.output and not beside.is_dir() and old.is_dir()
+
+    @property
+    def place(self) -> str:
+        """Where the results are, for the user: the absolute path, and why it is not the usual one."""
+        why = " (found in the working directory; new runs lie beside the study file)" if self._at_old_place else ""
+        return f"results in {self.folder.resolve()}{why}"
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -242,7 +261,8 @@ class Study(Strict):
         if self.extend_to is None:
             raise StudyError(
                 ["no extension is declared, and seeds added after a look make a verdict exploratory: write "
-                 "`extend_to = 5` into the file before the first run"]
+                 "`extend_to = 5` into the file before the first run"],
+                self._where,
             )  # fmt: skip
         return self.model_copy(update={"seeds": self.all_seeds})
 
@@ -260,7 +280,15 @@ class Study(Strict):
             if design.name == name:
                 return design
         names = [design.name for design in self.designs]
-        raise StudyError([f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"])
+        problem = f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"
+        raise StudyError([problem], self._where)
+
+
+def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
+    """The line that a TOML error is about, if its message gives the number."""
+    found = re.search(r"at line (\d+)", str(error))
+    lines = text.splitlines()
+    return f"\n      {lines[int(found[1]) - 1].strip()}" if found and int(found[1]) <= len(lines) else ""
 
 
 def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:

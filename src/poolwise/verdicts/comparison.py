@@ -137,6 +137,11 @@ class Comparison:
                 return arm
         raise KeyError((group, design))
 
+    def whole_arm(self, group: str, design: str) -> Arm | None:
+        """The scores of `design` in `group`; None unless it was scored on all tasks of the group."""
+        found = next((arm for arm in self.arms if (arm.group, arm.design) == (group, design)), None)
+        return found if found and len(found.tasks) == len(self.arm(group, self.baseline).tasks) else None
+
 
 def compare(
     frame: pl.DataFrame,
