@@ -28,7 +28,7 @@ from starlette.responses import Response
 from poolwise.encoding.encode import SIDES, prompt_of
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.rows import cut
-from poolwise.model.checkpoint import trained_widths
+from poolwise.model.encoder import trained_widths
 
 MAX_BYTES = 4 << 20
 """Largest body of a request. A larger one is answered with 413, as are more than `MAX_TEXTS` texts."""

@@ -54,7 +54,7 @@ HEAD_SECONDS, BODY_SECONDS, REFUSED_SECONDS, IDLE_SECONDS, STALLED_SECONDS = 10,
 DRAIN_SECONDS, LAST_SECONDS = 8.0, 1
 """At SIGTERM: for requests in flight, and then for connections to close."""
 QUIET_SECONDS = 0.5
-"""At SIGTERM: for which open connections are still answered, with 503, so that none is reset while it sends."""
+"""At SIGTERM: in which open connections are answered with 503, so that none is reset while it sends."""
 TOKEN = "POOLWISE_TOKEN"
 """Environment variable with the key that clients must send."""
 TOO_LARGE = f"the body is larger than {MAX_BYTES} bytes: send fewer texts at a time"
@@ -342,16 +342,14 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(self.gate, http=Connection, **settings))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `Gate` logs, without any text
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until `should_exit`."""
+    def run(self, sockets: Any = None) -> None:
         super().run([self.bound])
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+    async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         self.announce()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    async def shutdown(self, sockets: Any = None) -> None:
         """Refuse new connections and requests, answer those in flight, close the rest: within ten seconds."""
         self.gate.draining = True
         end = time.monotonic() + DRAIN_SECONDS
