@@ -296,7 +296,7 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     async def embeddings(request: Request) -> Response:
         """Embeddings of texts, or of the model's own token ids."""
         asked = checked(await request.body(), names, batcher)
-        vectors, tokens = await answered(batcher, asked, request.receive())
+        vectors, tokens = await answered(batcher, asked, request.receive)
         metrics.texts.inc(len(vectors))
         metrics.tokens.inc(tokens)
         return Response(asked.answer(vectors, tokens, names[0]), media_type="application/json")
