@@ -132,8 +132,7 @@ def report(
         return render(info, frame, findings, out or Path.cwd())
     known = {
         **study_info(study),
-    shares = layout.layer_attention(study, trials(study) if started(study) else ())
-        "layers": shares,
+        "layers": layout.layer_attention(study, trials(study) if started(study) else ()),
         "losses": losses(study),
     }
     return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
