@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from poolwise.errors import PoolwiseError, StudyError
+from poolwise.files import check_place
 
 app = typer.Typer(
     name="poolwise",
@@ -253,7 +254,7 @@ def report(
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
-    _check_place(to)
+    check_place(to)
     choice = _choice(split, subset, benchmark, revisions)
     for path in write_report(source, out=to, baseline=baseline, choice=choice):
         print(path.resolve())
@@ -300,7 +301,7 @@ def ab(
     as_json: Json = False,
 ) -> None:
     """Switch or stay: compare models on your own data; the first is the one in use."""
-    _check_place(to)
+    check_place(to)
     _quiet()
     from poolwise.reports.ab import render
     from poolwise.runs.ab import ab as compare_models
@@ -344,7 +345,7 @@ def export(
 
     loaded = Study.load(study)
     exported = loaded.design(design)
-    _check_place(to, force, "exists and is not empty")
+    check_place(to, force, "exists and is not empty")
     _quiet()
     from poolwise.api import export_design
     from poolwise.encoding.fast import MASKED
@@ -369,7 +370,7 @@ def encode(
     force: Force = False,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
-    _check_place(to, force, "exists")
+    check_place(to, force, "exists")
     _quiet()
     from poolwise.encoding.encode import encode_file
     from poolwise.screen import stdout_to_stderr
@@ -430,7 +431,7 @@ def layers(
     """
     if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
         raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
-    _check_place(to)
+    check_place(to)
     _quiet()
     from poolwise.screen import show_layers, stdout_to_stderr
 
@@ -521,17 +522,6 @@ def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
-
-
-def _check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
-    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
-    if to is None:
-        return
-    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
-        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
-    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
-    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
-        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
 
 
 def _say(line: str) -> None:
