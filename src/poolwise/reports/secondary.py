@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from poolwise import stats
 from poolwise.reports import plots
 from poolwise.reports.tables import Cells, Table, sections
 from poolwise.reports.words import (
@@ -154,8 +153,7 @@ def paper_terms(comparison: Comparison) -> Table | None:
 
     def cell(group: str, design: str) -> str:
         arm, base = comparison.arm(group, design), comparison.arm(group, comparison.baseline)
-        # The paper's sample is tasks, although some of them share their texts.
-        p = stats.signed_rank(arm.task_means - base.task_means)
+        p = comparison.p_over_tasks(group, design)
         star = "*" if len(arm.tasks) > 1 and not comparison.interim and p < PAPER_ALPHA else ""
         return number(arm.mean - base.mean, 4, True) + star
 
