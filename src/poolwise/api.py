@@ -5,7 +5,6 @@ Comparing and reporting write nothing but the report's own files, and load no mo
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -332,7 +331,7 @@ def evaluate(
         model = load_release(model, base, release, dtype=dtype or "auto")
     elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
-        model = model if lexical else _trial_in(Path(model))
+        model = model if lexical else layout.trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
@@ -349,21 +348,6 @@ def evaluate(
         if ours:
             ours.max_seq_length = before
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
-
-
-def _trial_in(model: Path) -> Path:
-    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
-    if not (model / layout.STUDY).is_file():
-        return model
-    study, _ = _study_in(model)
-    rows = [row for row in trials(study) if row["role"] == "design"]
-    folders = [layout.trial(study.folder, row["name"]) for row in rows if row["state"] == "done"]
-    if len(folders) != 1:
-        which = (
-            f"give one of them:{''.join(f'{chr(10)}  - {folder}' for folder in folders)}" if folders else "run it first"
-        )
-        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
-    return folders[0]
 
 
 def export_design(
@@ -434,7 +418,7 @@ def layers(
     from poolwise.model import checkpoint
     from poolwise.scoring.layers import inspect
 
-    study, only = _study_in(source)
+    study, only = layout.study_in(source)
     wanted = {"label": design, "seed": seed, "base": base, "name": only}
     rows = [row for row in trials(study) if row["role"] == "design"]
     rows = [row for row in rows if all(value is None or row[key] == value for key, value in wanted.items())]
@@ -451,20 +435,6 @@ def layers(
         named = {"design": row["label"], "seed": row["seed"], "base": row["base"]}
         runs.append({**named, **content, "own": _design_scores(study, row["id"])})
     return {"study": study.name, "runs": runs}
-
-
-def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
-    """The study that `source` names, and the name of a trial if it names one."""
-    if isinstance(source, Study):
-        return source, None
-    path = Path(source)
-    if path.suffix == ".toml":
-        return Study.load(path), None
-    for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
-        if (folder / layout.STUDY).is_file():
-            written = json.loads((folder / layout.STUDY).read_text(encoding="utf-8"))
-            return Study.parse({**written, "output": str(folder.resolve())}, base_dir=Path.cwd()), only
-    raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 
 def _design_scores(study: Study, trial_id: str) -> list[dict[str, Any]]:

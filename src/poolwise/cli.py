@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from poolwise.errors import PoolwiseError, StudyError
+from poolwise.files import check_place
 
 app = typer.Typer(
     name="poolwise",
@@ -112,14 +115,14 @@ def init(
 @app.command()
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study; show its factors, sizes, cost, trials, negatives and the smallest reachable p."""
-    from poolwise.screen import show_check, stdout_to_stderr
+    from poolwise.screen import show_check
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
     _quiet()
     from poolwise.runs.check import check as check_study
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         preview = check_study(loaded)
     print(json.dumps(preview, indent=1)) if as_json else show_check(preview)
 
@@ -253,7 +256,7 @@ def report(
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
-    _check_place(to)
+    check_place(to)
     choice = _choice(split, subset, benchmark, revisions)
     for path in write_report(source, out=to, baseline=baseline, choice=choice):
         print(path.resolve())
@@ -276,9 +279,9 @@ def evaluate(
     """Score a model on mteb tasks or your own data."""
     _quiet()
     from poolwise.api import evaluate as score
-    from poolwise.screen import show_scores, stdout_to_stderr
+    from poolwise.screen import show_scores
 
-    with stdout_to_stderr():  # what libraries print must not mix with the JSON
+    with _stdout_to_stderr():  # what libraries print must not mix with the JSON
         rows = score(
             model, tasks, batch_size=batch_size, dtype=dtype, template=template and template.replace("\\n", "\n"),
             max_length=max_length, release=release, base=base, note=lambda line: _say(f"note: {line}"),
@@ -300,13 +303,13 @@ def ab(
     as_json: Json = False,
 ) -> None:
     """Switch or stay: compare models on your own data; the first is the one in use."""
-    _check_place(to)
+    check_place(to)
     _quiet()
     from poolwise.reports.ab import render
     from poolwise.runs.ab import ab as compare_models
-    from poolwise.screen import show_ab, stdout_to_stderr
+    from poolwise.screen import show_ab
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
     place = to or Path(result["data"]).parent / f"{result['name']}-ab"
     paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
@@ -323,9 +326,9 @@ def probe(
     _quiet()
     from poolwise.model.attention import verdict
     from poolwise.model.base import load_base
-    from poolwise.screen import show_probe, stdout_to_stderr
+    from poolwise.screen import show_probe
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         result = verdict(load_base(model))
     print(json.dumps(result, indent=1)) if as_json else show_probe(model, result)
 
@@ -344,7 +347,7 @@ def export(
 
     loaded = Study.load(study)
     exported = loaded.design(design)
-    _check_place(to, force, "exists and is not empty")
+    check_place(to, force, "exists and is not empty")
     _quiet()
     from poolwise.api import export_design
     from poolwise.encoding.fast import MASKED
@@ -369,13 +372,12 @@ def encode(
     force: Force = False,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
-    _check_place(to, force, "exists")
+    check_place(to, force, "exists")
     _quiet()
     from poolwise.encoding.encode import encode_file
-    from poolwise.screen import stdout_to_stderr
 
     side = {True: "query", False: "document", None: None}[query]
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, dtype=dtype, say=_say)
     print(path)
 
@@ -430,11 +432,11 @@ def layers(
     """
     if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
         raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
-    _check_place(to)
+    check_place(to)
     _quiet()
-    from poolwise.screen import show_layers, stdout_to_stderr
+    from poolwise.screen import show_layers
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         if run is None or untuned:
             from poolwise.data.tasks import resolve_tasks
             from poolwise.scoring.layers import untuned as view_untuned
@@ -523,17 +525,6 @@ def _only(sources: list[str]) -> str:
     return sources[0]
 
 
-def _check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
-    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
-    if to is None:
-        return
-    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
-        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
-    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
-    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
-        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -552,3 +543,17 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to stderr, at the level of file descriptors."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

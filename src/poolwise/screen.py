@@ -6,10 +6,8 @@ Every table is a `reports.tables.Table`, printed in aligned columns that are nev
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -445,17 +443,3 @@ def show_end(info: Mapping[str, Any], findings: Findings) -> None:
     for note in (*findings.notes, *findings.excluded):
         console.print(Text(note, "yellow"))
     console.print()
-
-
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send what libraries print to stderr, at the level of file descriptors."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

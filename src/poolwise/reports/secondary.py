@@ -147,15 +147,15 @@ def paper_terms(comparison: Comparison) -> Table | None:
     means, a star where the Wilcoxon test over tasks has p < .05, two-sided and uncorrected. None without such a test.
     """
     groups = [group for group in comparison.groups if not comparison.of_items(group)]
-    # The paper's sample is tasks, although some of them share their texts.
-    tested = [row for row in comparison.rows if row.p_over_tasks is not None and row.group in groups]
+    tested = [row for row in comparison.rows if row.group in groups and row.tasks > 1 and not comparison.interim]
     if not tested:
         return None
 
     def cell(group: str, design: str) -> str:
-        row, base = comparison.row(group, design), comparison.arm(group, comparison.baseline).mean
-        star = "*" if row.p_over_tasks is not None and row.p_over_tasks < PAPER_ALPHA else ""
-        return number(comparison.arm(group, design).mean - base, 4, True) + star
+        arm, base = comparison.arm(group, design), comparison.arm(group, comparison.baseline)
+        p = comparison.p_over_tasks(group, design)
+        star = "*" if len(arm.tasks) > 1 and not comparison.interim and p < PAPER_ALPHA else ""
+        return number(arm.mean - base.mean, 4, True) + star
 
     first = [number(comparison.arm(group, comparison.baseline).mean, 4) for group in groups]
     body = ((comparison.baseline, *first), *((d, *(cell(g, d) for g in groups)) for d in comparison.designs[1:]))

@@ -34,6 +34,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from poolwise.errors import CheckpointError
 from poolwise.files import atomic_path, safe_name
 from poolwise.study.study import Study, content_hash
 
@@ -75,6 +76,35 @@ def study_of(trial: Path) -> Path:
 def in_trials(study: Path, name: str) -> list[Path]:
     """The files called `name` in the folders of a study's trials, sorted by trial."""
     return sorted((study / "trials").glob(f"*/{name}"))
+
+
+def study_in(source: Study | str | Path) -> tuple[Study, str | None]:
+    """The study that `source` names, and the name of a trial if it names one."""
+    if isinstance(source, Study):
+        return source, None
+    path = Path(source)
+    if path.suffix == ".toml":
+        return Study.load(path), None
+    for folder, only in ((path, None), (study_of(path.resolve()), path.name)):
+        if (folder / STUDY).is_file():
+            written = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+            return Study.parse({**written, "output": str(folder.resolve())}, base_dir=Path.cwd()), only
+    raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
+
+
+def trial_in(model: Path) -> Path:
+    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
+    if not (model / STUDY).is_file():
+        return model
+    study, _ = study_in(model)
+    rows = json.loads((study.folder / TRIALS).read_text(encoding="utf-8"))
+    designs = [trial(study.folder, row["name"]) for row in rows if row["role"] == "design"]
+    folders = [folder for folder in designs if (folder / DONE).exists()]
+    if len(folders) != 1:
+        each = "".join(f"\n  - {folder}" for folder in folders)
+        which = f"give one of them:{each}" if folders else "run it first"
+        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
+    return folders[0]
 
 
 def arm(study: Path, name: str, setting: str) -> Path:

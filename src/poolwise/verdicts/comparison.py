@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.verdicts.arms import Arm, arms, natural
 from poolwise.verdicts.contrasts import (
@@ -129,6 +130,11 @@ class Comparison:
     def row(self, group: str, design: str) -> Row:
         """The contrast of `design` in `group`, controls included."""
         return next(row for row in (*self.rows, *self.control_rows) if (row.group, row.design) == (group, design))
+
+    def p_over_tasks(self, group: str, design: str) -> float:
+        """Exact two-sided Wilcoxon p of design − baseline over the tasks of a group, seeds averaged, as in arXiv
+        2409.02727: the sample is tasks, although some of them share their texts."""
+        return stats.signed_rank(self.arm(group, design).task_means - self.arm(group, self.baseline).task_means)
 
     def arm(self, group: str, design: str) -> Arm:
         """The scores of `design` in `group`; KeyError if it has none (a control that was not evaluated there)."""

@@ -133,8 +133,7 @@ class Row:
     `p_value`, `p_holm` and `effect_size` are None if there is only one source, or if runs are still missing.
     `single`: one run on either side. Then `tipping_run_sd` is the largest run effect at which the mean difference would
     still be significant at the step of Holm's correction at which the row is; None if the row is not significant.
-    `given`: the contrast of the designs under a run effect from another study. `p_over_tasks`: uncorrected Wilcoxon p
-    over tasks, whatever their sources, as papers print it.
+    `given`: the contrast of the designs under a run effect from another study.
     """
 
     group: str
@@ -156,7 +155,6 @@ class Row:
     tipping_run_sd: float | None = None
     verdict: Verdict | None = None
     given: Given | None = None
-    p_over_tasks: float | None = None
 
 
 def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: Elsewhere | None = None) -> Row:
@@ -191,9 +189,6 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: 
         min_reachable_p=stats.min_reachable_p(n), tasks=len(arm.whole().tasks), single=single,
         verdict=None if rules.interim else _verdict(base, arm, lent, rules, elsewhere),
         given=_given(base, arm, rules) if single and tested else None,
-        p_over_tasks=stats.signed_rank(arm.task_means - base.task_means)
-        if ranked and len(arm.tasks) > 1 and not rules.interim
-        else None,
     )  # fmt: skip
 
 
