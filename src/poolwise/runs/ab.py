@@ -22,6 +22,7 @@ from poolwise.data.survey import FOLDS, SearchData, TextData
 from poolwise.encoding.encode import finite, keep_vectors, latency, lengths, open_encoder, prompt_of, search, unit
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, suggest
+from poolwise.model.checkpoint import recipe_of
 from poolwise.runs import layout
 from poolwise.runs.run import started, trials
 from poolwise.scoring.evaluate import model_identity
@@ -57,7 +58,12 @@ class Contender:
     def open(self, number: int, dtype: str | None) -> Any:
         """A lexical reference, or a `FastEncoder`."""
         name = self.runs[number][1]
-        return reference(str(name)) if str(name) in LEXICAL else FastEncoder(open_encoder(name, dtype))
+        if str(name) in LEXICAL:
+            return reference(str(name))
+        encoder = open_encoder(name, dtype)
+        if recipe := recipe_of(encoder):
+            encoder.max_seq_length = recipe.scored_length
+        return FastEncoder(encoder)
 
 
 def contenders(names: Sequence[str]) -> list[Contender]:
