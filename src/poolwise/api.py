@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise import demo
-from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError
+from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
 from poolwise.runs.run import losses, results, started, trials, tuned_results, versions
@@ -314,7 +314,7 @@ def evaluate(
     from poolwise.model.encoder import evaluation_prompts, instructions
     from poolwise.model.release import load_release
     from poolwise.scoring.evaluate import evaluate as score
-    from poolwise.scoring.evaluate import model_identity
+    from poolwise.scoring.evaluate import model_identity, unscorable
     from poolwise.scoring.references import reference
     from poolwise.study.catalogue import LEXICAL
     from poolwise.study.recipe import INSTRUCTION
@@ -333,12 +333,7 @@ def evaluate(
         lexical = str(model) in LEXICAL
         model = model if lexical else layout.trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
-    able = getattr(model, "task_types", None)
-    if unable := [task for task in resolved if able and task.task_type not in able]:
-        names = ", ".join(f"{task.name} ({task.task_type})" for task in unable)
-        why = f"{model.name} only ranks documents for queries, so it has no score on {names}"
-        if len(unable) == len(resolved):
-            raise TaskError(f"{why}; name a task of type {' or '.join(able or ())}, or another model such as tfidf")
+    if why := unscorable(model, resolved):
         note(why)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None

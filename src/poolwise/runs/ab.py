@@ -372,7 +372,7 @@ def _described(
         "extremes": {label: _extremes(work, main, base, label, values) for label, values in apart.items()},
         "by_feature": _by_feature(main, [entry.label for entry in entries], work.features()),
         "differences": {label: np.sort(values)[::-1].round(6).tolist() for label, values in apart.items()},
-        "notes": [*data.notes, *_cautions(data)],
+        "notes": list(data.notes),
     }  # fmt: skip
 
 
@@ -448,9 +448,3 @@ def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.
             for third in np.unique(place)
         ]  # fmt: skip
     return found
-
-
-def _cautions(data: SearchData | TextData) -> list[str]:
-    if isinstance(data, TextData) and data.kind == "classification" and data.train is None:
-        return [f"accuracy by {FOLDS}-fold cross-validation of a logistic regression on the embeddings"]
-    return []
