@@ -5,7 +5,6 @@ Comparing and reporting write nothing but the report's own files, and load no mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from poolwise import demo
 from poolwise.errors import CheckpointError, StatisticsError
 from poolwise.reports.pages import render
-from poolwise.runs import layout, looks
-from poolwise.runs.run import results, started, trials, tuned_results
+from poolwise.runs import layout, looks, records
+from poolwise.runs.run import open_study, results, started, trials, tuned_results, written
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
     """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results."""
     if not isinstance(source, Study) and str(source).endswith(".toml"):
-        source = Study.load(source)
+        source = open_study(source)
     if isinstance(source, Study):
         return source, results(source)
     return None, readers.read(source)
@@ -242,10 +241,10 @@ def layer_attention(study: Study) -> dict[str, Any]:
     for row in trials(study) if started(study) else ():
         path = layout.trial(study.folder, row["name"]) / layout.LAYERS
         if row["role"] == "design" and path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = records.read(path, records.LayerShares, "`poolwise run` computes it again")
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            shares.setdefault(name, {})[row["seed"]] = content["attention"]
-            texts = content["texts"]
+            shares.setdefault(name, {})[row["seed"]] = content.attention
+            texts = content.texts
     return {"texts": texts, "runs": shares}
 
 
@@ -392,8 +391,10 @@ def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
         return Study.load(path), None
     for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
         if (folder / layout.STUDY).is_file():
-            written = json.loads((folder / layout.STUDY).read_text(encoding="utf-8"))
-            return Study.parse({**written, "output": str(folder.resolve())}, base_dir=Path.cwd()), only
+            # a run folder has no say in what code is imported: `allow_code` counts in the user's own study file alone
+            raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
+            study = Study.parse(raw, Path.cwd(), str(folder / layout.STUDY), code=False)
+            return study.model_copy(update={"allow_code": False}), only
     raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 

@@ -156,11 +156,10 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
-    from poolwise.runs.run import guard, trials
+    from poolwise.runs.run import guard, open_study, trials
     from poolwise.screen import show_status
-    from poolwise.study.study import Study
 
-    loaded = Study.load(study)
+    loaded = open_study(study)
     rows = trials(loaded)
     try:
         guard(loaded)

@@ -99,6 +99,7 @@ class Grid:
         self.details: dict[str, dict[str, Any]] = {}
         self.started = time.monotonic()
         self.skipped = 0
+        self.warnings: list[str] = []
 
     def follow(self, event: Event) -> None:
         """Update the grid with one event of the engine."""
@@ -121,6 +122,8 @@ class Grid:
             self.states[content], self.share[content] = "done", 1.0
         elif kind == "failed":
             self.states[content[0]], self.share[content[0]] = "failed", 1.0
+        elif kind == "warning":
+            self.warnings.append(f"{content[0]}: {content[1]}")
 
     def line(self) -> str:
         """Trials done, time elapsed, time left, and how many trials run on each device."""
@@ -202,6 +205,8 @@ def run_with_grid(
     except KeyboardInterrupt:
         console.print("stopped; finished work is kept, run the same command to continue", soft_wrap=True)
         raise SystemExit(130) from None
+    for warning in grid.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for note in (*grid.notes, *filter(None, [shared_work(study)])):
         console.print(note, style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():

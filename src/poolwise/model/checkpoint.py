@@ -1,17 +1,18 @@
 """A trained encoder on disk: saved to be loaded by poolwise, or exported for anyone.
 
-    FOLDER/run.json               recipe, design with every size resolved, seed, base model, SHA-256 of each file
+    FOLDER/run.json               recipe, design with every size resolved, seed, base model, hash of each file; sealed
     FOLDER/adapter/               LoRA in PEFT's format (or `backbone.safetensors` if all weights were tuned)
     FOLDER/pooling.safetensors    the pooling's weights, fp32
 
-A folder appears whole or not at all. Loading sets the attention mode and probes it again.
+A folder appears whole or not at all. Loading verifies every checksum, sets the attention mode and probes it again. An
+exported folder has its checksums in `checksums.json`. Nothing that a folder names is imported, apart from modules of
+sentence-transformers and poolwise, unless the caller allows code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,14 +22,25 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils.save_and_load import set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from poolwise.errors import CheckpointError, ModelError, StudyError, suggest
-from poolwise.files import atomic_folder, cached_if_unreachable, sha256, write_json
+from poolwise.errors import CheckpointError, ModelError, PoolwiseError, StudyError, explain, suggest
+from poolwise.files import (
+    MOST_BYTES,
+    atomic_folder,
+    cached_if_unreachable,
+    hashes,
+    parse_json,
+    read_bytes,
+    read_json,
+    sha256,
+    write_json,
+)
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
@@ -39,7 +51,32 @@ from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
 
 RUN_FILE = "run.json"
-FORMAT = 1
+CHECKSUMS = "checksums.json"
+"""The marker of an exported folder, written last: the hash of every other file."""
+FORMAT = 2
+UNSEALED = 1
+"""The format before files were sealed, which is still read."""
+TRUSTED = ("sentence_transformers", "poolwise")
+"""Packages whose modules a folder may name in its `modules.json`."""
+
+
+class _Base(BaseModel):
+    model_config = ConfigDict(strict=True)
+    path: str
+    local: bool
+    identity: str
+
+
+class _Run(BaseModel):
+    """The types in `run.json`; recipe and design are validated by their own classes."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    recipe: dict[str, Any]
+    design: dict[str, Any]
+    seed: int
+    base: _Base
+    files: dict[str, str]
+    step: int = 0
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
@@ -85,30 +122,36 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
         raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
     with atomic_folder(folder) as temporary:
         save_weights(encoder, temporary)
-        files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
+        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": hashes(temporary)})
     return folder
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
     """The content of a saved folder's `run.json`. Raises CheckpointError if it is missing, damaged or too new."""
     path = Path(folder) / RUN_FILE
+    advice = f"delete {folder} and run the study again"
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = parse_json(read_bytes(path, MOST_BYTES))
+        found = run.get("format") if isinstance(run, dict) else None
+        if type(found) is int and found > FORMAT:
+            raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}; upgrade poolwise")
+        if found != UNSEALED:
+            run = read_json(path)
+        checked = _Run.model_validate(run)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged ({'; '.join(explain(error, {'': _Run}))}); {advice}") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run the study again") from None
-    if run.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {run.get('format')}, this version reads {FORMAT}; upgrade poolwise")
-    return cast(dict[str, Any], run)
+        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
+    return checked.model_dump()
 
 
-def verify_files(folder: Path, run: dict[str, Any]) -> None:
-    """Compare every file with its hash. Raises CheckpointError naming those that are missing or changed."""
-    for name, expected in run["files"].items():
+def verify_files(folder: Path, files: dict[str, str]) -> None:
+    """Compare every file with its hash. Raises CheckpointError naming one that is missing or changed."""
+    for name, expected in files.items():
         path = folder / name
-        if not path.is_file():
+        if not path.is_file() or Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
         if sha256(path) != expected:
             raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
@@ -140,16 +183,20 @@ def load(
         with allowing_code(allow_code, Path.cwd()):
             return load_exported(folder, device=device)
     run = read_run(folder)
-    verify_files(folder, run)
-    if is_own(run["design"]["pooling"]):
+    verify_files(folder, run["files"])
+    pooling = run["design"].get("pooling")
+    if isinstance(pooling, str) and is_own(pooling):
         with allowing_code(allow_code, Path.cwd()):
-            _import_own(run["design"]["pooling"], folder)
-    recipe = Recipe.model_validate(_tuples(run["recipe"]))
+            _import_own(pooling, folder)
+    try:
+        recipe, design = Recipe.model_validate(_tuples(run["recipe"])), Design.model_validate(run["design"])
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / RUN_FILE}: {'; '.join(explain(error, {'': Recipe}))}") from None
     source = base or run["base"]["path"]
     if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
         raise CheckpointError(f"{folder}: its base model was at {source}; give its new place: load(path, base=...)")
     recipe = recipe.model_copy(update={"base_model": source})
-    encoder = build(recipe, Design.model_validate(run["design"]), run["seed"], device=device)
+    encoder = build(recipe, design, run["seed"], device=device)
     identity = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
     if identity != run["base"]["identity"]:
         raise CheckpointError(
@@ -169,7 +216,7 @@ def load_any(model: str | Path) -> SentenceTransformer:
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded.
     """
     folder = Path(model)
-    steps = {read_run(path.parent).get("step", 0): path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
+    steps = {read_run(path.parent)["step"]: path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
     exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
     return load(folder) if exported or (folder / RUN_FILE).exists() else load_named(str(model))
@@ -178,8 +225,11 @@ def load_any(model: str | Path) -> SentenceTransformer:
 def load_named(name: str) -> SentenceTransformer:
     """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
     try:
+        _check_modules(Path(name))
         with cached_if_unreachable(name):
             return SentenceTransformer(name)
+    except PoolwiseError:
+        raise
     except Exception as error:  # whatever a hub client, a configuration or a weight file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -253,6 +303,7 @@ def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
             raise CheckpointError(f"{folder} exists and is not empty; give another folder or delete it")
         with atomic_folder(folder) as temporary:
             _write_verified(encoder, temporary)
+            write_json(temporary / CHECKSUMS, {"files": hashes(temporary)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: cannot be written ({reason}); give another folder or free space") from error
@@ -277,11 +328,67 @@ def _write_verified(encoder: SentenceTransformer, folder: Path) -> None:
 
 def load_exported(folder: Path, device: str | None = None) -> SentenceTransformer:
     """The encoder in an exported folder, its attention mode probed. Raises CheckpointError for a damaged folder."""
+    _verify_export(folder)
+    modules = _check_modules(folder)
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+        return _open_exported(folder, modules, device)
+    except PoolwiseError:
+        raise
+    except Exception as error:  # whatever a configuration or a weight file may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be loaded ({reason}); export the design again") from error
+
+
+def _verify_export(folder: Path) -> None:
+    """Compare an exported folder with its checksums, if it has any. Raises CheckpointError naming a damaged file."""
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return
+    advice = f"export the design again, or delete {CHECKSUMS} if you changed the folder on purpose"
+    try:
+        files = read_json(path)["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
+    for name, expected in files.items():
+        if name == "README.md":  # a model card is meant to be edited
+            continue
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; {advice}")
+        if sha256(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} is damaged or changed (its hash differs); {advice}")
+
+
+def _check_modules(folder: Path) -> list[dict[str, str]]:
+    """The content of a folder's `modules.json`, empty if it has none. Raises CheckpointError for a class of another
+    package than `TRUSTED`: sentence-transformers would import it."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    try:
+        modules = parse_json(read_bytes(path, MOST_BYTES))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
+        raise CheckpointError(f"{path} is damaged ({error})") from None
+    fields = ("type", "path")
+    if (
+        not isinstance(modules, list)
+        or not modules
+        or not all(
+            isinstance(module, dict) and all(isinstance(module.get(name), str) for name in fields) for module in modules
+        )
+    ):
+        raise CheckpointError(f"{path}: expected a list of modules, each with a type and a path")
+    for module in modules:
+        if module["type"].partition(".")[0] not in TRUSTED:
+            raise CheckpointError(
+                f"{path}: the class {module['type']!r} is code of another package, which is not imported; allowed: "
+                f"classes of {' and '.join(TRUSTED)}. Load such a model in Python, "
+                "SentenceTransformer(folder, trust_remote_code=True), and give the object to poolwise.evaluate"
+            )
+    return modules
+
+
+def _open_exported(folder: Path, modules: list[dict[str, str]], device: str | None) -> SentenceTransformer:
+    settings = parse_json(read_bytes(folder / "config_sentence_transformers.json", MOST_BYTES))
     if modules[0]["type"] != f"{Backbone.__module__}.{Backbone.__qualname__}":
         return SentenceTransformer(str(folder), device=device)
     backbone = Backbone.load(str(folder))

@@ -23,16 +23,18 @@
             done                    exists only while nothing is missing
             failed.json             why the trial stopped, if it did
 
-Every file is written whole or not at all, so that a run which was killed continues with what is missing.
+Every file is written whole or not at all, so that a run which was killed continues with what is missing. JSON and
+Parquet files contain their own checksum (`files.seal`); `runs.records` has the types of the JSON files.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.files import atomic_path, safe_name
+from poolwise.errors import CheckpointError
+from poolwise.files import BLANK, atomic_path, is_sealed, safe_name, seal
+from poolwise.runs import records
 from poolwise.study.study import Study, content_hash
 
 if TYPE_CHECKING:
@@ -161,35 +163,57 @@ def score_files(trial: Path, scored: str = "*") -> list[Path]:
 
 
 def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows of the long table as Parquet with checksums; the file appears whole or not at all."""
+    """Write rows of the long table as sealed Parquet; the file appears whole or not at all."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    write_table(path, pa.table({name: [row.get(name) for row in rows] for name in columns}))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a table as sealed Parquet: the seal is an entry of its metadata, and covers pages and footer."""
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({"checksum": BLANK})
+        seal(temporary)
 
 
 def read_scores(path: Path) -> pa.Table | None:
     """The rows of a score file; None where it is missing or damaged, so that its task is scored again."""
+    try:
+        return read_table(path, "")
+    except CheckpointError:
+        return None
+
+
+def read_table(path: Path, fix: str) -> pa.Table:
+    """The table in a file of `write_table`. Raises CheckpointError, ending with the fix, if it is not what was written.
+
+    Nothing of a file is decoded before its checksum agrees.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException):
-        return None
+        data = path.read_bytes()
+        if not is_sealed(data):
+            raise CheckpointError(f"{path} is damaged (its checksum is missing or differs); {fix}")
+        table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); {fix}") from None
+    return table.replace_schema_metadata()
 
 
 def stored_costs(study: Study, folder: Path | None = None) -> list[dict[str, Any]]:
     """The rows of `poolwise.pooling.cost.base_costs` of the study's designs and base models, as a run stored them.
 
-    folder: that of the study's runs. Empty if the file or one of the rows is missing.
+    folder: that of the study's runs. Empty if the file is missing or damaged, or lacks one of the rows.
     """
-    try:
-        rows = json.loads(((folder or study.folder) / COSTS).read_text(encoding="utf-8"))
-        known = {(row["base"], row["design"]): row for row in rows}
-        return [known[name, design.name] for name in study.bases for design in study.designs]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    found = records.find((folder or study.folder) / COSTS, records.Costs)
+    known = {(row.base, row.design): row.model_dump() for row in found.designs} if found else {}
+    wanted = [(name, design.name) for name in study.bases for design in study.designs]
+    return [known[key] for key in wanted] if known.keys() >= set(wanted) else []

@@ -8,21 +8,20 @@ setting, on the study's tasks). Every point of the search is a study of its own,
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import CheckpointError, PoolwiseError, StudyError
-from poolwise.files import atomic_path, write_json
-from poolwise.runs import layout, looks
+from poolwise.errors import CheckpointError, PoolwiseError, StudyError, printable
+from poolwise.files import read_json, write_json
+from poolwise.runs import layout, looks, records
 from poolwise.runs.engine import Event, run_local
+from poolwise.study.pooling_spec import is_own
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study
-from poolwise.verdicts import readers
 from poolwise.verdicts.robustness import Winner
-from poolwise.verdicts.table import main_scores
+from poolwise.verdicts.table import main_scores, validate
 
 if TYPE_CHECKING:
     import polars as pl
@@ -85,7 +84,7 @@ class _Run:
             kind, content = event
             if kind == "trials":  # preparation succeeded: only now does the study bind later runs
                 write_json(folder / layout.STUDY, study.model_dump(mode="json"))
-                write_json(folder / layout.TRIALS, content)
+                write_json(folder / layout.TRIALS, {"trials": content})
                 begin()
             if kind == "failed":
                 failed[content[0]] = content[1]
@@ -96,9 +95,36 @@ class _Run:
             try:
                 run_local(study, workers=self.workers, per_gpu=self.per_gpu, shard=self.shard, on_event=follow)
             finally:
-                if (folder / layout.TRIALS).exists():
+                if records.find(folder / layout.TRIALS, records.Trials):
                     gather(folder)
         return failed
+
+
+def open_study(path: str | Path) -> Study:
+    """The study of a file, to read its results: poolings of the user's own are known by name, and not imported."""
+    raw = Study.read(path)
+    where, base_dir = str(path), Path(path).resolve().parent
+    axes = raw.get("grid")
+    listed = axes.get("pooling") if isinstance(axes, dict) else None
+    if any(isinstance(name, str) and is_own(name) for name in (listed if isinstance(listed, list) else [listed])):
+        # which arguments of the grid such a pooling takes, only its code knows; the first run has spelled it out
+        plain = Study.parse(
+            {**raw, "grid": {}, "designs": [{"preset": "m1"}], "baseline": "m1"}, base_dir, where, False
+        )
+        raw = {**raw, "grid": {}, "designs": written(plain.folder)["designs"]}
+    return Study.parse(raw, base_dir, where, code=False)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
+    path = folder / layout.STUDY
+    fix = f"restore it, or delete {folder} to start over"
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({records.reason(error)}); {fix}") from None
 
 
 def guard(study: Study) -> None:
@@ -106,8 +132,8 @@ def guard(study: Study) -> None:
     path = study.folder / layout.STUDY
     if not path.exists():
         return
-    written = json.loads(path.read_text(encoding="utf-8"))
-    before_study = Study.parse(written, study.base_dir)  # fields that a later version added get their defaults
+    # Fields that a later version added get their defaults. Code that the folder names is not imported.
+    before_study = Study.parse({**written(study.folder), "grid": {}}, study.base_dir, str(path), code=False)
     old = before_study.model_dump(mode="json")
     new = study.model_dump(mode="json")
     problems = []
@@ -143,10 +169,13 @@ def trials(study: Study) -> list[dict[str, Any]]:
     """
     if not started(study):
         raise CheckpointError(f"nothing has run in {study.folder} yet; start with `poolwise run`")
-    rows = json.loads((study.folder / layout.TRIALS).read_text(encoding="utf-8"))
-    for row in rows:
-        row.update(_state(layout.trial(study.folder, row["name"])))
-    return rows  # type: ignore[no-any-return]
+    return [{**row, **_state(layout.trial(study.folder, row["name"]))} for row in _rows(study.folder)]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's `trials.json`. Raises CheckpointError if it is damaged."""
+    found = records.read(folder / layout.TRIALS, records.Trials, "`poolwise run` writes it again")
+    return [row.model_dump() for row in found.trials]
 
 
 def started(study: Study) -> bool:
@@ -172,27 +201,29 @@ def unfinished(study: Study) -> list[str]:
 
 def _state(folder: Path) -> dict[str, Any]:
     """State, reason, number of score files, device and peak memory of a trial, as far as its folder tells."""
-    device, memory = _read(folder / layout.DTYPE).get("device"), _read(folder / layout.WORK).get("peak_memory")
-    found = {"scores": len(layout.score_files(folder, layout.scored_at("*"))), "device": device, "peak_memory": memory}
-    if (folder / layout.FAILED).exists():
-        return {"state": "failed", "reason": _read(folder / layout.FAILED).get("reason"), **found, "scores": 0}
+    computed, work = (
+        records.find(folder / layout.DTYPE, records.Computed),
+        records.find(folder / layout.WORK, records.Work),
+    )
+    found = {
+        "scores": len(layout.score_files(folder, layout.scored_at("*"))),
+        "device": printable(computed.device) if computed else None,
+        "peak_memory": work.peak_memory if work else None,
+    }
+    if (path := folder / layout.FAILED).exists():
+        failed = records.find(path, records.Failed)
+        reason = printable(failed.reason, keep="\n") if failed else f"unknown, because {path} is damaged"
+        return {"state": "failed", "reason": reason, **found, "scores": 0}
     if (folder / layout.DONE).exists():
         return {"state": "done", **found}
     return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", **found}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a trial; empty where it is missing or damaged: what it would add is worth no failure."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def shared_work(study: Study) -> str | None:
     """How much work trials shared, in a sentence; None where nothing was counted."""
-    found = [_read(path) for path in layout.in_trials(study.folder, layout.WORK)]
-    total = {name: sum(row.get(name, 0) for row in found) for row in found for name in row}
+    files = (records.find(path, records.Work) for path in layout.in_trials(study.folder, layout.WORK))
+    found = [work.model_dump(exclude={"peak_memory"}) for work in files if work]
+    total = {name: sum(row[name] for row in found) for row in found for name in row}
     if not total.get("asked"):
         return None
     words = (
@@ -210,6 +241,8 @@ def shared_work(study: Study) -> str | None:
 
 def results(study: Study) -> Any:
     """The long table (polars) of a study's scores so far, validated like any other table of scores."""
+    import polars as pl
+
     path = study.folder / layout.RESULTS
     if not study.tasks:
         raise CheckpointError(
@@ -217,7 +250,7 @@ def results(study: Study) -> Any:
         )
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
-    return readers.read(path)
+    return validate(pl.DataFrame(pl.from_arrow(layout.read_table(path, "`poolwise run` writes it again"))), str(path))
 
 
 def gather(folder: Path) -> None:
@@ -229,15 +262,14 @@ def gather(folder: Path) -> None:
     import polars as pl
 
     files = []
-    for row in json.loads((folder / layout.TRIALS).read_text(encoding="utf-8")):
+    for row in _rows(folder):
         found = layout.score_files(layout.trial(folder, row["name"]))
         files += [path for path in found if path.name in row["scores"]]
     tables = [table for path in files if (table := layout.read_scores(path)) is not None and table.num_rows]
     if not tables:
         return
     frames = [pl.DataFrame(pl.from_arrow(table)) for table in tables]
-    with atomic_path(folder / layout.RESULTS) as temporary:
-        pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
+    layout.write_table(folder / layout.RESULTS, pl.concat(frames, how="diagonal_relaxed").to_arrow())
 
 
 @contextmanager
@@ -383,7 +415,7 @@ def _headless(study: Study) -> set[tuple[str, str]]:
 
 
 def _complete(part: Study) -> bool:
-    return started(part) and all_done(part)
+    return records.find(part.folder / layout.TRIALS, records.Trials) is not None and all_done(part)
 
 
 def _tuning(study: Study) -> Tuning:

@@ -1,0 +1,199 @@
+"""What the JSON files of a run folder hold, as types, and the only functions that read them.
+
+A folder may come from a stranger, from a disk that failed or from an editor: every file is sealed (see `files`), and
+its content has the type declared here, or it is not used. What is only a cache, or a remark for the user, is left out
+when it is damaged; anything else raises a CheckpointError that names the file and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from poolwise.errors import CheckpointError, name_problem
+from poolwise.files import read_json, safe_name
+
+
+def _one_part(name: str) -> str:
+    """A name that is joined to a path must not lead out of the folder."""
+    if name != safe_name(name) or not name.strip("."):
+        raise ValueError("not the name of a file")
+    return name
+
+
+def _visible(name: str) -> str:
+    """A name that is printed must not hide anything."""
+    if problem := name_problem(name):
+        raise ValueError(problem)
+    return name
+
+
+Shown = Annotated[str, AfterValidator(_visible)]
+Name = Annotated[str, AfterValidator(_one_part)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """The content of one file; values are not converted, unknown ones are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TrialRow(Record):
+    """One trial in `trials.json`; `scores`: the names of the score files that count."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Name
+    label: Shown
+    role: Shown
+    seed: int
+    base: str | None
+    id: str
+    scores: list[Name] = Field(default_factory=list)
+
+
+class Trials(Record):
+    """`trials.json`."""
+
+    trials: list[TrialRow]
+
+
+class Failed(Record):
+    """`failed.json`: why a trial stopped."""
+
+    reason: str
+
+
+class Computed(Record):
+    """`dtype.json`: the base model of a trial, the dtype and the device in which it was computed."""
+
+    base: str
+    dtype: str
+    device: str
+
+
+class Work(Record):
+    """`work.json`: the counts of `encoding.fast.Counts`, and what else was counted."""
+
+    asked: Count = 0
+    encoded: Count = 0
+    tokens: Count = 0
+    computed: Count = 0
+    frozen_asked: Count = 0
+    frozen_computed: Count = 0
+    peak_memory: Count | None = None
+
+
+class Ladder(Record):
+    """`ladder.json`: the noise of each rung."""
+
+    shares: dict[str, float | None]
+
+
+class LayerShares(Record):
+    """`layers.json`: the attention over layers, and on how many texts."""
+
+    texts: Count
+    attention: list[float]
+
+
+class Trained(Record):
+    """`train.json`, which exists only when training is finished."""
+
+    model_config = ConfigDict(extra="allow")
+
+    losses: dict[str, float]
+    seconds: float
+
+
+class Complete(Record):
+    """The marker of a checkpoint, written last: seconds of training up to there, and the SHA-256 of every file."""
+
+    seconds: float
+    files: dict[str, str]
+
+
+class LookVerdict(Record):
+    """One verdict of a look; see `runs.looks.RECORDED`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    group: str
+    design: str
+    verdict: str
+
+
+class Look(Record):
+    """One look: which seeds were tested, at what level, when, and what came out."""
+
+    look: int
+    seeds: Annotated[list[int], Field(min_length=1)]
+    alpha: float
+    taken: str
+    verdicts: list[LookVerdict]
+
+
+class Declared(Record):
+    """`looks.json`; see `runs.looks.Plan`."""
+
+    planned: Annotated[list[int], Field(min_length=1)]
+    extend_to: int | None
+    extended: bool
+    looks: list[Look]
+
+
+class CostRow(Record):
+    """The cost of one design on one base model; `runs.costs.base_costs` lists the other fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    design: str
+    base: str
+    attention: str
+    pooling: str
+    base_parameters: Count
+    tuned_base_parameters: Count
+    head_parameters: Count
+    trainable_parameters: Count
+    encode_flops: Annotated[int, Field(gt=0)]
+    training_flops: Count
+
+
+class Costs(Record):
+    """`costs.json`."""
+
+    designs: list[CostRow]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read(path: Path, record: type[R], fix: str) -> R:
+    """The content of a file. Raises CheckpointError, ending with the fix, if it is missing or not what was written."""
+    try:
+        return record.model_validate(read_json(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {fix}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({reason(error)}); {fix}") from None
+
+
+def find(path: Path, record: type[R]) -> R | None:
+    """The content of a file that can be done without; None if it is missing or not what was written."""
+    try:
+        return record.model_validate(read_json(path))
+    except (OSError, ValueError):
+        return None
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg'][0].lower()}{first['msg'][1:]}" if place else str(first["msg"])
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
