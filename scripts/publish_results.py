@@ -10,13 +10,15 @@ from pathlib import Path
 
 import polars as pl
 
+from poolwise.verdicts.table import csv_safe
+
 COLUMNS = "design role seed step task task_type source split subset metric score".split()  # noqa: SIM905
 
 
 def main(run_folder: str, report: str, target: str, made_by: str) -> None:
     frame = pl.read_parquet(Path(run_folder) / "results.parquet").filter(pl.col("item_id").is_null())
     frame = frame.select(COLUMNS).sort(COLUMNS[:-1]).with_columns(pl.col("score").round(6))
-    frame.write_csv(f"{target}.csv")
+    csv_safe(frame).write_csv(f"{target}.csv")
     title, _, rest = Path(report).read_text(encoding="utf-8").partition("\n")
     note = f"Made by {made_by}. Every score: `{Path(target).name}.csv`."
     Path(f"{target}.md").write_text(f"{title}\n\n{note}\n\n{rest.lstrip()}", encoding="utf-8")

@@ -93,7 +93,7 @@ def test_many_mistakes_of_one_kind_are_counted(tmp_path):
         ("scores.csv", HEADER.encode(), "a header, but no scores"),
         ("scores.csv", HEADER.replace(",", ";").encode(), "is the file comma-separated?"),
         ("scores.csv", HEADER.encode() + b"m1,0,A,STS,ap,0.5,extra\n", "not a readable CSV file"),
-        ("scores.parquet", b"PAR1 no", "not a readable PARQUET file"),
+        ("scores.parquet", b"PAR1 no", "cannot be read as Parquet"),
         ("scores.xlsx", b"PK", "unknown file type '.xlsx'; allowed: .csv, .tsv, .parquet"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poolwise.errors import PoolwiseError, StudyError
+from poolwise.errors import PoolwiseError, StudyError, printable, redact
 
 app = typer.Typer(
     name="poolwise",
@@ -35,6 +36,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
 ]
+KEPT = "\n\t"
+"""Control characters that messages may contain; all others come from names and are escaped."""
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
@@ -42,10 +45,12 @@ PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, e
 def main() -> None:
     """Entry point: runs the app and turns a `PoolwiseError` into one clear message."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be no valid text
     try:
         app(prog_name="poolwise")
     except PoolwiseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(printable(str(error), keep=KEPT))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -54,7 +59,7 @@ def main() -> None:
             message = f"{str(error.filename)!r}: {error.strerror}; name another path that can be read and written"
         else:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -373,7 +378,7 @@ def _only(sources: list[str]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(redact(printable(line, keep=KEPT)), file=sys.stderr, flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

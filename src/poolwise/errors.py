@@ -253,7 +253,7 @@ def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[
             continue  # the mistakes inside are more precise
         if where == "recipe.lora":
             allowed = 'a table with rank, alpha, dropout, target; false; "full"'
-            line = f"{where} = {item['input']!r}: allowed: {allowed}"
+            line = f"{where} = {short(item['input'], 80)}: allowed: {allowed}"
         else:
             line = _line(item, where, models)
         if line not in lines:
@@ -276,7 +276,7 @@ def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
     if kind == "literal_error":
         allowed = context.get("expected", "")
         guess = suggest(value, [word.strip(" '") for word in allowed.replace(" or ", ",").split(",")])
-        return f"{where} = {value!r}: allowed: {allowed}{guess}"
+        return f"{where} = {short(value, 80)}: allowed: {allowed}{guess}"
     if kind == "value_error":
         message = str(context.get("error", item["msg"]))
         return f"{where}: {message}" if where and not message.startswith(where) else message

@@ -142,6 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of a file. Raises OSError, and ValueError for more than `most` bytes, before they are read."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("it is no regular file")  # reading a pipe may never end
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:

@@ -17,6 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from poolwise.errors import printable, redact
 from poolwise.files import write_atomic
 from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
@@ -208,7 +209,7 @@ def run_with_grid(
     for warning in grid.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for note in (*grid.notes, *filter(None, [shared_work(study)])):
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+        console.print(redact(printable(note)), style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():
         log = layout.find_log(study.folder, name)
         also = f" (log: {log})" if log else ""
@@ -311,9 +312,9 @@ def show_check(preview: Mapping[str, Any]) -> None:
             "(recipe.dtype = 'bfloat16')", style="dim", markup=False, soft_wrap=True,
         )  # fmt: skip
     for note in preview["data"]:
-        console.print(f"data: {note}", style="dim", markup=False)
+        console.print(f"data: {printable(note)}", style="dim", markup=False)
     for warning in preview["warnings"]:
-        console.print(f"note: {warning}", style="yellow", markup=False)
+        console.print(f"note: {printable(warning)}", style="yellow", markup=False)
 
 
 def show_scores(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.data.own_tasks import HIGHEST_GRADE
+from poolwise.data.reading import read_table
 from poolwise.errors import DataError, suggest
-from poolwise.verdicts.table import NOT_IN_RUN, REQUIRED, table, validate
+from poolwise.verdicts.table import NOT_IN_RUN, REQUIRED, table, to_polars, validate
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,7 +37,7 @@ def read(path: str | Path) -> pl.DataFrame:
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
-            return validate(pl.read_parquet(path), str(path), unit="row", first=1)
+            return validate(to_polars(read_table(path), str(path)), str(path), unit="row", first=1)
         if suffix in (".csv", ".tsv"):
             separator = "\t" if suffix == ".tsv" else ","
             frame = pl.read_csv(path, separator=separator, infer_schema=False, encoding="utf8")
@@ -157,11 +158,13 @@ def read_trec(
     import pytrec_eval
 
     names = {"ndcg_at": "ndcg_cut", "map_at": "map_cut", "recall_at": "recall", "precision_at": "P"}
-    match = re.fullmatch(r"(ndcg_at|map_at|recall_at|precision_at)_([1-9]\d*)|map|mrr", metric)
+    match = re.fullmatch(r"(ndcg_at|map_at|recall_at|precision_at)_([1-9]\d{0,3})|map|mrr", metric)
     if match is None:
         allowed = ["ndcg_at_10", "map_at_10", "recall_at_10", "precision_at_10", "map", "mrr"]
         hint = suggest(metric, allowed)
-        raise DataError(f"metric {metric!r} is unknown; allowed: {', '.join(allowed)}, with any cut-off{hint}")
+        raise DataError(
+            f"metric {metric!r} is unknown; allowed: {', '.join(allowed)}, with any cut-off below 10,000{hint}"
+        )
     measure = f"{names[match[1]]}.{match[2]}" if match[1] else {"map": "map", "mrr": "recip_rank"}[metric]
     judged = {query: docs for query, docs in _judgements(Path(qrels)).items() if max(docs.values()) > 0}
     if not judged:
