@@ -79,6 +79,13 @@ class _Run(BaseModel):
     step: int = 0
 
 
+class _Export(BaseModel):
+    """The content of `checksums.json`."""
+
+    model_config = ConfigDict(strict=True)
+    files: dict[str, str]
+
+
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
     """Write the tuned weights into an existing folder: adapter (or backbone) and pooling."""
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
@@ -346,13 +353,14 @@ def _verify_export(folder: Path) -> None:
         return
     advice = f"export the design again, or delete {CHECKSUMS} if you changed the folder on purpose"
     try:
-        files = read_json(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
+        files = _Export.model_validate(read_json(path)).files
+    except (OSError, ValueError) as error:
+        reason = "it does not list the files" if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{path} is damaged ({reason}); {advice}") from None
     for name, expected in files.items():
         if name == "README.md":  # a model card is meant to be edited
             continue
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{folder / name} is missing; {advice}")
         if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged or changed (its hash differs); {advice}")

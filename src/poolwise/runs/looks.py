@@ -246,7 +246,7 @@ def earlier(looks: Collection[Mapping[str, Any]], at: State) -> str:
 
 def _seed_words(seeds: Collection[int]) -> str:
     ordered = sorted(seeds)
-    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+    if len(ordered) > 2 and ordered[-1] - ordered[0] + 1 == len(ordered) == len(set(ordered)):
         return f"seeds {ordered[0]} to {ordered[-1]}"
     return f"seed{'s' * (len(ordered) > 1)} {', '.join(map(str, ordered))}"
 

@@ -32,6 +32,7 @@ def _visible(name: str) -> str:
 
 Shown = Annotated[str, AfterValidator(_visible)]
 Name = Annotated[str, AfterValidator(_one_part)]
+Seed = Annotated[int, Field(ge=0, le=2**32)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -49,7 +50,7 @@ class TrialRow(Record):
     name: Name
     label: Shown
     role: Shown
-    seed: int
+    seed: Seed
     base: str | None
     id: str
     scores: list[Name] = Field(default_factory=list)
@@ -121,16 +122,16 @@ class LookVerdict(Record):
 
     model_config = ConfigDict(extra="allow")
 
-    group: str
-    design: str
-    verdict: str
+    group: Shown
+    design: Shown
+    verdict: Shown
 
 
 class Look(Record):
     """One look: which seeds were tested, at what level, when, and what came out."""
 
-    look: int
-    seeds: Annotated[list[int], Field(min_length=1)]
+    look: Seed
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     alpha: float
     taken: str
     verdicts: list[LookVerdict]
@@ -139,7 +140,7 @@ class Look(Record):
 class Declared(Record):
     """`looks.json`; see `runs.looks.Plan`."""
 
-    planned: Annotated[list[int], Field(min_length=1)]
+    planned: Annotated[list[Seed], Field(min_length=1)]
     extend_to: int | None
     extended: bool
     looks: list[Look]
