@@ -1,5 +1,6 @@
 """Inputs made from valid ones: bytes altered at random, JSON values replaced, checksums forged; all from one seed."""
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,4 @@
-"""The fuzzer: `python tests/fuzz/run.py --seconds 60`. Prints what each reader did and exits with 1 if anything was found.
+"""The fuzzer: `python tests/fuzz/run.py --seconds 60`. Prints what each reader did; exits with 1 if anything was found.
 
 Each input belongs to a target (`targets.py`) and is made from `--seed`, the target's name and a number, so that a
 finding can be repeated: `--targets "run.json" --first NUMBER --inputs 1`. A finding is

@@ -4,6 +4,7 @@ A target is called with an input in a folder of its own. It may return, or raise
 comes out of it is a finding.
 """
 
+# ruff: noqa: E501
 from __future__ import annotations
 
 import contextlib

@@ -331,8 +331,11 @@ class _Reader:
                 raise ValueError(f"columns {sorted(set(names))} fit no kind of task ({forms})")
             return names
 
-        for _, record in read_records(path, mistakes, choose):
-            return str(kind_of(tuple(record)))
+        for place, record in read_records(path, mistakes, choose):
+            kind = kind_of(tuple(record))
+            if kind is None:  # an empty object; other columns are refused by `choose`
+                mistakes.add(place, "a record without columns")
+            return kind or ""
         if not self.mistakes:
             mistakes.add("", "holds no row")
         return ""

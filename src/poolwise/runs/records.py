@@ -31,7 +31,7 @@ def _visible(name: str) -> str:
 
 
 Shown = Annotated[str, AfterValidator(_visible)]
-Name = Annotated[str, AfterValidator(_one_part)]
+Name = Annotated[str, Field(max_length=250), AfterValidator(_one_part)]
 Seed = Annotated[int, Field(ge=0, le=2**32)]
 Count = Annotated[int, Field(ge=0)]
 
