@@ -69,7 +69,11 @@ def plan(study: Study) -> Plan:
     path = study.folder / layout.LOOKS
     if not path.exists():
         return Plan(tuple(study.seeds), study.extend_to)
-    raw = records.read(path, records.Declared, "restore it, as it records which seeds were planned")
+    raw = records.read(
+        path,
+        records.Declared,
+        "restore it, as it records which seeds were planned; without it the plan is what the study file says now",
+    )
     return Plan(tuple(raw.planned), raw.extend_to, raw.extended, tuple(look.model_dump() for look in raw.looks))
 
 

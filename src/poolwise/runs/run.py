@@ -118,7 +118,7 @@ def open_study(path: str | Path) -> Study:
 def written(folder: Path) -> dict[str, Any]:
     """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
     path = folder / layout.STUDY
-    fix = f"restore it, or delete {folder} to start over"
+    fix = "restore it, or delete it, and `poolwise run` writes the study as it is now"
     try:
         return read_json(path)
     except FileNotFoundError:
