@@ -1,8 +1,8 @@
 """Faults in real studies: `python tests/faults/run.py --faults 200`. Exits with 1 if one study differs at the end.
 
 The study is that of `small_study.py`: two trained designs and a reference, a few seconds. Each fault is drawn from
-`--seed` and its number: something happens to a process, a file, the disk, the clock or the Hub, in a finished run folder
-or in the middle of a run. Then the study is run again without a fault. If that is refused, the message must name the
+`--seed` and its number: something happens to a process, a file, the disk, the clock or the Hub, in a finished folder or
+in the middle of a run. Then the study is run again without a fault. If that is refused, the message must name the
 file that was damaged; the file is deleted, as the message says, and the study is run once more. At the end its scores
 and its weights must be those of the undisturbed study, byte for byte.
 """
@@ -260,8 +260,8 @@ def clock_jump(field: Field, number: int, rng: random.Random) -> tuple[Path, lis
     now, count = time.time, time.perf_counter
     jumps = [rng.choice((0, 0, 0, -1e9, 1e9, 3600, -3600)) for _ in range(1000)]
     with (
-        mock.patch("time.time", lambda: now() + rng.choice(jumps)),
-        mock.patch("time.perf_counter", lambda: count() + rng.choice(jumps)),
+        mock.patch("time.time", side_effect=lambda: now() + rng.choice(jumps)),
+        mock.patch("time.perf_counter", side_effect=lambda: count() + rng.choice(jumps)),
     ):
         trial.run_trial(one, field.prepared, layout.trial(folder, one.name))
     return path, []
@@ -277,7 +277,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
             time.sleep(30)
         self.send_error(503)
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         pass

@@ -158,10 +158,18 @@ def verify_files(folder: Path, files: dict[str, str]) -> None:
     """Compare every file with its hash. Raises CheckpointError naming one that is missing or changed."""
     for name, expected in files.items():
         path = folder / name
-        if not path.is_file() or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not _is_inside(folder, name):
             raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
         if sha256(path) != expected:
             raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, which must not lead out of it."""
+    try:
+        return (folder / name).is_file() and not Path(name).is_absolute() and ".." not in Path(name).parts
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def load(
@@ -360,7 +368,7 @@ def _verify_export(folder: Path) -> None:
     for name, expected in files.items():
         if name == "README.md":  # a model card is meant to be edited
             continue
-        if not (folder / name).is_file() or ".." in Path(name).parts or Path(name).is_absolute():
+        if not _is_inside(folder, name):
             raise CheckpointError(f"{folder / name} is missing; {advice}")
         if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} is damaged or changed (its hash differs); {advice}")

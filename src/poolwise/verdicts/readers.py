@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.data.own_tasks import HIGHEST_GRADE
 from poolwise.data.reading import read_table
-from poolwise.errors import DataError, suggest
+from poolwise.errors import DataError, short, suggest
 from poolwise.verdicts.table import NOT_IN_RUN, REQUIRED, table, to_polars, validate
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def _task_rows(files: list[Path]) -> Iterable[dict[str, Any]]:
         splits = [name for name in result.scores if known is None or name in known.eval_splits] or list(result.scores)
         for split in splits:
             for scores in result.scores[split]:
+                if not isinstance(scores["main_score"], int | float):
+                    raise DataError(f"{path}: main_score is {short(scores['main_score'])}, not a number")
                 metric, kind = (known.main_score, known.type) if known else _guess_kind(path, scores)
                 yield {
                     "task": result.task_name, "task_type": str(kind), "split": split, "subset": scores["hf_subset"],
