@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench smollm2 clean
+.PHONY: install demo test lint mutants bench smollm2 clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -30,6 +30,11 @@ lint: install
 smollm2: install
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt gguf
 	$(BIN)/python scripts/make_smollm2.py models/smollm2-135m
+
+# Which wrong lines would no test notice? Hours; see tests/mutants.toml
+mutants: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt cosmic-ray
+	$(BIN)/python scripts/mutants.py
 
 bench: install
 	$(BIN)/python -m benchmarks

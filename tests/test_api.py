@@ -41,6 +41,17 @@ def test_unknown_costs_are_noted_with_the_reason(tmp_path):
     assert "`poolwise run` writes it" in note
 
 
+def test_a_report_needs_no_installed_package(tmp_path, monkeypatch):
+    """On a machine where poolwise lies on PYTHONPATH, a finished study ended in a traceback of importlib."""
+    from importlib import metadata
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: real("poolwise-is-not-here" if name == "poolwise" else name))
+    versions = api.study_info(declared(tmp_path))["versions"]
+    assert versions["poolwise"] == "not installed"
+    assert versions["torch"] == real("torch")
+
+
 def test_comparing_and_reporting_a_study_load_no_model_library(tmp_path):
     study = declared(tmp_path)
     scored(study, 3)

@@ -19,10 +19,11 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 import poolwise
 from poolwise.encoding import fast as encoding
-from poolwise.encoding.fast import FastEncoder
+from poolwise.encoding.fast import MASKED, FastEncoder
 from poolwise.encoding.shortcuts import pruned
 from poolwise.model import hooks
 from poolwise.model.hooks import lock_of
+from poolwise.scoring.adapters import PublishedBatches
 from poolwise.scoring.evaluate import model_identity
 from poolwise.scoring.references import Kept
 from poolwise.study.design import Design
@@ -65,22 +66,23 @@ def one_by_one(encoder: SentenceTransformer, texts: list[str], prompt: str = "")
 # heads that read padding
 
 
-def test_a_head_that_reads_padding_is_encoded_as_it_comes(base: str) -> None:
+def test_a_design_whose_published_evaluation_reads_padding_is_masked(base: str) -> None:
     encoder = build(base, PADDED)
-    fast, alone = FastEncoder(encoder, keep=1 << 20), FastEncoder(encoder, keep=1 << 20)
-    (note,) = fast.notes
-    assert "reads padding" in note
+    fast = FastEncoder(encoder, keep=1 << 20)
+    assert fast.notes == [MASKED]
+    texts = [*SENTENCES[:3], " ".join(MANY[:3])[:140], SENTENCES[0]]
+    assert np.abs(fast.encode(texts) - one_by_one(encoder, texts)).max() < 1e-5
+    assert np.abs(np.concatenate([*fast.stream(texts, PROMPT)]) - one_by_one(encoder, texts, PROMPT)).max() < 1e-5
+
+
+def test_published_batches_depend_on_the_texts_beside(base: str) -> None:
+    published = PublishedBatches(FastEncoder(build(base, PADDED)), "STS")
     first, second = [*SENTENCES[:3]], [*SENTENCES[:3], " ".join(MANY[:3])[:140], SENTENCES[0]]
-    assert (fast.encode(first) == encoder.encode(first)).all()
-    assert (fast.encode(second) == alone.encode(second)).all()  # whatever was encoded before
-    assert (fast.encode(second, batch_size=2) == encoder.encode(second, batch_size=2)).all()
-    assert np.abs(fast.encode(second)[:3] - fast.encode(first)).max() > 1e-3  # or nothing of this would matter
-    assert not fast.kept.known
-    assert (np.concatenate([*fast.stream(second, PROMPT)]) == encoder.encode(second, prompt=PROMPT)).all()
-    assert fast.encode([]).shape == (0, 32)
-    remembering = Kept(fast)
+    alone = published.kept_vectors(second, None, "", 32)
+    assert np.abs(alone[:3] - published.kept_vectors(first, None, "", 32)).max() > 1e-3
+    remembering = Kept(published)
     remembering.kept_vectors(first, None, "", 32)
-    assert (remembering.kept_vectors(second, None, "", 32) == alone.encode(second)).all()
+    assert (remembering.kept_vectors(second, None, "", 32) == alone).all()  # whatever was encoded before
 
 
 # widths

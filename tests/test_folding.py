@@ -88,8 +88,6 @@ def exact(head: Any, states: Tensor, mask: Tensor | None = None) -> Tensor:
     states = states.double()
     batch, vectors, _ = states.shape
     keep = torch.ones(batch, vectors, dtype=torch.bool) if mask is None or head.single else mask.bool()
-    if isinstance(head, CrossAttentionHead) and (mask is None or not getattr(head, "masked", True)):
-        keep = torch.ones(batch, vectors, dtype=torch.bool)
     if head.single:
         mask = torch.ones(batch, vectors) if mask is None else mask
         if type(head).__name__ == "MeanFFN":
@@ -155,7 +153,6 @@ def folded(head: Head, *inputs: Tensor | None) -> Tensor:
     ("name", "args"),
     [
         ("cross_attention", {}),
-        ("cross_attention", {"masked": False}),
         ("cross_attention", {"tokens": "last"}),
         ("layer_cross_attention", {}),
         ("last_token_ffn", {}),

@@ -297,15 +297,20 @@ def of_a_gpu(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "auto" else torch_dtype(name)
 
 
-def test_a_head_that_reads_padding_has_no_states_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_that_is_pooled_is_computed_and_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prepared = make(tmp_path)
-    for masked in (True, False):
-        design = Design(attention="bidirectional", pooling="cross_attention", pooling_args={"masked": masked})
-        trial = replace(prepared.trials[0], design=design)
-        model = trials._encoder(trial, prepared)
-        trials._freeze(model, trial, tmp_path / "trials" / "one")
-        assert (model[0].frozen is not None) == masked
+    design = Design(attention="bidirectional", pooling="cross_attention", pooling_args={"masked": False})
+    trial = replace(prepared.trials[0], design=design)
+    model = trials._encoder(trial, prepared)
+    trials._freeze(model, trial, tmp_path / "trials" / "one")
+    texts = ["a", "a text that is longer than the other one"]
+    masked = model.encode(texts)
+    assert model[0].frozen.asked == 2
+    with model[0].pooling_padding():
+        padded = model.encode(texts)
+    assert model[0].frozen.asked == 2
+    assert abs(padded - masked).max() > 1e-3
 
 
 def test_a_full_disk_for_the_states_fails_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

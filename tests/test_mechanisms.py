@@ -18,12 +18,11 @@ from poolwise import demo, stats
 from poolwise.demo.mechanisms import item_count, records
 from poolwise.reports.analyses import control_sentences as sentences
 from poolwise.reports.analyses import predictions_table
-from poolwise.reports.pages import opening, render
-from poolwise.reports.words import designs
+from poolwise.reports.pages import designs, opening, render
 from poolwise.runs.check import check
 from poolwise.screen import show_check, show_end, show_findings
 from poolwise.study.starters import QUICK, demo_study
-from poolwise.verdicts.arms import WORDINGS, by_mechanism, whole_task
+from poolwise.verdicts.arms import WORDINGS, by_items, whole_task
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.findings import Findings
 from test_comparison import found as compare
@@ -109,9 +108,9 @@ def test_pseudo_values_are_the_jackknife_of_spearman() -> None:
         for i, (c, g) in enumerate(zip(cosine.tolist(), gold.tolist(), strict=True))
     ]
     frame = pl.DataFrame(table, infer_schema_length=None)
-    items = by_mechanism(frame, frame.filter(pl.col("item_id").is_null()))
+    items = by_items(frame, frame.filter(pl.col("item_id").is_null()), "task_type")
     values = dict(items.select("task", "score").iter_rows())
-    mine = np.array([values[f"demo/roles-sts#{i}"] for i in range(400)])
+    mine = np.array([values[f"demo/roles-sts · {i}"] for i in range(400)])
     assert mine.mean() == pytest.approx(rho, abs=1e-12)
     keep = ~np.eye(400, dtype=bool)
     knife = np.array([400 * rho - 399 * spearmanr(cosine[k], gold[k])[0] for k in keep])
@@ -124,7 +123,7 @@ def test_constant_embeddings_have_items_of_zero() -> None:
     flat = frame.with_columns(pl.when(pl.col("item_id").is_null()).then(0.0).otherwise("score").alias("score")).filter(
         pl.col("task_type") == "STS"
     )
-    items = by_mechanism(flat, flat.filter(pl.col("item_id").is_null()))
+    items = by_items(flat, flat.filter(pl.col("item_id").is_null()), "task_type")
     assert items["score"].to_list() == [0.0] * 30
 
 

@@ -26,6 +26,8 @@ from poolwise.model.encoder import build
 from poolwise.pooling.cost import head_parameters, resolve_args
 from poolwise.runs.train import train
 from poolwise.study.design import Design
+from poolwise.study.recipe import Recipe
+from poolwise.study.starters import PAPER_BASES, paper_study, write
 from poolwise.study.study import Study
 from tiny import SENTENCES, tiny_config, tiny_folder
 
@@ -40,6 +42,8 @@ PAPER = {  # arXiv 2409.02727 and its released code, commit 57791d5
     "weight_decay": 0.01, "negatives": 1, "temperature": 0.05, "max_length": 1024, "dtype": "bfloat16",
     "dataset": "yixuantt/ir_data", "loss": "infonce", "append_eos": True, "query_prompt": "", "document_prompt": "",
     "mini_batch_size": 0, "matryoshka": (), "guide": None, "decontaminate": False,
+    "evaluation_max_length": 512, "evaluation_prompts": "mteb", "evaluation_template": "{instruction}",
+    "evaluation_padding": "published", "seed_varies": ("init", "order", "dropout"),
 }  # fmt: skip
 SMALL_HEAD = {"latents": 12, "heads": 4, "head_dim": 16}
 
@@ -54,6 +58,29 @@ def narrow(design: Design) -> Design:
         return design
     arguments = {**design.pooling_args, **SMALL_HEAD}
     return Design(name=design.name, attention=design.attention, pooling=design.pooling, pooling_args=arguments)
+
+
+def test_init_writes_the_papers_study(tmp_path: Path) -> None:
+    """One source: the files and `poolwise init paper` come from `study.starters`."""
+    assert set(PAPER_BASES) == set(FILES)
+    for name in FILES:
+        assert (STUDIES / f"{name}.toml").read_text(encoding="utf-8") == paper_study(name)
+    written, kept = write("paper", tmp_path / "paper.toml"), STUDIES / "paper-mistral-7b.toml"
+    assert Study.load(written).model_dump() == Study.load(kept).model_dump()
+
+
+def test_norms_do_not_decay(tmp_path: Path) -> None:
+    base = tiny_folder(tmp_path, "llama")
+    recipe = Recipe(base_model=str(base), steps=1, warmup_steps=0, batch_size=2, max_length=32, weight_decay=1000.0,
+        head_learning_rate=1e-4)  # fmt: skip
+    encoder = build(recipe, Design.model_validate({"preset": "m2"}), 0)
+    rows = Dataset.from_dict({"query": ["a", "b"], "positive": ["c", "d"], "negative_1": ["e", "f"]})
+    before = encoder[1].head.to_v.weight.norm()
+    train(encoder, recipe, rows, tmp_path / "run", seed=0)
+    assert encoder[1].head.to_v.weight.norm() < 0.95 * before
+    for norm in ("norm_states", "norm_latents", "norm_ffn"):
+        weight = encoder[1].head.get_submodule(norm).weight
+        assert (weight - 1).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -41,11 +41,31 @@ def test_else_the_cheapest_that_is_not_worse():
     frame = study({"m1": 0, "m2": 0.0, "m3": -0.02}, types=KINDS)
     found = compared(frame, "m1", costs={"m1": 2.0, "m2": 1.0, "m3": 0.5}).recommendations[0]
     assert (found.design, found.basis) == ("m2", "cheapest")  # m3 is cheaper, and worse
-    tie = compared(frame, "m1", costs={"m1": 1.0, "m2": 1.0, "m3": 1.0}).recommendations[0]
-    assert tie.design == "m1"
-    c = compared(frame, "m1")
+
+
+def test_equal_costs_choose_nothing():
+    frame = study({"m1": 0, "m2": 0.0, "m3": -0.02}, types=KINDS)
+    tie = compared(frame, "m1", costs={"m1": 1.0, "m2": 1.001, "m3": 0.5})
+    assert (tie.recommendations[0].design, tie.recommendations[0].basis) == (None, "none")
+    assert advice(tie, tie.recommendations[0]).startswith(
+        "No choice from this: no design is shown to score above m1, and none costs less to encode."
+    )
+    unknown = compared(frame, "m1")
+    assert (unknown.recommendations[0].design, unknown.recommendations[0].basis) == (None, "none")
+    assert "costs are unknown" in advice(unknown, unknown.recommendations[0])
+
+
+def test_two_designs_that_are_the_cheapest_are_both_named_and_none_is_chosen():
+    frame = study({"m1": 0, "m2": 0.0, "m3": 0.0}, types=KINDS)
+    c = compared(frame, "m1", costs={"m1": 2.0, "m2": 1.0, "m3": 1.0})
+    assert (c.recommendations[0].design, c.recommendations[0].as_cheap) == (None, ("m2", "m3"))
+    assert "m2 and m3 cost the same to encode, the others more" in advice(c, c.recommendations[0])
+
+
+def test_the_baseline_is_recommended_where_all_others_are_worse():
+    c = compared(study({"m1": 0, "m2": -0.03, "m3": -0.02}, types=KINDS), "m1")
     assert (c.recommendations[0].design, c.recommendations[0].basis) == ("m1", "baseline")
-    assert "costs are unknown" in advice(c, c.recommendations[0])
+    assert advice(c, c.recommendations[0]).startswith("Recommended: m1, as m2 and m3 are shown to score below it.")
 
 
 def test_a_design_that_holm_does_not_confirm_is_not_preferred():
@@ -55,7 +75,7 @@ def test_a_design_that_holm_does_not_confirm_is_not_preferred():
         c = compared(frame, "a", costs=dict.fromkeys(["a", *names], 1.0))
         verdicts = [row.verdict for row in c.rows]
         if any(v.p_value < 0.05 and v.difference > 0 for v in verdicts) and all(v.p_holm > 0.05 for v in verdicts):
-            assert c.recommendations[0].design == "a"
+            assert c.recommendations[0].basis == "none"
             return
     pytest.fail("no such study was drawn")
 
@@ -135,7 +155,7 @@ def test_a_verdict_is_withheld_below_five_sources():
     assert few.rows[0].verdict.p_holm < 0.01  # the p is shown, the word is not
     assert few.rows[0].verdict.verdict == "inconclusive"
     assert enough.rows[0].verdict.verdict == "better"
-    assert (few.recommendations[0].design, few.recommendations[0].judged) == ("m1", False)
+    assert (few.recommendations[0].design, few.recommendations[0].judged) == (None, False)
     assert enough.recommendations[0].design == "m2"
     equal = study({"m1": 0, "m2": 0.0}, types={"STS": 8}, run_sd=0.0001).with_columns(
         (pl.col("task").str.slice(-2).cast(pl.Int64) % 4).cast(pl.String).alias("source")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from poolwise.model.attention import verdict as probe
     from poolwise.model.checkpoint import export, load
     from poolwise.model.encoder import build
+    from poolwise.model.release import load_release
     from poolwise.pooling.heads import Pooling
     from poolwise.runs.check import check
     from poolwise.runs.run import run
@@ -46,6 +47,7 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
     "evaluate": "api",
     "export": "model.checkpoint",
     "load": "model.checkpoint",
+    "load_release": "model.release",
     "report": "api",
     "run": "runs.run",
 }
@@ -63,6 +65,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "load_release",
     "probe",
     "report",
     "run",

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise import demo
-from poolwise.errors import CheckpointError, StatisticsError
+from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
-from poolwise.runs import layout, looks, records
+from poolwise.runs import layout, looks
 from poolwise.runs.run import open_study, results, started, trials, tuned_results, written
+from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -250,8 +251,6 @@ def layer_attention(study: Study) -> dict[str, Any]:
 
 def study_info(study: Study) -> dict[str, Any]:
     """What a report states about a study: base model, recipe, versions, predictions, the command that repeats it."""
-    from importlib.metadata import version
-
     packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
     return {
         "name": study.name,
@@ -259,9 +258,18 @@ def study_info(study: Study) -> dict[str, Any]:
         "recipe": study.recipe.model_dump(mode="json"),
         "fingerprint": study.fingerprint,
         "predictions": demo.predictions() if any(task.startswith("demo") for task in study.tasks) else None,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "command": f"poolwise run {study.name}.toml",
     }
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
+        return "not installed"
 
 
 def evaluate(
@@ -271,34 +279,69 @@ def evaluate(
     base_dir: str | Path | None = None,
     batch_size: int = 32,
     dtype: str | None = None,
+    template: str | None = None,
+    max_length: int | None = None,
+    release: str | None = None,
+    base: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score any sentence-transformers model (a name, a folder, an object) on tasks named as in a study file.
 
     Returns one row per task × split × subset with mteb's main score: task, task_type, split, subset, metric, score.
-    Models that poolwise did not build keep their own length, prompts and normalisation.
+    Models that poolwise did not build keep their own length, prompts and normalisation; runs of poolwise are scored
+    with the length and the prompts of their study.
 
     Args:
         base_dir: the folder that relative paths of tasks start from; by default the working directory.
         batch_size: texts at a time.
         dtype: of a model given by name or folder, see `encoding.encode.open_encoder`; None: as it is stored.
+        template: put before each text (in retrieval before queries alone), with `{instruction}` replaced by the task's
+            instruction in mteb: for instruct models, e.g. "Instruct: {instruction}\nQuery: ". None: its own prompts.
+        max_length: tokens to which texts are cut; None: as many as the model's own limit.
+        release, base: `model` is a folder that the paper's authors released: its design, m1 to m5, and its base model.
         note: called with a line for everything unusual about own data (columns not read, empty documents, …).
     """
+    from sentence_transformers import SentenceTransformer
+
     from poolwise.data.tasks import resolve_tasks
     from poolwise.encoding.encode import open_encoder
+    from poolwise.encoding.fast import MASKED, reads_padding
+    from poolwise.model.checkpoint import recipe_of
+    from poolwise.model.encoder import evaluation_prompts, instructions
+    from poolwise.model.release import load_release
     from poolwise.scoring.evaluate import evaluate as score
     from poolwise.scoring.evaluate import model_identity
     from poolwise.scoring.references import reference
     from poolwise.study.catalogue import LEXICAL
+    from poolwise.study.recipe import INSTRUCTION
 
+    if template is not None and INSTRUCTION not in template:
+        raise PoolwiseError(f"template {template!r} must contain {INSTRUCTION}, such as 'Instruct: {INSTRUCTION}'")
     resolved = resolve_tasks(tuple(tasks), Path(base_dir) if base_dir else Path.cwd())
     for task in resolved:
         for line in task.notes:
             note(line)
-    if isinstance(model, (str, Path)):
+    if (release is None) != (base is None):
+        raise PoolwiseError("a release needs its design and its base model: give both release and base")
+    if release and base:
+        model = load_release(model, base, release, dtype=dtype or "auto")
+    elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
-    rows = score(model, resolved, identity=model_identity(model), batch_size=batch_size, items=False)
+    ours = model if isinstance(model, SentenceTransformer) else None
+    recipe = recipe_of(ours) if ours else None
+    prompts = instructions(template) if template else evaluation_prompts(recipe) if recipe else None
+    before = ours and ours.max_seq_length
+    if ours and (limit := max_length or (recipe and recipe.scored_length)):
+        ours.max_seq_length = limit
+    if ours and reads_padding(ours):
+        note(MASKED)
+    try:
+        identity = model_identity(model)
+        rows = score(model, resolved, identity=identity, batch_size=batch_size, items=False, prompts=prompts)
+    finally:
+        if ours:
+            ours.max_seq_length = before
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 

@@ -223,6 +223,12 @@ def evaluate(
     tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
     batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 32,
     dtype: Dtype = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt with {instruction}, which becomes each task's instruction in mteb.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens to which texts are cut.", min=2)] = None,
+    release: Annotated[str | None, typer.Option(help="Design, m1 to m5, of a release by the paper's authors.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of that release.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on mteb tasks or your own data."""
@@ -231,7 +237,10 @@ def evaluate(
     from poolwise.screen import show_scores, stdout_to_stderr
 
     with stdout_to_stderr():  # what libraries print must not mix with the JSON
-        rows = score(model, tasks, batch_size=batch_size, dtype=dtype, note=lambda line: _say(f"note: {line}"))
+        rows = score(
+            model, tasks, batch_size=batch_size, dtype=dtype, template=template and template.replace("\\n", "\n"),
+            max_length=max_length, release=release, base=base, note=lambda line: _say(f"note: {line}"),
+        )  # fmt: skip
     print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
 
 

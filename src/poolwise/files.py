@@ -140,6 +140,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_any_json(path: Path) -> Any:
+    """The value in a JSON file that another program wrote. Raises OSError or ValueError with the reason."""
+    return parse_json(read_bytes(path, MOST_BYTES))
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of a file. Raises OSError, and ValueError for more than `most` bytes, before they are read."""
     if path.exists() and not path.is_file() and not path.is_dir():

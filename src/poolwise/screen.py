@@ -25,10 +25,8 @@ from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import (
     advice,
     count,
-    designs,
     interval,
     magnitude,
-    overall_sentence,
     points,
     probability,
     recommended,
@@ -377,7 +375,7 @@ def show_findings(findings: Findings) -> None:
     if answer := summary(findings):
         console.print(Text(answer, "bold"))
     for contrast in findings.overall:
-        console.print(Text(overall_sentence(findings, contrast)))
+        console.print(Text(secondary.overall_sentence(findings, contrast)))
     groups: dict[str, list[str]] = {}
     for recommendation in recommended(findings):
         groups.setdefault(advice(findings, recommendation), []).append(recommendation.group)
@@ -385,6 +383,7 @@ def show_findings(findings: Findings) -> None:
         console.print(Text.assemble((f"{', '.join(names)}: ", "bold"), text))
     factors = findings.factorial
     for table in (
+        tables.own_tasks(findings),
         tables.means(findings),
         secondary.overall(findings),
         tables.verdicts(findings),
@@ -414,7 +413,7 @@ def show_end(info: Mapping[str, Any], findings: Findings) -> None:
     console = terminal()
     console.print()
     console.print(Text(pages.opening(info, findings)))
-    if definitions := designs(findings):
+    if definitions := pages.designs(findings):
         console.print(Text(definitions, "dim"))
     console.print()
     console.print(Text(summary(findings, info["predictions"]), "bold"))

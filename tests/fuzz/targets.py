@@ -24,10 +24,11 @@ from poolwise.data import own_tasks, pairs, reading, survey
 from poolwise.errors import Mistakes, PoolwiseError
 from poolwise.files import BLANK, write_json
 from poolwise.model import checkpoint
-from poolwise.runs import layout, looks, records
+from poolwise.runs import layout, looks
 from poolwise.runs import run as runner
 from poolwise.runs.train import COMPLETE, latest_checkpoint
 from poolwise.screen import device_lines, grid_table
+from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers
 from poolwise.verdicts.costs import mean_costs
@@ -209,12 +210,12 @@ def marker(folder: Path, data: bytes) -> None:
 
 def modules_file(folder: Path, data: bytes) -> None:
     write(folder / "modules.json", data)
-    checkpoint._check_modules(folder)
+    records.check_modules(folder)
 
 
 def checksums_file(folder: Path, data: bytes) -> None:
-    write(folder / checkpoint.CHECKSUMS, data)
-    checkpoint._verify_export(folder)
+    write(folder / records.CHECKSUMS, data)
+    records.verify_export(folder)
 
 
 def score_file(folder: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def read_folder(path: Path) -> Folder:
 
     Raises TaskError with every mistake found: file, line, column, value and what is allowed.
     """
-    reader = _Reader(path)
+    reader = Reader(path)
     settings = reader.settings()
     split = str(settings.get("split", "test"))
     kind = reader.kind(settings.get("kind"), split)
@@ -108,11 +108,11 @@ def read_folder(path: Path) -> Folder:
         reader.mistakes.add("", f"the folder's name {problem}, or give the task a name in task.toml")
         reader.mistakes.check()
     data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
-    notes = [*reader.mistakes.notes, *(_search_notes(data) if kind == "retrieval" else [])]
+    notes = [*reader.mistakes.notes, *(search_notes(data) if kind == "retrieval" else [])]
     return Folder(data, name, str(settings.get("source", name)), tuple(f"{name}: {note}" for note in notes))
 
 
-def _search_notes(data: TaskData) -> list[str]:
+def search_notes(data: TaskData) -> list[str]:
     """What people trip over in retrieval data, counted."""
     from poolwise.data.rows import normalise  # with numpy, which is not needed to resolve other tasks
 
@@ -248,8 +248,8 @@ def kind_of(names: Sequence[str]) -> str | None:
     return "labelled" if {"text", "label"} <= set(names) else None
 
 
-class _Reader:
-    """One folder and the mistakes in it."""
+class Reader:
+    """One folder and the mistakes in it; `records` reads a whole task, `rows` one file row by row."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -358,15 +358,17 @@ class _Reader:
 
     def read(self, stem: str, part: str) -> list[Placed]:
         """All rows of one file, reduced to the columns of `part` and checked; malformed ones become mistakes."""
-        path, columns = self.find(stem), COLUMNS[part]
+        path = self.find(stem)
         if path is None:
             formats = ", ".join(FORMATS)
             self.mistakes.add("", f"{stem}: no such file; expected {stem} as one of {formats}, or one of them with .gz")
             return []
-        where = str(path.relative_to(self.folder))
-        mistakes = self.mistakes.within(where)
-        rows: list[Placed] = []
-        cells = is_delimited(path)
+        return list(self.rows(path, part))
+
+    def rows(self, path: Path, part: str) -> Iterator[Placed]:
+        """`read` of the file at `path`, row by row."""
+        where, columns, some = str(path.relative_to(self.folder)), COLUMNS[part], False
+        mistakes, cells = self.mistakes.within(where), is_delimited(path)
         for place, record in read_records(path, mistakes, _chooser(columns)):
             clean = {}
             for name, parse in columns.items():
@@ -378,10 +380,10 @@ class _Reader:
                 except ValueError as error:
                     mistakes.add(place, f"column {name!r}: {error}", value)
             if len(clean) == len(columns):
-                rows.append((f"{where}, {place}", clean))
-        if not rows and not self.mistakes:
+                some = True
+                yield f"{where}, {place}", clean
+        if not some and not self.mistakes:
             mistakes.add("", "holds no row")
-        return rows
 
     def compare_rows(self, kind: str, records: dict[str, list[Placed]], split: str) -> None:
         """Mistakes that no single row shows: one label only, unknown identifiers, lists of unequal length."""
@@ -403,7 +405,8 @@ class _Reader:
             elif len(set(row["labels"])) < 2:
                 self.mistakes.add(place, "only one label; clustering needs at least two")
         if kind == "retrieval":
-            self.compare_ids(records)
+            ids = {part: [row["_id"] for _, row in records[part]] for part in ("corpus", "queries")}
+            self.compare_ids(ids, records["qrels"])
 
     def compare_grades(self, rows: list[Placed]) -> None:
         grades: dict[tuple[str, str], int] = {}
@@ -414,17 +417,17 @@ class _Reader:
                 judgement = f"score {score} for query {query!r} and document {document!r}"
                 self.mistakes.add(place, f"{judgement}, but an earlier line says {first}; keep one of the lines")
 
-    def compare_ids(self, records: dict[str, list[Placed]]) -> None:
-        known = {part: Counter(row["_id"] for _, row in records[part]) for part in ("corpus", "queries")}
+    def compare_ids(self, ids: Mapping[str, Sequence[str]], qrels: Sequence[Placed]) -> None:
+        known = {part: Counter(names) for part, names in ids.items()}
         for part, counts in known.items():
             if twice := [name for name, count in counts.items() if count > 1]:
                 self.mistakes.add(part, f"_id given to more than one row: {', '.join(twice[:5])}")
         for column, part in (("corpus-id", "corpus"), ("query-id", "queries")):
-            unknown = sorted({row[column] for _, row in records["qrels"]} - known[part].keys())
-            found = any(row[column] in known[part] for _, row in records["qrels"] if row["score"] > 0)
+            unknown = sorted({row[column] for _, row in qrels} - known[part].keys())
+            found = any(row[column] in known[part] for _, row in qrels if row["score"] > 0)
             if unknown and (part == "queries" or not found):  # some documents may be missing, but not all
                 self.mistakes.add("qrels", f"{len(unknown)} {column}(s) not in {part}, e.g. {', '.join(unknown[:5])}")
-        if not any(row["score"] > 0 for _, row in records["qrels"]):
+        if not any(row["score"] > 0 for _, row in qrels):
             self.mistakes.add("qrels", "no document is relevant to any query (no score above 0)")
 
 

@@ -213,6 +213,16 @@ class Task:
             part.load()
             yield from ((part, split, subset) for split in self.splits for subset in self.subsets)
 
+    def instruction(self, side: str | None) -> str:
+        """What mteb tells a model to do with a text of this task, its `side` being query, document or None.
+
+        It is the task's own instruction, else that of its type; empty for a side that has none.
+        """
+        own = self.mteb.metadata.prompt
+        if isinstance(own, dict) and side:
+            return str(own.get(side) or "")
+        return str((None if isinstance(own, dict) else own) or self.mteb.abstask_prompt)
+
     @property
     def in_memory(self) -> bool:
         """Whether the data are here already, as those of a folder and of a built-in task; else they are downloaded."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from poolwise.files import atomic_path
 from poolwise.model.attention import position_ids, set_attention, takes_position_ids
 from poolwise.model.base import pooled_from, write
-from poolwise.model.hooks import LayerCollector, attending, base_model, lock_of
+from poolwise.model.hooks import LayerCollector, attending, base_model, lock_of, zero_at_padding
 from poolwise.model.packing import Rows, forward_grouped, forward_packed, has_dropout, packed_attention_on
 
 DIFFERENT = ("a", "The", "zebra", "7", '"', "(")
@@ -86,6 +86,7 @@ class Backbone(Transformer):
         self.model.config.use_cache = False
         self.takes_position_ids = takes_position_ids(self.model)
         self.layout, self.once = "padded", False  # see `in_layout`
+        self.pools_padding = False  # see `pooling_padding`
         self.frozen: FrozenStates | None = None
         set_attention(self.model, attention)
         self.collector = LayerCollector(self.model, reduce=collect) if collect else None
@@ -102,7 +103,7 @@ class Backbone(Transformer):
         backbone.attention, backbone.collect, backbone.collector, backbone.frozen = attention, None, None, None
         backbone.include_prompt, backbone.pad_by_id, backbone.skip_start = True, False, 0
         backbone.special_tokens, backbone.template = True, "plain"
-        backbone.layout, backbone.once = "padded", False
+        backbone.layout, backbone.once, backbone.pools_padding = "padded", False, False
         backbone.takes_position_ids = takes_position_ids(backbone.model)
         return backbone
 
@@ -132,10 +133,12 @@ class Backbone(Transformer):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings` (B, T, D), `pooling_mask` (B, T) and, if collected, `layer_embeddings` (B, L, D)."""
         mask = features["attention_mask"]
-        pooled = self.pooling_mask(features)
+        pooled = torch.ones_like(mask) if self.pools_padding else self.pooling_mask(features)
         prefix = self._prompt_tokens(features).expand(len(mask), 1)
-        run = self._forward if self.frozen is None else self._known_or_forward
-        with self.lock:
+        # only states of real tokens are cached, so padding that is pooled needs a forward
+        run = self._forward if self.frozen is None or self.pools_padding else self._known_or_forward
+        zeroed = zero_at_padding(self.model, mask) if self.pools_padding else contextlib.nullcontext()
+        with self.lock, zeroed:
             states, vectors = run(features["input_ids"], mask, pooled, prefix)
         if vectors is not None:
             features["layer_embeddings"] = vectors
@@ -221,6 +224,16 @@ class Backbone(Transformer):
                 yield
             finally:
                 self.layout, self.once = before
+
+    @contextlib.contextmanager
+    def pooling_padding(self) -> Iterator[None]:
+        """Inside, padding is pooled like any token, and attention's output is zero there: what the paper's evaluation
+        computes for `masked = false`. An embedding then depends on how much padding its batch needs."""
+        self.pools_padding = True
+        try:
+            yield
+        finally:
+            self.pools_padding = False
 
     def pooling_mask(self, features: dict[str, Any]) -> torch.Tensor:
         """Which tokens are pooled (B, T): all real ones, less those that the recipe, template or design leave out."""

@@ -176,12 +176,14 @@ def load_config(name: str, path: str) -> Any:
 
 
 def check_positions(recipe: Recipe, config: Any) -> None:
-    """Raise ModelError if `max_length` exceeds the base model's number of positions."""
+    """Raise ModelError if a length in training or evaluation exceeds the base model's number of positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    if limit and recipe.max_length > limit:
-        raise ModelError(
-            f"recipe.max_length = {recipe.max_length}: {recipe.base_model} has {limit} positions; give at most {limit}"
-        )
+    for name in ("max_length", "evaluation_max_length"):
+        if limit and getattr(recipe, name) > limit:
+            raise ModelError(
+                f"recipe.{name} = {getattr(recipe, name)}: {recipe.base_model} has {limit} positions; give at most "
+                f"{limit}"
+            )
 
 
 def cannot_load(field: str, name: str, error: Exception) -> ModelError:

@@ -14,15 +14,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils.save_and_load import set_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -30,60 +32,20 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from poolwise.errors import CheckpointError, ModelError, PoolwiseError, StudyError, explain, suggest
-from poolwise.files import (
-    MOST_BYTES,
-    atomic_folder,
-    cached_if_unreachable,
-    hashes,
-    parse_json,
-    read_bytes,
-    read_json,
-    sha256,
-    write_json,
-)
+from poolwise.files import atomic_folder, cached_if_unreachable, hashes, read_any_json, write_json
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
 from poolwise.model.encoder import STANDARD, PoolingHead, build
+from poolwise.pooling.paper import head_file
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
 from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
+from poolwise.study.records import CHECKSUMS, FORMAT, RUN_FILE, check_modules, read_run, verify_export, verify_files
 
-RUN_FILE = "run.json"
-CHECKSUMS = "checksums.json"
-"""The marker of an exported folder, written last: the hash of every other file."""
-FORMAT = 2
-UNSEALED = 1
-"""The format before files were sealed, which is still read."""
-TRUSTED = ("sentence_transformers", "poolwise")
-"""Packages whose modules a folder may name in its `modules.json`."""
-
-
-class _Base(BaseModel):
-    model_config = ConfigDict(strict=True)
-    path: str
-    local: bool
-    identity: str
-
-
-class _Run(BaseModel):
-    """The types in `run.json`; recipe and design are validated by their own classes."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    recipe: dict[str, Any]
-    design: dict[str, Any]
-    seed: int
-    base: _Base
-    files: dict[str, str]
-    step: int = 0
-
-
-class _Export(BaseModel):
-    """The content of `checksums.json`."""
-
-    model_config = ConfigDict(strict=True)
-    files: dict[str, str]
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights."""
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
@@ -106,16 +68,20 @@ def load_weights(encoder: SentenceTransformer, folder: Path) -> None:
     backbone, head = cast(Backbone, encoder[0]), cast(PoolingHead, encoder[1])
     model = backbone.model
     if isinstance(model, PeftModel):
-        state = _read(folder / "adapter" / "adapter_model.safetensors")
-        with _fitting(folder / "adapter"):
-            result = set_peft_model_state_dict(model, state)
-        expected = sum("lora_" in name for name, _ in model.named_parameters())
-        # PEFT ignores tensors that are missing
-        if result.unexpected_keys or len(state) != expected:
-            raise CheckpointError(f"{folder / 'adapter'}: holds {len(state)} tensors, the recipe makes {expected}")
+        load_adapter(model, _read(folder / "adapter" / "adapter_model.safetensors"), folder / "adapter")
     elif any(parameter.requires_grad for parameter in model.parameters()):
         _load_into(model, folder / "backbone.safetensors")
     _load_into(head.head, folder / "pooling.safetensors")
+
+
+def load_adapter(model: torch.nn.Module, state: dict[str, torch.Tensor], where: Path) -> None:
+    """Load an adapter's tensors into a PEFT model. Raises CheckpointError if they are not exactly those it has."""
+    with _fitting(where):
+        result: Any = set_peft_model_state_dict(model, state)
+    expected = sum("lora_" in name for name, _ in model.named_parameters())
+    # PEFT ignores tensors that are missing
+    if result.unexpected_keys or len(state) != expected:
+        raise CheckpointError(f"{where}: holds {len(state)} tensors, the recipe makes {expected}")
 
 
 def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
@@ -131,45 +97,6 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
         save_weights(encoder, temporary)
         write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": hashes(temporary)})
     return folder
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """The content of a saved folder's `run.json`. Raises CheckpointError if it is missing, damaged or too new."""
-    path = Path(folder) / RUN_FILE
-    advice = f"delete {folder} and run the study again"
-    try:
-        run = parse_json(read_bytes(path, MOST_BYTES))
-        found = run.get("format") if isinstance(run, dict) else None
-        if type(found) is int and found > FORMAT:
-            raise CheckpointError(f"{path}: format {found}, this version reads {FORMAT}; upgrade poolwise")
-        if found != UNSEALED:
-            run = read_json(path)
-        checked = _Run.model_validate(run)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
-    except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged ({'; '.join(explain(error, {'': _Run}))}); {advice}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); {advice}") from None
-    return checked.model_dump()
-
-
-def verify_files(folder: Path, files: dict[str, str]) -> None:
-    """Compare every file with its hash. Raises CheckpointError naming one that is missing or changed."""
-    for name, expected in files.items():
-        path = folder / name
-        if not _is_inside(folder, name):
-            raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
-        if sha256(path) != expected:
-            raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    """Whether a folder has a file of this name, which must not lead out of it."""
-    try:
-        return (folder / name).is_file() and not Path(name).is_absolute() and ".." not in Path(name).parts
-    except (OSError, ValueError):  # a name that no file can have
-        return False
 
 
 def load(
@@ -225,6 +152,12 @@ def load(
     return encoder
 
 
+def recipe_of(encoder: SentenceTransformer) -> Recipe | None:
+    """The recipe by which an encoder was built or trained; None for a model that poolwise did not build."""
+    spec = getattr(encoder, "poolwise", None)
+    return None if spec is None else Recipe.model_validate(_tuples(spec["recipe"]))
+
+
 def load_any(model: str | Path) -> SentenceTransformer:
     """The encoder in a trial's folder (its last step), in one step's folder or an exported one; or `load_named`.
 
@@ -233,16 +166,31 @@ def load_any(model: str | Path) -> SentenceTransformer:
     folder = Path(model)
     steps = {read_run(path.parent)["step"]: path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
+    refuse_bare_adapter(folder)
     exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
     return load(folder) if exported or (folder / RUN_FILE).exists() else load_named(str(model))
+
+
+def refuse_bare_adapter(folder: Path) -> None:
+    """Raise CheckpointError for an adapter's folder that does not say how its states are pooled.
+
+    sentence-transformers would pool by the mean, so that a score would be another model's.
+    """
+    if not (folder / ADAPTER).is_file() or any((folder / name).exists() for name in ("modules.json", RUN_FILE)):
+        return
+    what = "a release of the paper's authors" if head_file(folder) else "an adapter without modules.json"
+    raise CheckpointError(
+        f"{folder} is {what}, which does not say how it pools. If it is a design of the paper, name it and its base: "
+        f"`poolwise evaluate {folder} --release m5 --base NAME`, or poolwise.load_release(folder, base, 'm5')"
+    )
 
 
 def load_named(name: str) -> SentenceTransformer:
     """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
     try:
-        _check_modules(Path(name))
+        check_modules(Path(name))
         with cached_if_unreachable(name):
-            return SentenceTransformer(name)
+            encoder = SentenceTransformer(name)
     except PoolwiseError:
         raise
     except Exception as error:  # whatever a hub client, a configuration or a weight file may raise
@@ -251,6 +199,9 @@ def load_named(name: str) -> SentenceTransformer:
             f"model {name!r} cannot be loaded: {reason} (allowed: {', '.join(LEXICAL)}, a sentence-transformers "
             f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
         ) from error
+    if not Path(name).is_dir() and isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
+        refuse_bare_adapter(Path(cached).parent)  # a snapshot of the Hub
+    return encoder
 
 
 def _import_own(pooling: str, folder: Path) -> None:
@@ -333,8 +284,10 @@ def _write_verified(encoder: SentenceTransformer, folder: Path) -> None:
     merged = _merged(encoder)
     if _is_standard(backbone, head):
         _save_standard(merged, folder)
+        _write_old_forms(folder, STANDARD[head.pooling], head.hidden_size, int(backbone.max_seq_length or 0))
     else:
         merged.save(str(folder), create_model_card=False)
+    _write_settings(merged, folder)
     reloaded = load_exported(folder, device=str(encoder.device)).encode(PROBE_TEXTS)
     difference = float(np.abs(expected - reloaded).max())
     if not difference <= TOLERANCE.get(dtype, 1e-3):  # also false for NaN
@@ -343,8 +296,8 @@ def _write_verified(encoder: SentenceTransformer, folder: Path) -> None:
 
 def load_exported(folder: Path, device: str | None = None) -> SentenceTransformer:
     """The encoder in an exported folder, its attention mode probed. Raises CheckpointError for a damaged folder."""
-    _verify_export(folder)
-    modules = _check_modules(folder)
+    verify_export(folder)
+    modules = check_modules(folder)
     try:
         return _open_exported(folder, modules, device)
     except PoolwiseError:
@@ -354,59 +307,12 @@ def load_exported(folder: Path, device: str | None = None) -> SentenceTransforme
         raise CheckpointError(f"{folder} cannot be loaded ({reason}); export the design again") from error
 
 
-def _verify_export(folder: Path) -> None:
-    """Compare an exported folder with its checksums, if it has any. Raises CheckpointError naming a damaged file."""
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return
-    advice = f"export the design again, or delete {CHECKSUMS} if you changed the folder on purpose"
-    try:
-        files = _Export.model_validate(read_json(path)).files
-    except (OSError, ValueError) as error:
-        reason = "it does not list the files" if isinstance(error, ValidationError) else error
-        raise CheckpointError(f"{path} is damaged ({reason}); {advice}") from None
-    for name, expected in files.items():
-        if name == "README.md":  # a model card is meant to be edited
-            continue
-        if not _is_inside(folder, name):
-            raise CheckpointError(f"{folder / name} is missing; {advice}")
-        if sha256(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} is damaged or changed (its hash differs); {advice}")
-
-
-def _check_modules(folder: Path) -> list[dict[str, str]]:
-    """The content of a folder's `modules.json`, empty if it has none. Raises CheckpointError for a class of another
-    package than `TRUSTED`: sentence-transformers would import it."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return []
-    try:
-        modules = parse_json(read_bytes(path, MOST_BYTES))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from None
-    fields = ("type", "path")
-    if (
-        not isinstance(modules, list)
-        or not modules
-        or not all(
-            isinstance(module, dict) and all(isinstance(module.get(name), str) for name in fields) for module in modules
-        )
-    ):
-        raise CheckpointError(f"{path}: expected a list of modules, each with a type and a path")
-    for module in modules:
-        if module["type"].partition(".")[0] not in TRUSTED:
-            raise CheckpointError(
-                f"{path}: the class {module['type']!r} is code of another package, which is not imported; allowed: "
-                f"classes of {' and '.join(TRUSTED)}. Load such a model in Python, "
-                "SentenceTransformer(folder, trust_remote_code=True), and give the object to poolwise.evaluate"
-            )
-    return modules
-
-
 def _open_exported(folder: Path, modules: list[dict[str, str]], device: str | None) -> SentenceTransformer:
-    settings = parse_json(read_bytes(folder / "config_sentence_transformers.json", MOST_BYTES))
+    settings = read_any_json(folder / "config_sentence_transformers.json")
     if modules[0]["type"] != f"{Backbone.__module__}.{Backbone.__qualname__}":
-        return SentenceTransformer(str(folder), device=device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Importing from 'sentence_transformers.models'", DeprecationWarning)
+            return _with_widths(SentenceTransformer(str(folder), device=device), settings)
     backbone = Backbone.load(str(folder))
     try:
         head = PoolingHead.load(str(folder), subfolder=modules[1]["path"])
@@ -420,7 +326,12 @@ def _open_exported(folder: Path, modules: list[dict[str, str]], device: str | No
     )
     head.float()
     verify(backbone.model, backbone.attention)
-    return encoder.eval()
+    return _with_widths(encoder.eval(), settings)
+
+
+def _with_widths(encoder: SentenceTransformer, settings: dict[str, Any]) -> SentenceTransformer:
+    encoder.matryoshka_dims = tuple(settings.get("matryoshka_dims", ()))  # type: ignore[assignment]
+    return encoder
 
 
 def _is_standard(backbone: Backbone, head: PoolingHead) -> bool:
@@ -457,3 +368,76 @@ def _save_standard(encoder: SentenceTransformer, folder: Path) -> None:
             similarity_fn_name="cosine",
         )
         standard.save(str(folder), create_model_card=False)
+
+
+BOOLEANS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""Mode of sentence-transformers' `Pooling` -> the boolean that stood for it before its version 5.4."""
+
+
+def _write_old_forms(folder: Path, mode: str, width: int, length: int) -> None:
+    """Rewrite the settings of a standard export in the forms that older readers require and new ones still accept.
+
+    Text Embeddings Inference requires the booleans of the pooling and `max_seq_length`. vLLM before its pull request
+    54533 finds the pooling by its old class path, takes the first setting that is true for its mode, and otherwise
+    serves the last token without a warning. sentence-transformers before 5.4 knows none of the new names.
+    """
+    modules = read_any_json(folder / "modules.json")
+    for module in modules:
+        module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
+    write_json(folder / "modules.json", modules)
+    booleans = {name: key == mode for key, name in BOOLEANS.items()}
+    # `include_prompt` comes last: it is true as well, and vLLM would take it for the mode
+    pooling = {"word_embedding_dimension": width, **booleans, "pooling_mode": mode, "include_prompt": True}
+    write_json(folder / modules[1]["path"] / "config.json", pooling)
+    write_json(folder / modules[2]["path"] / "config.json", {})
+    limit = length or read_any_json(folder / "tokenizer_config.json").get("model_max_length")
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+
+
+def _write_settings(encoder: SentenceTransformer, folder: Path) -> None:
+    """Add to the settings of an export what other readers look for under other names.
+
+    Attention: transformers reads `is_causal`; Text Embeddings Inference reads it for Qwen2 alone and
+    `use_bidirectional_attention` for Qwen3, Llama, Mistral and Gemma3. Positions: `rope_theta` before transformers 5.
+    Tokenizer: its class has another name since transformers 5. Widths: those trained by `recipe.matryoshka`.
+    """
+    backbone = cast(Backbone, encoder[0])
+    config = read_any_json(folder / "config.json")
+    if backbone.attention in MODES and _takes_flag(backbone.model.config):
+        config["is_causal"] = backbone.attention == "causal"
+        config["use_bidirectional_attention"] = backbone.attention == "bidirectional"
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    write_json(folder / "config.json", config)
+    tokenizer = read_any_json(folder / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(folder / "tokenizer_config.json", tokenizer)
+    if widths := trained_widths(encoder):
+        path = folder / "config_sentence_transformers.json"
+        write_json(path, {**read_any_json(path), "matryoshka_dims": list(widths)})
+
+
+def _takes_flag(config: Any) -> bool:
+    """Whether `use_bidirectional_attention` changes nothing for transformers beyond what `is_causal` does.
+
+    Where the configuration declares it, it may take words (Gemma 4), and it narrows sliding windows (Gemma 3).
+    """
+    declared = str(getattr(type(config), "__annotations__", {}).get("use_bidirectional_attention", "bool"))
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    native = hasattr(type(config), "use_bidirectional_attention")
+    return "bool" in declared and not (native and windowed)
+
+
+def trained_widths(encoder: SentenceTransformer) -> tuple[int, ...]:
+    """The widths below the full one at which a prefix of an embedding was trained to be usable, ascending."""
+    recipe = getattr(encoder, "poolwise", {"recipe": {}})["recipe"]
+    return tuple(sorted(recipe.get("matryoshka", ()) or getattr(encoder, "matryoshka_dims", ())))

@@ -34,10 +34,14 @@ from poolwise.pooling.cost import resolve_args
 from poolwise.pooling.poolings import module_class
 from poolwise.study.catalogue import POOLINGS, spec_of
 from poolwise.study.design import Design
-from poolwise.study.recipe import Lora, Recipe
+from poolwise.study.recipe import INSTRUCTION, Lora, Recipe
 
 STANDARD = {name: spec.standard for name, spec in POOLINGS.items() if spec.standard}
 """Our pooling -> the mode of sentence-transformers' `Pooling` that computes the same."""
+
+
+DEFAULT_PROMPT = "default"
+"""Name of the prompt for texts of every task and side that have no other."""
 
 
 class PoolingHead(Module):
@@ -87,7 +91,21 @@ def derived_seed(recipe: Recipe, part: str, seed: int) -> int:
 
 def prompts_of(recipe: Recipe) -> dict[str, str]:
     """The recipe's prompts by name, as sentence-transformers and mteb take them: `query`, `document`, task names."""
-    return {"query": recipe.query_prompt, "document": recipe.document_prompt, **recipe.prompts}
+    own = {name: prompt for name, prompt in recipe.prompts.items() if INSTRUCTION not in prompt}
+    return {"query": recipe.query_prompt, "document": recipe.document_prompt, **own}
+
+
+def evaluation_prompts(recipe: Recipe) -> dict[str, str]:
+    """The prompts of an evaluation, as `scoring.evaluate` takes them: those of `prompts_of`, or the instruction of each
+    task in the recipe's template, except before the documents of a retrieval task; `recipe.prompts` come first."""
+    if recipe.evaluation_prompts == "mteb":
+        return {**instructions(recipe.evaluation_template), **recipe.prompts}
+    return prompts_of(recipe)
+
+
+def instructions(template: str) -> dict[str, str]:
+    """Prompts with each task's instruction in a template, for queries alone in retrieval."""
+    return {DEFAULT_PROMPT: template, **{f"{kind}-document": "" for kind in ("Retrieval", "InstructionRetrieval")}}
 
 
 def build(
@@ -125,9 +143,11 @@ def build(
     model, tokenizer = backbone.model, backbone.words
     config = model.config.get_text_config()
     check_positions(recipe, config)
-    check_window(model, design.attention, recipe.max_length)
-    if tokenizer.pad_token_id is None:  # any id serves: the mask decides what is padding
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    check_window(model, design.attention, max(recipe.max_length, recipe.scored_length))
+    if tokenizer.pad_token_id is None:
+        # The mask decides what is padding, so any id serves, except for `pad_by_id`: there EOS as padding would leave
+        # every text's end token out of the mean. Hence UNK before EOS, as in the paper's code.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if recipe.append_eos:
         ensure_eos(tokenizer)
     if (

@@ -96,6 +96,48 @@ MASK_BACKENDS = ("eager", "sdpa")  # attention implementations that take a mask 
 LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
+"""Names of the linear layer at the end of an attention module."""
+
+
+def output_projections(model: nn.Module) -> list[nn.Module]:
+    """The projection at the end of each decoder layer's attention. Raises `ModelError` if it is not found."""
+    found = []
+    for layer in decoder_layers(base_model(model)):
+        ends = [
+            module
+            for name, module in layer.named_modules()
+            if "att" in name.rpartition(".")[0] and name.rpartition(".")[2] in OUTPUT_PROJECTIONS
+        ]
+        if len(ends) != 1:
+            raise ModelError(
+                f"{type(layer).__name__}: expected one output projection of its attention "
+                f"({', '.join(OUTPUT_PROJECTIONS)}), found {len(ends)}. Fix: evaluation_padding = false."
+            )
+        found += ends
+    return found
+
+
+@contextlib.contextmanager
+def zero_at_padding(model: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Inside, the output of each attention is zero at padding before its projection, as FlashAttention leaves it.
+
+    mask (B, T) is that of the batch. States at padding are then what the residual and the feed-forward layers make of
+    the padding token; those of real tokens are unchanged, because no real token attends to padding.
+    """
+    padding = ~mask.bool()[..., None]
+
+    def zeroed(module: nn.Module, args: tuple) -> tuple:
+        return (args[0].masked_fill(padding, 0.0), *args[1:])
+
+    handles = [projection.register_forward_pre_hook(zeroed) for projection in output_projections(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class LayerMasks:
     """Forward pre-hooks that give the layers of one model the masks of a mode which `config.is_causal` cannot express.
 

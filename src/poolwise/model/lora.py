@@ -256,7 +256,8 @@ def _attach_if_equal(backbone: Backbone, groups: list[_Group]) -> str:
 
 
 COMPILE_STEPS = 200
-"""Steps of a training from which on compiling repays itself: it takes tens of seconds, few when cached."""
+"""Steps of a training from which on compiling repays itself: on an H200 it took 17 s for the 30 layers of a 135M base
+and saved 85 ms of each step."""
 COMPILERS = 4
 """Processes that generate code for one training."""
 

@@ -422,19 +422,11 @@ def choose(model: nn.Module, designs: Sequence[Design], max_length: int) -> tupl
 
     All designs get the same layout, because with dropout two layouts draw different random numbers.
     """
-    for design in designs:
-        if reads_padding(design):
-            return "padded", f"the design {design.name} reads padding, so batches stay padded"
     modes = dict.fromkeys(design.attention for design in designs)
     reasons = [f"attention {mode} needs a mask for each layer" for mode in modes if mode not in MODES]
     if reasons or any(reasons := [reason for mode in modes if (reason := refusal(model, mode, max_length))]):
         return "grouped", f"{reasons[0]}; texts of similar length are padded together instead"
     return "packed", None
-
-
-def reads_padding(design: Design) -> bool:
-    """Whether the pooling reads padding tokens, so that an embedding depends on the other texts of its batch."""
-    return design.spec.reads_padding(design.factors())
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -293,19 +293,20 @@ class CrossAttention(CrossAttentionHead):
     """Last-layer trainable pooling: the latents attend to the tokens of the last layer.
 
     `tokens`: "all", or "last" for the last token alone (the published code's causal design: over one token softmax is
-    1, so W_q, W_k and the latents' norm never get a gradient). `masked=False`: padding is attended to as well (the
-    published code's bidirectional design: a text's vector then depends on how much padding its batch needed).
+    1, so W_q, W_k and the latents' norm never get a gradient). `masked=False` declares the published code's
+    bidirectional design, which is evaluated with padding attended to: see `Backbone.pooling_padding`, which gives this
+    head a mask of ones.
     """
 
     def __init__(self, hidden_size: int, n_layers: int, *, tokens: str = "all", masked: bool = True, **sizes):
         super().__init__(hidden_size, **sizes)
-        self.tokens, self.masked = tokens, masked
+        self.tokens = tokens
         self.single = tokens == "last"
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         if self.tokens == "last":
             return super().forward(last_token(states, mask)[:, None])
-        return super().forward(states, mask if self.masked else None)
+        return super().forward(states, mask)
 
 
 class LayerCrossAttention(CrossAttentionHead):

@@ -25,6 +25,15 @@ class PaperHead(nn.Module):
         return F.normalize(self.pooling(vectors, mask), dim=-1)
 
 
+HEAD = "attn_pool.pt"
+
+
+def head_file(folder: Path) -> Path | None:
+    """A release's head: in its folder or, as the published trainers name it, beside it with its name in front."""
+    places = (folder / HEAD, folder.with_name(folder.name + HEAD))
+    return next((path for path in places if path.is_file()), None)
+
+
 _RELEASED = {  # released name -> our name; to_kv holds keys first, then values
     "latents": "latents",
     "pos_emb.weight": "layer_weights",
@@ -56,7 +65,7 @@ def load_paper_head(state_dict: Mapping[str, Tensor] | str | Path, heads: int = 
     """
     where = "state dict"
     if isinstance(state_dict, (str, Path)):
-        where, state_dict = str(state_dict), _read(Path(state_dict))
+        where, state_dict = str(state_dict), read_weights(Path(state_dict))
     weights = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     missing = [name for name in _RELEASED if name not in weights and name != "pos_emb.weight"]
     unexpected = [name for name in weights if name not in _RELEASED]
@@ -98,7 +107,8 @@ def load_paper_head(state_dict: Mapping[str, Tensor] | str | Path, heads: int = 
     return PaperHead(pooling)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """A state dict that torch saved, read without running code. Raises `CheckpointError`."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:

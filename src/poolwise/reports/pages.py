@@ -8,7 +8,7 @@ Every part is optional, so that a bare CSV of scores gives a report as well. Not
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,14 @@ from poolwise.files import write_atomic
 from poolwise.reports import analyses, plots, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.words import (
+    FEW_DESIGNS,
     advice,
     answer,
     count,
-    designs,
     group_words,
     listing,
     magnitude,
     number,
-    overall_sentence,
     points,
     recommended,
     sentences,
@@ -83,18 +82,35 @@ def opening(info: Mapping[str, Any], findings: Findings) -> str:
     return f"{named}; {designs}, {seeds}, {_task_words(findings)}; baseline {findings.baseline}."
 
 
+def designs(findings: Findings) -> str:
+    """The definition of each design, `m1: causal, last_token; …`; empty if unknown, or if their names say as much."""
+    parts = []
+    for design in findings.treatments:
+        if design.name not in findings.designs:
+            continue
+        args = ", ".join(f"{name} {value}" for name, value in design.pooling_args.items())
+        parts.append(f"{design.name}: {design.attention}, {design.pooling}{f' ({args})' if args else ''}")
+    named = all(design.name == f"{design.pooling}-{design.attention}" for design in findings.treatments)
+    return "" if named or len(parts) > FEW_DESIGNS else "; ".join(parts) + "."
+
+
 def _task_words(comparison: Comparison) -> str:
     """`17 tasks (10 retrieval and 7 STS)`, `9 tasks on 3 mechanisms`."""
     total = count(len(comparison.tasks), "task")
     types = [group for group in comparison.groups if not comparison.of_items(group)]
     if comparison.by != "task_type":
         return f"{total} ({count(len(comparison.groups), 'group')})"
-    if not types:
-        return f"{total} on {count(len(comparison.groups), 'mechanism')}"
-    sizes = {group: len(comparison.arm(group, comparison.baseline).tasks) for group in types}
-    parts = [f"{size} {group_words(group)}" for group, size in sizes.items()]
-    if planted := len(comparison.groups) - len(types):
-        parts.append(f"{len(comparison.tasks) - sum(sizes.values())} on {count(planted, 'mechanism')}")
+    planted = [group for group in comparison.groups if comparison.of_mechanism(group)]
+    own = [group for group in comparison.groups if comparison.of_own_task(group)]
+    if not types and not own:
+        return f"{total} on {count(len(planted), 'mechanism')}"
+
+    def tasks(groups: Sequence[str]) -> int:
+        return sum(len(comparison.arm(group, comparison.baseline).whole().tasks) for group in groups)
+
+    parts = [f"{tasks([group])} {group_words(group)}" for group in types]
+    parts += [f"{tasks(planted)} on {count(len(planted), 'mechanism')}"] if planted else []
+    parts += [f"{len(own)} of your own"] if own else []
     return f"{total} ({listing(parts)})"
 
 
@@ -121,10 +137,18 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
     if findings.exploratory:
         looks += "The verdicts are exploratory. "
     planted = [findings.of_items(group) for group in findings.groups]
-    units = "items of each mechanism" if all(planted) else "tasks"
+    kinds = [
+        kind
+        for kind, some in (
+            ("mechanism", any(map(findings.of_mechanism, findings.groups))),
+            ("own task", any(map(findings.of_own_task, findings.groups))),
+        )
+        if some
+    ]
+    units = f"items of each {' and '.join(kinds)}" if all(planted) else "tasks"
     averaged = "" if all(planted) else ", tasks of one source averaged first"
-    if any(planted) and not all(planted):
-        units += " (items, for built-in mechanisms)"
+    if kinds and not all(planted):
+        units += f" (items of each {' and '.join(kinds)})"
     checkpoints = "" if all(planted) else f" Checkpoints were compared by {wilcoxon}."
     return (
         f"{start} Differences between designs were estimated over random runs and random {units} (crossed random "
@@ -178,9 +202,10 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "plants": {group: planted.get("plants", "") for group, planted in mechanisms.items()},
         "claim": CLAIM,
         "sentences": sentences(findings, info.get("base_model")),
-        "overall_sentences": [overall_sentence(findings, contrast) for contrast in findings.overall],
+        "overall_sentences": [secondary.overall_sentence(findings, contrast) for contrast in findings.overall],
         "overall": secondary.overall(findings),
         "given": secondary.given(findings),
+        "own": tables.own_tasks(findings),
         "means": tables.means(findings),
         "verdicts": tables.verdicts(findings),
         "checkpoints": tables.checkpoints(findings),

@@ -13,19 +13,34 @@ from poolwise.reports.tables import Cells, Table, sections
 from poolwise.reports.words import (
     count,
     detectable_words,
+    group_words,
     interval,
     magnitude,
     number,
     points,
     probability,
-    weight_words,
+    verdict_claim,
 )
 from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.contrasts import Overall
 from poolwise.verdicts.costs import PRICED_TOKENS, TOLERANCE, TRAINING, Budget, Point
 from poolwise.verdicts.findings import Findings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def overall_sentence(comparison: Comparison, overall: Overall) -> str:
+    """One sentence for a contrast over all task types with declared weights."""
+    verdict = overall.verdict
+    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
+    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
+    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
+
+
+def weight_words(overall: Overall) -> str:
+    """`retrieval .75, STS .25`."""
+    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
 
 
 def overall(comparison: Comparison) -> Table | None:

@@ -22,7 +22,6 @@ from poolwise.reports.words import (
     probability,
     sample_words,
 )
-from poolwise.verdicts.arms import by_mechanism
 from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Row
 from poolwise.verdicts.controls import RUNGS
@@ -95,14 +94,44 @@ def means(comparison: Comparison) -> Table:
         note += f" ▲ above, ▼ below {comparison.baseline} after Holm"
         equivalent = f", ≈ equivalent within ±{points(comparison.margin, 1)}."
         note += equivalent if comparison.scope == "designs" else " (checkpoints only)."
-    heads = [
-        f"{group} ({len(comparison.arm(group, comparison.baseline).whole().tasks)})" for group in comparison.groups
-    ]
+    heads = []
+    for group in comparison.groups:
+        arm = comparison.arm(group, comparison.baseline)
+        own = comparison.of_own_task(group)
+        heads.append(f"{group} ({count(len(arm.tasks), arm.unit) if own else len(arm.whole().tasks)})")
     if len(heads) > max(MANY_GROUPS, len(rows)):  # a page is wide enough for the designs, but not for the groups
         body = tuple((head, *cells) for head, *cells in zip(heads, *rows, strict=True))
         return Table("Mean scores", ("Tasks", *comparison.designs), (("", body),), note)
     body = tuple((design, *cells) for design, cells in zip(comparison.designs, rows, strict=True))
     return Table("Mean scores", ("Design", *heads), (("", body),), note)
+
+
+def own_tasks(comparison: Comparison) -> Table | None:
+    """The verdict on each of the user's own tasks: scores, difference, interval, Holm's p; None without such tasks."""
+    groups = [group for group in comparison.groups if comparison.of_own_task(group)]
+    if not groups or comparison.interim:
+        return None
+
+    def cells(row: Row) -> Cells:
+        shown, word = row.verdict or row, outcome(comparison, row)
+        means = (points(comparison.arm(row.group, name).mean) for name in (row.design, row.baseline))
+        span = "–" if shown.ci_low is None else interval(shown.ci_low, shown.ci_high)
+        return row.design, *means, points(shown.difference, 2, True), span, probability(shown.p_holm), word
+
+    def heading(group: str) -> str:
+        arm = comparison.arm(group, comparison.baseline)
+        return f"{group} · {count(len(arm.tasks), arm.unit)}, {count(len(arm.seeds), 'seed')}"
+
+    body = sections(groups, lambda group: [cells(row) for row in comparison.rows if row.group == group], heading)
+    scope = "for runs and items like these" if all(row.verdict for row in comparison.rows if row.group in groups) else (
+        "for these checkpoints and items like these where a design was run once"
+    )  # fmt: skip
+    note = f"Points, {scope}; p after Holm over {count(comparison.family, 'contrast')}."
+    columns = (
+        "Design", "Score", f"Score of {comparison.baseline}", "Difference", f"{comparison.percent} % interval",
+        "p Holm", "Verdict",
+    )  # fmt: skip
+    return Table("Your own tasks", columns, body, note)
 
 
 def verdicts(comparison: Comparison) -> Table | None:
@@ -111,7 +140,8 @@ def verdicts(comparison: Comparison) -> Table | None:
 
     def heading(group: str) -> str:
         first = next(v for row, v in judged if row.group == group)
-        return f"{group} · {sample_words(first.tasks, first.sources)}, {count(first.seeds, 'seed')}"
+        sample = sample_words(first.tasks, first.sources, comparison.arm(group, comparison.baseline).unit)
+        return f"{group} · {sample}, {count(first.seeds, 'seed')}"
 
     body = sections(
         comparison.groups,
@@ -127,13 +157,15 @@ def verdicts(comparison: Comparison) -> Table | None:
     )  # fmt: skip
     if not body:
         return None
+    kinds = {comparison.of_own_task(row.group) for row, _ in judged}
+    units = "items" if kinds == {True} else "tasks (items, on your own tasks)" if True in kinds else "tasks"
     unpooled: dict[str, list[str]] = {}
     for row, verdict in judged:
         if verdict.note:
             unpooled.setdefault(verdict.note, []).append(f"{row.design} ({row.group})")
     notes = "".join(f" Run variance not pooled, as {why}: {', '.join(who)}." for why, who in unpooled.items())
     note = (
-        f"Points against {comparison.baseline}, for runs and tasks like these; Holm over "
+        f"Points against {comparison.baseline}, for runs and {units} like these; Holm over "
         f"{count(comparison.family, 'contrast')}. Run effect: sd of one run. Detectable: the true difference that is "
         f"detected with 80 % power at Holm's first step. Equivalent: {comparison.inner_percent} % interval inside "
         f"±{points(comparison.margin, 1)}.{notes}"
@@ -148,7 +180,10 @@ def verdicts(comparison: Comparison) -> Table | None:
 def checkpoints(comparison: Comparison) -> Table | None:
     """Contrasts of checkpoints: exact Wilcoxon test over tasks on seed means, the usual test of the field; while runs
     are missing only differences and wins/ties/losses."""
-    groups = [group for group in comparison.groups if comparison.interim or not comparison.of_items(group)]
+    tested = {row.group for row in comparison.rows if row.p_value is not None}
+    groups = [
+        group for group in comparison.groups if comparison.interim or group in tested or not comparison.of_items(group)
+    ]
     tipping = any(row.tipping_run_sd is not None for row in comparison.rows)
 
     def cells(row: Row) -> Cells:
@@ -162,14 +197,18 @@ def checkpoints(comparison: Comparison) -> Table | None:
 
     def heading(group: str) -> str:
         if comparison.interim:
-            return f"{group} · {count(len(comparison.arm(group, comparison.baseline).tasks), 'task')}"
+            arm = comparison.arm(group, comparison.baseline)
+            return f"{group} · {count(len(arm.tasks), arm.unit)}"
         first = next(row for row in comparison.rows if row.group == group)
+        if comparison.of_items(group):
+            return f"{group} · {count(first.n, comparison.arm(group, first.design).unit)}"
         return f"{group} · {count(first.n, 'task')}, smallest reachable p {probability(first.min_reachable_p)}"
 
     body = sections(groups, lambda group: [cells(row) for row in comparison.rows if row.group == group], heading)
     if not body:
         return None
     start = f"Points against {comparison.baseline}"
+    own = any(map(comparison.of_own_task, groups))
     if comparison.interim:
         note = f"{start} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
         return Table("Differences so far", ("Design", "Difference", "W/T/L"), body, note)
@@ -178,6 +217,8 @@ def checkpoints(comparison: Comparison) -> Table | None:
         f"difference with exact interval, exact Wilcoxon p, Holm over {count(len(comparison.rows), 'contrast')}, "
         "matched-pairs rank-biserial effect size, wins/ties/losses."
     )
+    if own:
+        note += " Own tasks: mean difference and Student's t over their items."
     columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if tipping:
         columns.append("Tipping point")
@@ -215,11 +256,17 @@ def over_steps(frame: pl.DataFrame, comparison: Comparison) -> Table | None:
     import polars as pl
 
     scored = frame.filter(pl.col("item_id").is_null() & pl.col("design").is_in(list(comparison.designs)))
-    scored = by_mechanism(scored, scored)
+    over_items = {
+        task: group
+        for group in comparison.groups
+        if comparison.of_items(group)
+        for task in comparison.arm(group, comparison.baseline).whole().tasks
+    }
     steps = sorted(scored["step"].drop_nulls().unique().to_list())
     if len(steps) < 2:
         return None
-    by = pl.coalesce("mechanism", pl.lit("all") if comparison.by == "all" else pl.col(comparison.by))
+    of_items = pl.col("task").replace_strict(over_items, default=None, return_dtype=pl.String)
+    by = pl.coalesce(of_items, pl.lit("all") if comparison.by == "all" else pl.col(comparison.by))
     means = {
         (group, design, step): score
         for group, design, step, score in scored.group_by(by.alias("group"), "design", "step")

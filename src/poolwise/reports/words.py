@@ -16,10 +16,10 @@ from typing import Any
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Given, Overall, Row, Verdict
+from poolwise.verdicts.contrasts import Given, Row, Verdict
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
-from poolwise.verdicts.findings import BASELINE, BETTER, Findings, Recommendation
+from poolwise.verdicts.findings import BASELINE, BELOW, BETTER, LEXICAL, NONE, Findings, Recommendation
 
 FEW_DESIGNS = 8
 """Up to this many designs are named; of more, the summary gives only how many of them differ on each group."""
@@ -70,12 +70,16 @@ def magnitude(value: float) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """`1 task`, `10 tasks`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    """`1 task`, `10 tasks`, `30 queries`."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
 
 
-def sample_words(tasks: int, sources: int) -> str:
-    """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`."""
+def sample_words(tasks: int, sources: int, unit: str = "task") -> str:
+    """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`; for an
+    own task, whose items are of some `unit`, `30 queries`."""
+    if unit not in ("task", "item"):
+        return count(sources, unit)
     if sources > tasks:
         return f"{count(sources, 'item')} of {count(tasks, 'task')}"
     return count(tasks, "task") + (f" from {count(sources, 'source')}" if sources < tasks else "")
@@ -135,6 +139,8 @@ def strongest(comparison: Comparison, group: str) -> Row:
 def advice(comparison: Comparison, recommendation: Recommendation) -> str:
     """Which design to use for a group, why, and how far to trust that."""
     base, design = comparison.baseline, recommendation.design
+    if recommendation.basis == NONE:
+        return f"No choice from this: {_nothing_speaks(comparison, recommendation)}."
     if design is None:
         return (
             f"No recommendation: every design scores below {recommendation.reference} "
@@ -142,13 +148,16 @@ def advice(comparison: Comparison, recommendation: Recommendation) -> str:
             "design)."
         )
     cheapest = "the cheapest to encode of those not shown to be worse"
+    others = listing([name for name in comparison.designs if name not in (base, *LEXICAL)] or ["none"])
     if not recommendation.judged:
-        why = "the baseline" if recommendation.basis == BASELINE else cheapest
+        why = f"as the checkpoints of {others} score below it" if recommendation.basis == BASELINE else cheapest
         return f"No verdict on designs is possible here; without evidence, the choice is {design}, {why}."
     if recommendation.basis == BETTER:
-        text = f"Recommended: {design}, the best of the designs that score above {base} after Holm."
+        several = len(comparison.designs) > 2
+        why = f"the best of the designs that score above {base} after Holm" if several else f"which scores above {base}"
+        text = f"Recommended: {design}, {why}."
     elif recommendation.basis == BASELINE:
-        text = f"Recommended: {base}, as no design is shown to score above it; costs are unknown."
+        text = f"Recommended: {base}, as {others} {'is' if ' ' not in others else 'are'} shown to score below it."
     else:
         text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
     if recommendation.basis == BETTER and recommendation.relative_cost:
@@ -160,6 +169,16 @@ def advice(comparison: Comparison, recommendation: Recommendation) -> str:
             f"expected regret {points(recommendation.expected_regret)} points."
         )
     return text
+
+
+def _nothing_speaks(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Why no design is chosen: none is better, and none costs less."""
+    shown = f"no design is shown to score above {comparison.baseline}"
+    shown = shown if recommendation.judged else "no verdict on designs is possible here"
+    if recommendation.as_cheap:
+        return f"{shown}, and {listing(recommendation.as_cheap)} cost the same to encode, the others more"
+    known = "none costs less to encode" if getattr(comparison, "costs", ()) else "costs are unknown"
+    return f"{shown}, and {known}"
 
 
 def sentences(findings: Findings, base: str | None = None) -> list[str]:
@@ -178,12 +197,12 @@ def sentences(findings: Findings, base: str | None = None) -> list[str]:
 def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
     """The sentence of a contrast without its power and its price."""
     tail = f"; base {base}" if base else ""
-    where = f"On {group_words(row.group)}"
+    where, unit = f"On {group_words(row.group)}", comparison.arm(row.group, row.design).unit
     if comparison.interim:
         return (
             f"{where}, {row.design} is {above_or_below(row.difference, 1)} {row.baseline} so far "
-            f"({count(row.n, 'task')}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing, "
-            "so nothing is tested."
+            f"({count(row.n, unit)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing, so "
+            "nothing is tested."
         )
     if row.verdict:
         return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}"
@@ -228,7 +247,7 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
     seeds = count(verdict.seeds, "seed")
     if verdict.seeds != verdict.baseline_seeds:
         seeds = f"{verdict.seeds} and {verdict.baseline_seeds} seeds"
-    sample = sample_words(verdict.tasks, verdict.sources)
+    sample = sample_words(verdict.tasks, verdict.sources, comparison.arm(row.group, row.design).unit)
     context = f"{sample}, {seeds}; run effect {points(verdict.run_sd)}{tail}"
     return verdict_claim(comparison, (row.design, row.baseline), verdict, context)
 
@@ -243,7 +262,7 @@ def _power(comparison: Comparison, row: Row) -> str:
             f" The interval excludes 0, but not after Holm over {comparison.family} contrasts "
             f"(p {probability(verdict.p_holm)})."
         )
-    units = "items" if comparison.of_items(row.group) else "tasks"
+    units = count(2, comparison.arm(row.group, row.design).unit).removeprefix("2 ")
     needed = f"more {units}, as no number of seeds up to 50 would be enough"
     if verdict.settle_low is not None:
         fewest, most = verdict.settle_low, verdict.settle_high
@@ -260,9 +279,12 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     seeds = count(runs[0], "seed") if runs[0] == runs[1] else f"{runs[0]} and {runs[1]} seeds"
     digits = decimals(row.difference, row.ci_low, row.ci_high)
     span = interval(row.ci_low, row.ci_high, digits)
+    unit = comparison.arm(row.group, row.design).unit
+    effect = "" if row.effect_size is None else f", rank-biserial {number(row.effect_size)}"
+    estimate = "Hodges–Lehmann" if unit == "task" else "mean"
     context = (
-        f"{count(row.n, 'task')}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
-        f"Holm p {probability(row.p_holm)}, rank-biserial {number(row.effect_size)}{tail}"
+        f"{count(row.n, unit)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
+        f"Holm p {probability(row.p_holm)}{effect}{tail}"
     )
     why = f"These are checkpoints, not designs: {'one run each' if max(runs) == 1 else 'too few runs or sources'}."
     if row.p_holm is not None and row.p_holm <= comparison.alpha:
@@ -272,8 +294,8 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
             tipping = f" It would hold up to a run effect of {points(row.tipping_run_sd)} points."
         elif row.tipping_run_sd is not None:
             tipping = " The difference of the means would not hold even without a run effect."
-        return f"{claim} (Hodges–Lehmann, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
-    compatible = f"{count(row.n, 'task')} rule out no size of difference"
+        return f"{claim} ({estimate}, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
+    compatible = f"{count(row.n, unit)} rule out no size of difference"
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
     pair = f"the checkpoint of {row.design} against that of {row.baseline}"
@@ -295,19 +317,6 @@ def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
     )
 
 
-def overall_sentence(comparison: Comparison, overall: Overall) -> str:
-    """One sentence for a contrast over all task types with declared weights."""
-    verdict = overall.verdict
-    sample = f"{count(verdict.tasks, 'task')} from {count(verdict.sources, 'source')}, {count(verdict.seeds, 'seed')}"
-    claim = verdict_claim(comparison, (overall.design, overall.baseline), verdict, sample)
-    return f"Overall, by the declared weights ({weight_words(overall)}), {claim}"
-
-
-def weight_words(overall: Overall) -> str:
-    """`retrieval .75, STS .25`."""
-    return ", ".join(f"{group_words(kind)} {number(weight)}" for kind, weight in overall.weights)
-
-
 def _price(row: Row, relative: float | None) -> str:
     """What a design costs to encode, relative to the baseline; only beside a verdict on designs."""
     if row.verdict is None or relative is None:
@@ -318,11 +327,13 @@ def _price(row: Row, relative: float | None) -> str:
 
 
 def group_noun(comparison: Comparison) -> str:
-    """The name of a group of the comparison: `mechanism`, `task type` or `group`."""
-    planted = [comparison.of_items(group) for group in comparison.groups]
-    if all(planted):
+    """The name of a group of the comparison: `mechanism`, `own task`, `task type` or `group`."""
+    if all(comparison.of_mechanism(group) for group in comparison.groups):
         return "mechanism"
-    return "task type" if comparison.by == "task_type" and not any(planted) else "group"
+    if all(comparison.of_own_task(group) for group in comparison.groups):
+        return "own task"
+    plain = not any(comparison.of_items(group) for group in comparison.groups)
+    return "task type" if comparison.by == "task_type" and plain else "group"
 
 
 def summary(findings: Findings, predictions: Mapping[str, Any] | None = None) -> str:
@@ -347,8 +358,8 @@ def _differences(findings: Findings) -> str:
     tested = [(row, word) for row in findings.rows if (word := outcome(findings, row)) != "untested"]
     if not tested:
         return ""
-    groups = list(dict.fromkeys(row.group for row, _ in tested))
-    where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(groups[0])}"
+    groups = dict.fromkeys(row.group for row, _ in tested)
+    where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(tested[0][0].group)}"
     where += " that can be tested" if 1 < len(groups) < len(findings.groups) else ""
     nobody = f"{findings.designs[1]} is not" if len(findings.designs) == 2 else "No design is"
     open_ones = sum(word == "inconclusive" for _, word in tested)
@@ -417,7 +428,7 @@ def _references(findings: Findings) -> str:
     """The groups in which no design reaches a reference without training."""
     below: dict[str, list[str]] = {}
     for recommendation in findings.recommendations:
-        if recommendation.design is None:
+        if recommendation.basis == BELOW:
             below.setdefault(str(recommendation.reference), []).append(group_words(recommendation.group))
     sentences = []
     for reference, groups in below.items():
@@ -433,15 +444,3 @@ def _predictions(comparison: Comparison, predictions: Mapping[str, Any] | None) 
         return ""
     counts = ", ".join(f"{outcomes.count(word)} {word}" for word in ("right", "wrong", "undecided"))
     return f"Of {count(len(outcomes), 'prediction')} written before the runs: {counts}."
-
-
-def designs(findings: Findings) -> str:
-    """The definition of each design, `m1: causal, last_token; …`; empty if unknown, or if their names say as much."""
-    parts = []
-    for design in findings.treatments:
-        if design.name not in findings.designs:
-            continue
-        args = ", ".join(f"{name} {value}" for name, value in design.pooling_args.items())
-        parts.append(f"{design.name}: {design.attention}, {design.pooling}{f' ({args})' if args else ''}")
-    named = all(design.name == f"{design.pooling}-{design.attention}" for design in findings.treatments)
-    return "" if named or len(parts) > FEW_DESIGNS else "; ".join(parts) + "."

@@ -24,7 +24,7 @@
             failed.json             why the trial stopped, if it did
 
 Every file is written whole or not at all, so that a run which was killed continues with what is missing. JSON and
-Parquet files contain their own checksum (`files.seal`); `runs.records` has the types of the JSON files.
+Parquet files contain their own checksum (`files.seal`); `study.records` has the types of the JSON files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError
 from poolwise.files import BLANK, atomic_path, is_sealed, safe_name, seal
-from poolwise.runs import records
+from poolwise.study import records
 from poolwise.study.study import Study, content_hash
 
 if TYPE_CHECKING:

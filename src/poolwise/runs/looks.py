@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError
 from poolwise.files import write_json
-from poolwise.runs import layout, records
+from poolwise.runs import layout
 from poolwise.stats.many import TWO_LOOK_ALPHA
+from poolwise.study import records
 from poolwise.verdicts import robustness
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.table import controls_of, first_few

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError, printable
 from poolwise.files import read_json, write_json
-from poolwise.runs import layout, looks, records
+from poolwise.runs import layout, looks
 from poolwise.runs.engine import Event, run_local
+from poolwise.study import records
 from poolwise.study.pooling_spec import is_own
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study

@@ -39,13 +39,15 @@ from poolwise.model.base import torch_dtype
 from poolwise.model.encoder import derived_seed
 from poolwise.model.lora import fast_training
 from poolwise.model.packing import choose, joined
-from poolwise.runs import layout, records
+from poolwise.pooling.heads import Norm
+from poolwise.runs import layout
+from poolwise.study import records
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
 COMPLETE = "complete"
 """Marker that is written into a checkpoint after everything else: without it, the checkpoint is never resumed from. It
-holds the seconds of training up to there and the hash of every file; see `records.Complete`."""
+holds the seconds of training up to there and the hash of every file; see `study.records.Complete`."""
 LOGGER = logging.getLogger("poolwise")
 """Warnings of a trial. A worker sends them to the process that runs the study (`runs.worker`)."""
 CHANCE_WINDOW = 200
@@ -203,6 +205,11 @@ class _Trainer(SentenceTransformerTrainer):
         target.mkdir(parents=True, exist_ok=True)
         checkpoint.save_weights(self.model, target)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Weights that decay: not those of a head's norms, as transformers leaves out the norms it knows."""
+        norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Norm)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in norms]
+
     def _load_from_checkpoint(self, checkpoint_path: str) -> None:  # type: ignore[override]
         checkpoint.load_weights(self.model, Path(checkpoint_path))
 
@@ -325,8 +332,6 @@ def _infonce(encoder: SentenceTransformer, recipe: Recipe, gather: bool) -> torc
     }
     if recipe.mini_batch_size:
         return CachedMultipleNegativesRankingLoss(encoder, mini_batch_size=recipe.mini_batch_size, **options)
-    if cast(Backbone, encoder[0]).layout == "padded":
-        return MultipleNegativesRankingLoss(encoder, **options)
     return _OneForward(encoder, **options)
 
 

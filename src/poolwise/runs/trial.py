@@ -21,21 +21,23 @@ from sentence_transformers import SentenceTransformer
 from poolwise.data.batches import training_dataset
 from poolwise.data.pairs import Pairs
 from poolwise.data.tasks import Task
-from poolwise.encoding.fast import KEPT_BYTES, Counts, FastEncoder
+from poolwise.encoding.fast import KEPT_BYTES, Counts, FastEncoder, reads_padding
 from poolwise.errors import PoolwiseError, TrainingError, printable, redact
 from poolwise.files import write_json
 from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone, FrozenStates
 from poolwise.model.base import base_path, torch_dtype
-from poolwise.model.encoder import build, prompts_of
-from poolwise.model.packing import has_dropout, reads_padding
-from poolwise.runs import layout, records
+from poolwise.model.encoder import build, evaluation_prompts
+from poolwise.model.packing import has_dropout
+from poolwise.runs import layout
 from poolwise.runs.prepare import Prepared, Trial
 from poolwise.runs.train import LOGGER, milestone_damage, train
 from poolwise.scoring import references
+from poolwise.scoring.adapters import PublishedBatches
 from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.layers import attends_to_layers, layer_attention, sample_texts
 from poolwise.scoring.references import reference
+from poolwise.study import records
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import content_hash
@@ -91,6 +93,7 @@ def _run_design(trial: Trial, prepared: Prepared, folder: Path, report: Progress
     # Only once training is recorded as finished: until then a killed run continues from them.
     for path in layout.checkpoints(layout.training(folder)).values():
         shutil.rmtree(path)
+    encoder.max_seq_length = prepared.study.recipe.scored_length
     for step in trial.steps:
         look = trial.role == "design" and step == trial.steps[-1]
         scored = not _missing(trial, step, prepared, folder)
@@ -196,12 +199,12 @@ def device_name(encoder: SentenceTransformer) -> str:
 def _freeze(encoder: SentenceTransformer, trial: Trial, folder: Path) -> None:
     """If nothing of the base is tuned, keep its hidden states in a folder that the study's trials share.
 
-    Only states of real tokens are kept, so a head that reads padding does without; so does a base with dropout, whose
-    states differ from call to call. The key holds everything that a state depends on apart from the text itself.
+    A base with dropout does without, because its states differ from call to call. The key holds
+    everything that a state depends on apart from the text itself.
     """
     backbone = cast(Backbone, encoder[0])
     tuned = trial.spec["recipe"]["lora"] is not False
-    if tuned or has_dropout(backbone.model) or reads_padding(cast(Design, trial.design)):
+    if tuned or has_dropout(backbone.model):
         return
     key = [trial.spec["base"], trial.spec["recipe"], str(backbone.model.dtype), backbone.attention, backbone.collect]
     backbone.frozen = FrozenStates(layout.frozen(layout.study_of(folder), content_hash(key)))
@@ -257,7 +260,10 @@ def _has_ladder(trial: Trial, step: int, prepared: Prepared) -> bool:
 def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path, report: Progress) -> Counts:
     """Score a model on the tasks whose files are missing, and on the rungs of the ladder if this step carries it."""
     missing = _missing(trial, step, prepared, folder)
+    published = False
     if isinstance(model, SentenceTransformer):
+        recipe = prepared.study.recipe
+        published = recipe.evaluation_padding == "published" and reads_padding(model)
         # Never compiled: that depends on the time left, and scores must not.
         model = FastEncoder(model, keep=KEPT_BYTES, compiled=False)
     shares = _shares(model, trial, prepared, folder) if missing and _has_ladder(trial, step, prepared) else {}
@@ -273,7 +279,11 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
 
     for done, task in enumerate(missing):
         report("score", done / len(missing), {"task": task.name})
-        scored = references.Kept(model) if shares else model
+        scored = model
+        if published:
+            scored = PublishedBatches(model, task.task_type)
+        if shares:
+            scored = references.Kept(scored)
         if _unread(folder, layout.scored_at(step), task):
             write(layout.scored_at(step), task, evaluate(scored, [task], identity=identity, prompts=prompts))
         for rung, share in shares.items():
@@ -303,7 +313,7 @@ def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[
 def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
     if trial.role == "reference":
         return None  # the model's own
-    return prompts_of(prepared.study.recipe)
+    return evaluation_prompts(prepared.study.recipe)
 
 
 def reason_of(error: Exception, folder: Path) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import scipy.sparse as sparse
+import torch
 from datasets import Dataset
 from mteb.models import ModelMeta
 from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from torch.utils.data import SequentialSampler
 
 from poolwise.data.tasks import Task, document_text
-from poolwise.encoding.fast import FastEncoder
+from poolwise.encoding.fast import Counts, FastEncoder
 from poolwise.errors import ModelError
+from poolwise.model.backbone import Backbone
+from poolwise.model.encoder import DEFAULT_PROMPT
+from poolwise.study.recipe import INSTRUCTION
 
 SEARCH_TYPES = ("Retrieval", "Reranking")
 SPARSE_TYPES = ("STS", "Classification", "Clustering")
@@ -80,6 +84,60 @@ class Ranker(Adapter):
         return found
 
 
+class PublishedBatches:
+    """An encoder of a design with `masked = false`, whose padding is attended to as in the paper's evaluation.
+
+    There 64 texts are a batch in the order in which they come, padded on the left to a multiple of 8 tokens; a corpus
+    is sorted by length first, the longest document first, 50,000 documents at a time. An embedding depends on the
+    texts beside it, so none is kept. The work is added to the counts of `fast`.
+    """
+
+    TEXTS, MULTIPLE, CHUNK = 64, 8, 50_000
+
+    def __init__(self, fast: FastEncoder, task_type: str) -> None:
+        self.fast, self.encoder, self.sorts = fast, fast.given, task_type == "Retrieval"
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """The encoder's prompts."""
+        return self.encoder.prompts
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """The encoder's limit, in tokens."""
+        return self.encoder.max_seq_length
+
+    def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> np.ndarray:
+        """(N, D) fp32 embeddings in the order of `texts`; `batch_size` is the published one."""
+        order = list(range(len(texts)))
+        if self.sorts and side == "document":
+            order.sort(key=lambda number: -len(texts[number]))
+        backbone = cast(Backbone, self.encoder[0])
+        found = []
+        with backbone.lock, backbone.pooling_padding(), torch.inference_mode():
+            for start in range(0, len(order), self.CHUNK):
+                chunk = order[start : start + self.CHUNK]
+                for first in range(0, len(chunk), self.TEXTS):
+                    batch = [texts[number] for number in chunk[first : first + self.TEXTS]]
+                    found.append(self.encoder(self._features(backbone, batch, prompt))["sentence_embedding"])
+        vectors = torch.cat(found).float().cpu().numpy()[:, : self.encoder.truncate_dim]
+        self.fast.counts += Counts(len(texts), len(texts), 0, 0)
+        return np.asarray(vectors[np.argsort(order)])
+
+    def _features(self, backbone: Backbone, texts: list[str], prompt: str) -> dict[str, Any]:
+        """What the encoder reads of one batch, padded on the left."""
+        given = self.encoder.preprocess(texts, prompt=prompt or None)
+        real = given["attention_mask"].bool()
+        lengths = real.sum(1)
+        width = -(-int(lengths.max()) // self.MULTIPLE) * self.MULTIPLE
+        mask = torch.arange(width) >= width - lengths[:, None]
+        ids = torch.full(mask.shape, cast(int, backbone.words.pad_token_id))
+        ids[mask] = given["input_ids"][real]
+        self.fast.counts += Counts(0, 0, int(lengths.sum()), ids.numel())
+        device = self.encoder.device
+        return {**given, "input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+
+
 class Encoder(Adapter):
     """mteb's encoder protocol around `encode(texts)`."""
 
@@ -110,18 +168,26 @@ class Encoder(Adapter):
         return function(embeddings1, embeddings2) if callable(function) else pairwise_cos_sim(embeddings1, embeddings2)
 
     def _prompt(self, side: str | None) -> str:
-        """The first there is, in mteb's order: task and side, task, type and side, type, side; the model's default."""
+        """The first there is, in mteb's order: task and side, task, type and side, type, side; the model's default.
+
+        `{instruction}` in it becomes the task's instruction; a side without one has no prompt.
+        """
         own = getattr(self.model, "prompts", None) or {}
         prompts = own if self.prompts is None else self.prompts
         names: list[str] = []
         for word in (self.task.name, self.task.task_type):
             names += [f"{word}-{side}", word] if side else [word]
         names += [side] if side else []
+        names += [DEFAULT_PROMPT] if self.prompts is not None else []
         if self.prompts is None:
             names += ["passage", "corpus"] if side == "document" else []
             default = None if side else getattr(self.model, "default_prompt_name", None)
             names += [default] if default else []
-        return next((prompts[name] for name in names if prompts.get(name) is not None), "")
+        prompt = next((prompts[name] for name in names if prompts.get(name) is not None), "")
+        if self.prompts is None or INSTRUCTION not in prompt:
+            return prompt
+        instruction = self.task.instruction(side)
+        return prompt.replace(INSTRUCTION, instruction) if instruction else ""
 
     def _vectors(self, texts: Sequence[str], side: str | None, prompt: str) -> Any:
         if hasattr(self.model, "kept_vectors"):  # the dilution ladder

@@ -197,7 +197,8 @@ def evaluate(
         identity: of the model, e.g. the hash of its trial or `model_identity(model)`; stored in every row.
         items: also return per-item rows.
         prompts: text put before inputs, by "TASK-query", "TASK-document", "TASK", then the same with the task type,
-            then "query" or "document" (mteb's order; texts of symmetric tasks have no side). None: the model's own.
+            then "query" or "document" (mteb's order; texts of symmetric tasks have no side), then "default";
+            `{instruction}` in one becomes the instruction of the task. None: the model's own.
 
     A model with `task_types` (BM25) is evaluated on these types only. Scores depend neither on the order of the tasks
     nor on the state of the random generators, which is restored afterwards.

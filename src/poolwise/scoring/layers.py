@@ -21,7 +21,7 @@ from poolwise.encoding.fast import sentence_vectors
 from poolwise.encoding.shortcuts import VectorCache
 from poolwise.errors import ModelError
 from poolwise.model.backbone import Backbone
-from poolwise.model.encoder import PoolingHead, prompts_of
+from poolwise.model.encoder import PoolingHead, evaluation_prompts
 from poolwise.model.hooks import LayerCollector
 from poolwise.pooling.heads import LayerCrossAttention
 from poolwise.scoring.evaluate import evaluate
@@ -215,7 +215,7 @@ def inspect(
         matrix = layer_weights(encoder)
         weights = None if matrix is None else np.linalg.norm(matrix, axis=1).tolist()
     rows = probe_layers(
-        encoder, tasks, identity=identity, reduce=reduce, prompts=prompts_of(recipe), batch_size=batch_size
+        encoder, tasks, identity=identity, reduce=reduce, prompts=evaluation_prompts(recipe), batch_size=batch_size
     )
     kept = ("layer", "task", "task_type", "metric", "score")
     scores = [{name: row[name] for name in kept} for row in rows]

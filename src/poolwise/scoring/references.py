@@ -20,6 +20,7 @@ from poolwise.data.pairs import Pairs
 from poolwise.encoding.fast import KEPT_BYTES, sentence_vectors
 from poolwise.encoding.shortcuts import VectorCache
 from poolwise.model.checkpoint import load_named
+from poolwise.scoring.adapters import PublishedBatches
 from poolwise.study.recipe import Recipe
 from poolwise.verdicts.controls import RUNGS
 
@@ -64,9 +65,18 @@ class Tfidf:
             rows = SparseRandomProjection(DENSE_SIZE, random_state=0).fit(rows).transform(rows)
         return rows.toarray()
 
+    def index(self, documents: Sequence[str]) -> None:
+        """The documents that `search` goes through."""
+        self.by_word = sparse.csr_matrix(self.encode(documents).T)
+
+    def search(self, queries: Sequence[str]) -> sparse.csr_matrix:
+        """(Q, N) cosine of every query with every document of the index."""
+        return (self.encode(queries) @ self.by_word).tocsr()
+
     def rank(self, queries: Sequence[str], documents: Sequence[str]) -> sparse.csr_matrix:
         """(Q, N) cosine of every query with every document."""
-        return (self.encode(queries) @ self.encode(documents).T).tocsr()
+        self.index(documents)
+        return self.search(queries)
 
 
 class Bm25:
@@ -89,17 +99,25 @@ class Bm25:
         self.k1, self.b = k1, b
         self.identity = f"bm25 k1={k1} b={b}, scikit-learn {sklearn.__version__}"
 
-    def rank(self, queries: Sequence[str], documents: Sequence[str]) -> sparse.csr_matrix:
-        """(Q, N) score of every document for every query; a word that a query repeats counts as often."""
-        vectorizer = CountVectorizer(analyzer=content_words, dtype=np.float64)
-        counts = sparse.coo_matrix(vectorizer.fit_transform(documents))
+    def index(self, documents: Sequence[str]) -> None:
+        """The documents that `search` goes through, from which frequencies come."""
+        self._vectorizer = CountVectorizer(analyzer=content_words, dtype=np.float64)
+        counts = sparse.coo_matrix(self._vectorizer.fit_transform(documents))
         lengths = np.bincount(counts.row, counts.data, minlength=len(documents))
         df = np.bincount(counts.col, minlength=counts.shape[1])
         idf = np.log1p((len(documents) - df + 0.5) / (df + 0.5))
         saturation = self.k1 * (1 - self.b + self.b * lengths / lengths.mean())
         weights = idf[counts.col] * counts.data / (counts.data + saturation[counts.row])
-        by_word = sparse.csr_matrix((weights, (counts.col, counts.row)), shape=counts.shape[::-1])
-        return (sparse.csr_matrix(vectorizer.transform(queries)) @ by_word).tocsr()
+        self.by_word = sparse.csr_matrix((weights, (counts.col, counts.row)), shape=counts.shape[::-1])
+
+    def search(self, queries: Sequence[str]) -> sparse.csr_matrix:
+        """(Q, N) score of every document of the index; a word that a query repeats counts as often."""
+        return (sparse.csr_matrix(self._vectorizer.transform(queries)) @ self.by_word).tocsr()
+
+    def rank(self, queries: Sequence[str], documents: Sequence[str]) -> sparse.csr_matrix:
+        """(Q, N) score of every document for every query."""
+        self.index(documents)
+        return self.search(queries)
 
 
 def content_words(text: str) -> list[str]:
@@ -156,8 +174,8 @@ class Kept:
 
     def kept_vectors(self, texts: Sequence[str], side: str | None, prompt: str, batch_size: int) -> Array:
         """(N, D) embeddings. A text is encoded once, unless its embedding depends on the other texts of its batch."""
-        if getattr(self.encoder, "by_batch", False):
-            return sentence_vectors(self.encoder, texts, side, prompt, batch_size)
+        if isinstance(self.encoder, PublishedBatches):
+            return self.encoder.kept_vectors(texts, side, prompt, batch_size)
         return self.cache.get(
             texts, side, prompt, lambda new: sentence_vectors(self.encoder, new, side, prompt, batch_size)
         )

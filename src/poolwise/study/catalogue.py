@@ -9,7 +9,8 @@ trainable one twice: `m2` … `m5` as the paper describes them (padding masked, 
 about as wide as the model) and `m2-paper` … `m5-paper` as its released code computes them:
 
 - `m2-paper` pools one token, so its attention is constant and its queries and keys never get a gradient;
-- `m4-paper` attends to padding;
+- `m4-paper` attends to padding when it is evaluated (`recipe.evaluation_padding`), and not in training, which runs one
+  text at a time;
 - `m5-paper` counts every token with the padding token's id as padding;
 - all four have 768 latents and 32 heads of width 2048, whatever the model's width, and start from random weights.
 
@@ -188,7 +189,7 @@ POOLINGS: dict[str, PoolingSpec] = {
             {
                 **_LATENT_HEAD,
                 "tokens": Arg(str, "all", "the tokens that the latents attend to", ("all", "last")),
-                "masked": Arg(bool, True, "false: attend to padding as well, as the paper's code does"),
+                "masked": Arg(bool, True, "false: padding is attended to if recipe.evaluation_padding is set"),
             },
             cost=_cross_attention,
             controls={"all": ("mean_ffn", "last_token_ffn"), "last": ("last_token_ffn",)},

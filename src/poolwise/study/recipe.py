@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 MOST_STEPS = 100_000_000
 MOST_ROWS = 1 << 28
 """Rows of training data in the order of one seed, which are planned beforehand: 2 GiB."""
+INSTRUCTION = "{instruction}"
+"""In a prompt: where the instruction of the task goes, if `evaluation_prompts` is "mteb"."""
 SeedPart = Literal["init", "order", "dropout", "data"]
 
 
@@ -68,6 +70,10 @@ class Recipe(Strict):
     guide: str | None = None
     guide_margin: float = 0.0
     max_length: int = Field(default=512, ge=2, le=10_000_000)
+    evaluation_max_length: int = Field(default=0, ge=0, le=10_000_000)
+    evaluation_prompts: Literal["mteb", False] = False
+    evaluation_template: str = f"Instruct: {INSTRUCTION}\nQuery: "
+    evaluation_padding: Literal["published", False] = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
@@ -107,7 +113,31 @@ class Recipe(Strict):
             raise ValueError(
                 f"guide_margin = {self.guide_margin}: it has no effect without a guide; name a guide or drop it"
             )
+        if mistake := self._evaluation_mistake():
+            raise ValueError(mistake)
         return self
+
+    def _evaluation_mistake(self) -> str:
+        """What is wrong with the settings of the evaluation; empty if nothing is."""
+        default = type(self).model_fields["evaluation_template"].default
+        named = next((name for name, prompt in self.prompts.items() if INSTRUCTION in prompt), None)
+        if self.evaluation_max_length == 1:
+            return "evaluation_max_length = 1: give at least 2 tokens, or 0 for max_length"
+        if self.evaluation_prompts and INSTRUCTION not in self.evaluation_template:
+            return (
+                f"evaluation_template = {self.evaluation_template!r}: it must contain {INSTRUCTION}, which is replaced "
+                "by the task's instruction"
+            )
+        if not self.evaluation_prompts and self.evaluation_template != default:
+            return "evaluation_template has no effect without instructions; add evaluation_prompts = 'mteb' or drop it"
+        if not self.evaluation_prompts and named:
+            return f"prompts.{named} contains {INSTRUCTION}; add evaluation_prompts = 'mteb' or write the prompt out"
+        return ""
+
+    @property
+    def scored_length(self) -> int:
+        """Tokens to which texts are cut in evaluation."""
+        return self.evaluation_max_length or self.max_length
 
     @property
     def part_size(self) -> int:

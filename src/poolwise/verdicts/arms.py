@@ -3,27 +3,28 @@
 All contrasts of a table use the same tasks, so one missing score affects them all: it is refused, or the task is left
 out of every design and listed.
 
-Built-in tasks are compared by mechanism, over seeds and items, never by task type: ten tasks generated from one grammar
-are not ten independent tasks. Tasks named `demo/<mechanism>-<form>` are therefore grouped by mechanism, whatever a
-comparison groups by, and their items take the place of tasks:
+Two kinds of tasks are compared over seeds and items, their items taking the place of tasks:
+
+- Built-in tasks, by mechanism: ten tasks generated from one grammar are not ten independent tasks. Tasks named
+  `demo/<mechanism>-<form>` are grouped by mechanism, whatever a comparison groups by.
+- The user's own tasks, one group each: whoever has one index asks about that index, and its queries are the sample. A
+  task is the user's own if its data came from a folder. With `FEW_SOURCES` sources of one type there is a contrast
+  over tasks of that type as well; a task of which the table does not say where its data came from is compared over
+  items only if its type has fewer.
 
 | form | item | score |
 |---|---|---|
-| retrieval | meaning (its wordings averaged) | the main metric |
+| retrieval, reranking | query (of built-in tasks: meaning, its wordings averaged) | the main metric |
 | classification | example | share of classifiers that predict it correctly |
 | clustering | set | V-measure |
-| STS | pair | its pseudo-value of Spearman's correlation, below |
-
-The pseudo-value of pair i is rho + z_i w_i − rho (z_i² + w_i²) / 2, with z and w the standardised midranks of cosines
-and gold values: the influence function of Pearson's correlation on ranks (infinitesimal jackknife; Devlin, Gnanadesikan
-& Kettenring 1975) plus rho. Its mean over the pairs is exactly rho; its spread over them gives the standard error of
-rho for large n.
+| STS | pair | its pseudo-value of Spearman's correlation (`stats.resample.spearman_parts`) |
+| pair classification | pair | its pseudo-value of average precision (`stats.resample.average_precision_parts`) |
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 from poolwise import stats
 from poolwise.demo import PREFIX
 from poolwise.errors import StatisticsError, suggest
+from poolwise.stats.resample import average_precision_parts, spearman_parts
 from poolwise.verdicts.table import LISTED, first_few, main_scores
 
 if TYPE_CHECKING:
@@ -42,7 +44,12 @@ if TYPE_CHECKING:
 
 CELL = ("task", "split", "subset")
 RUN = ("design", "seed", "task")
-ITEM = "#"  # between the name of a built-in task and that of its item
+ITEM = " · "  # between the name of a task and that of its item
+ITEM_UNITS = {
+    "Retrieval": "query", "Reranking": "query", "Classification": "example", "Clustering": "set", "STS": "pair",
+    "PairClassification": "pair",
+}  # fmt: skip
+"""Task type -> what an item of an own task is called; a task of any other type is not compared over items."""
 WORDINGS = 2  # queries with the same meaning in a built-in retrieval task; they are numbered consecutively
 
 # With fewer sources of tasks than this there is no verdict. In simulations of equal designs, p < .0005 occurs in up to
@@ -55,7 +62,8 @@ class Arm:
     """Scores of one design in one group of tasks, 0–1: `scores` (seeds, tasks), splits and subsets averaged.
 
     `sources` (tasks,) names the data set behind each task; a task without one is its own source. `unit` is `item` if
-    the columns are items of a mechanism's tasks; each form of the mechanism then has the same weight in every mean.
+    the columns are items of a mechanism's tasks; each form of the mechanism then has the same weight in every mean. It
+    is `query`, `example`, `set` or `pair` if they are items of an own task.
     """
 
     group: str
@@ -75,7 +83,7 @@ class Arm:
     def weighted(self) -> NDArray[np.float64]:
         """(seeds, tasks) whose plain mean is the arm's mean: items are scaled so that each form of a mechanism has the
         same weight; tasks are unchanged."""
-        if self.unit == "task":
+        if self.unit != "item":
             return self.array
         _, form, counts = np.unique([whole_task(task) for task in self.tasks], return_inverse=True, return_counts=True)
         return self.array * (len(form) / (len(counts) * counts[form]))
@@ -98,7 +106,7 @@ class Arm:
     @cached_property
     def by_source(self) -> NDArray[np.float64]:
         """(seeds, sources), the tasks of each source averaged, sources in order of first appearance."""
-        return self.weighted if self.unit == "item" else stats.average_sources(self.array, self.sources)[0]
+        return self.weighted if self.unit != "task" else stats.average_sources(self.array, self.sources)[0]
 
     def on(self, tasks: Sequence[str]) -> Arm:
         """The same arm on some of its tasks, in the given order."""
@@ -141,8 +149,8 @@ def arms(
     import polars as pl
 
     main = main_scores(frame).filter(pl.col("design").is_in([*family, *others]))
-    scores = _grouped(by_mechanism(frame, main), by)
-    items = set(scores.filter("is_item")["group"].unique())
+    scores = _grouped(by_items(frame, main, by), by)
+    units = dict(scores.drop_nulls("unit").select("group", "unit").unique().iter_rows())
     ours = scores.filter(pl.col("design").is_in(list(family)))
     _check_metrics(scores)
     _check_steps(ours)
@@ -159,23 +167,23 @@ def arms(
         wide = part.pivot(on="seed", index=["task", "source"], values="score").sort("task")
         array = wide.select([str(seed) for seed in seeds]).to_numpy().T
         tasks, sources = tuple(wide["task"]), tuple(wide["source"])
-        unit = "item" if group in items else "task"
-        arm = Arm(group, design, tuple(seeds), tasks, sources, tuple(map(tuple, array.tolist())), unit)
+        scored = tuple(map(tuple, array.tolist()))
+        arm = Arm(group, design, tuple(seeds), tasks, sources, scored, units.get(group, "task"))
         grouped.setdefault(group, {})[design] = arm
     return grouped, excluded
 
 
 def _grouped(scores: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Add the column `group`: a task is in exactly one, a built-in task in that of its mechanism."""
+    """Add the column `group`: a task is in exactly one, that of its items if it is compared over them."""
     import polars as pl
 
     if by == "all":
-        return scores.with_columns(pl.col("mechanism").fill_null("all").alias("group"))
+        return scores.with_columns(pl.col("over_items").fill_null("all").alias("group"))
     if by not in scores.columns:
-        unusable = ("design", "seed", "score", "step", "item_id", "is_item")
+        unusable = ("design", "seed", "score", "step", "item_id", "over_items", "unit")
         known = [name for name in scores.columns if name not in unusable]
         raise StatisticsError(f"by={by!r}: no such column; allowed: {', '.join(known)} or all{suggest(by, known)}")
-    scores = scores.with_columns(pl.coalesce("mechanism", pl.col(by).cast(pl.String)).alias("group"))
+    scores = scores.with_columns(pl.coalesce("over_items", pl.col(by).cast(pl.String)).alias("group"))
     split = scores.group_by("task").agg(pl.col("group").unique().sort()).filter(
         (pl.col("group").list.len() > 1) | pl.col("group").list.contains(None)
     )  # fmt: skip
@@ -245,53 +253,100 @@ def _cell(task: str, split: str | None, subset: str | None) -> str:
 
 
 def whole_task(name: str) -> str:
-    """The task that an item belongs to: `demo/roles-sts` for `demo/roles-sts#12`."""
-    return name.partition(ITEM)[0] if name.startswith(PREFIX) else name
+    """The task that an item belongs to: `demo/roles-sts` for `demo/roles-sts · 12`."""
+    return name.partition(ITEM)[0]
 
 
-def by_mechanism(frame: pl.DataFrame, main: pl.DataFrame) -> pl.DataFrame:
-    """`main` (rows of main scores, one checkpoint per run) with the columns `mechanism` and `is_item`.
+def by_items(frame: pl.DataFrame, main: pl.DataFrame, by: str) -> pl.DataFrame:
+    """`main` (rows of main scores, one checkpoint per run) with the columns `over_items` and `unit`.
 
-    The main score of a built-in task is replaced by rows for its items, each treated as a task, if every run has items
-    in `frame` (the long table); otherwise the main scores stay. Other tasks keep their rows; their `mechanism` is null.
+    `over_items` is the group of a task that is compared over items: its mechanism, or the own task itself if tasks are
+    grouped `by` task type or task. The main score of such a task is replaced by rows for its items, each treated as a
+    task, if every run has items in `frame` (the long table). `unit` is null in the other rows.
     """
     import polars as pl
 
-    name = pl.col("task").str.strip_prefix(PREFIX).str.extract(r"^(.*)-[^-]*$").fill_null(pl.col("task"))
     built_in = pl.col("task").str.starts_with(PREFIX)
-    main = main.with_columns(pl.when(built_in).then(name).alias("mechanism"), pl.lit(False).alias("is_item"))
+    mechanism = pl.col("task").str.strip_prefix(PREFIX).str.extract(r"^(.*)-[^-]*$").fill_null(pl.col("task"))
+    main = main.with_columns(
+        pl.when(built_in).then(mechanism).alias("over_items"), pl.lit(None, pl.String).alias("unit")
+    )
+    items = frame.filter(pl.col("item_id").is_not_null())
+    if items.is_empty():
+        return main
+    parts, replaced = [], set[str]()
     planted = main.filter(built_in)
-    if planted.is_empty():
-        return main
-    keys = planted.select(*RUN, "step", "mechanism", metric_main="metric", score_main="score")
-    rows = frame.filter(pl.col("item_id").is_not_null() & built_in).join(keys, on=[*RUN, "step"], nulls_equal=True)
-    if rows.select(RUN).n_unique() < planted.select(RUN).n_unique() or "gold" not in rows.columns:
-        return main
+    if not planted.is_empty() and "gold" in frame.columns and _all_runs(items, planted):
+        parts.append(_item_rows(items, planted, pl.lit("item")))
+        replaced |= set(planted["task"])
+    groups = {*main["over_items"].drop_nulls(), *main["task_type"]}
+    sources = main.group_by("task_type").agg(pl.col("source").fill_null(pl.col("task")).n_unique())
+    many = set(sources.filter(pl.col("source") >= FEW_SOURCES)["task_type"]) if by == "task_type" else set[str]()
+    for name in _own_tasks(main, many) if by in ("task_type", "task") else ():
+        rows, mine = main.filter(pl.col("task") == name), items.filter(pl.col("task") == name)
+        kind = rows["task_type"][0]
+        if ITEM not in name and _all_runs(mine, rows):
+            # A folder may be called like a task type, whose group it must not join.
+            group = f"{name} (own)" if name in groups else name
+            parts.append(_item_rows(mine, rows.with_columns(over_items=pl.lit(group)), pl.lit(ITEM_UNITS[kind])))
+            replaced |= {name} if kind not in many else set()
+    return pl.concat([main.filter(~pl.col("task").is_in(list(replaced))), *parts], how="diagonal_relaxed")
+
+
+def _own_tasks(main: pl.DataFrame, many: Collection[str]) -> list[str]:
+    """The user's own tasks: made from texts in memory and not built in; or of unknown identity, unless there are `many`
+    tasks of their type."""
+    import polars as pl
+
+    identity = pl.col("task_identity") if "task_identity" in main.columns else pl.lit(None, pl.String)
+    unknown = identity.is_null() & ~pl.col("task_type").is_in(list(many))
+    own = (identity.str.starts_with("sha256:").fill_null(False) | unknown) & ~pl.col("task").str.starts_with(PREFIX)
+    return sorted(main.filter(own & pl.col("task_type").is_in(list(ITEM_UNITS)))["task"].unique())
+
+
+def _all_runs(items: pl.DataFrame, main: pl.DataFrame) -> bool:
+    """Whether every run with a main score of these tasks has items of it too, at the same step and in that metric."""
+    import polars as pl
+
+    rows = items.join(main.select(*RUN, "step", metric_main="metric"), on=[*RUN, "step"], nulls_equal=True)
+    paired = pl.col("gold").is_not_null() if "gold" in rows.columns else pl.lit(False)
+    rows = rows.filter((pl.col("metric") == pl.col("metric_main")) | ((pl.col("metric") == "cosine") & paired))
+    return rows.select(RUN).n_unique() == main.select(RUN).n_unique()
+
+
+def _item_rows(items: pl.DataFrame, main: pl.DataFrame, unit: pl.Expr) -> pl.DataFrame:
+    """Rows for the items of the tasks in `main`, shaped like its rows; the item's label is both task and source."""
+    import polars as pl
+
+    keys = main.select(*RUN, "step", "over_items", metric_main="metric", score_main="score")
+    rows = items.join(keys, on=[*RUN, "step"], nulls_equal=True)
     pairs, others = rows.filter(pl.col("metric") == "cosine"), rows.filter(pl.col("metric") == pl.col("metric_main"))
     queries = pl.col("item_id").str.strip_prefix("q").cast(pl.Int64, strict=False) // WORDINGS
-    meaning = pl.when(pl.col("task_type") == "Retrieval").then(pl.format("meaning {}", queries))
-    items = pl.concat(
-        [_pseudo_values(pairs), others.with_columns(meaning.fill_null(pl.col("item_id")).alias("item_id"))]
+    planted = (pl.col("task_type") == "Retrieval") & pl.col("task").str.starts_with(PREFIX)
+    meaning = pl.when(planted).then(pl.format("meaning {}", queries))
+    rows = pl.concat(
+        [
+            _pseudo_values(pairs),
+            others.with_columns(meaning.fill_null(pl.col("item_id")).alias("item_id")),
+        ],
+        how="diagonal_relaxed",
     )
     label = pl.concat_str("task", pl.lit(ITEM), "item_id")
-    kept = [column for column in main.columns if column not in ("score", "item_id", "is_item", "metric", "source")]
-    items = items.with_columns(label.alias("task"), label.alias("source"), pl.col("metric_main").alias("metric"))
-    by = [column for column in kept if column in RUN or column in ("step", "task_type", "split", "subset", "mechanism")]
-    items = items.group_by(*by, "metric", "source").agg(pl.col("score").mean()).with_columns(is_item=pl.lit(True))
-    return pl.concat([main.filter(~built_in), items], how="diagonal_relaxed")
+    rows = rows.with_columns(label.alias("task"), label.alias("source"), pl.col("metric_main").alias("metric"))
+    known = (*RUN, "step", "task_type", "split", "subset", "over_items")
+    rows = rows.group_by(*(name for name in known if name in rows.columns), "metric", "source").agg(
+        pl.col("score").mean()
+    )
+    return rows.with_columns(unit=unit)
 
 
 def _pseudo_values(pairs: pl.DataFrame) -> pl.DataFrame:
-    """STS pairs with their pseudo-values as scores; 0 if the task scored 0 because all cosines are equal."""
+    """Pairs with their pseudo-values as scores; 0 if the task scored 0 because all cosines are equal."""
     import polars as pl
 
-    def standard(column: str) -> pl.Expr:
-        rank = pl.col(column).rank("average").over(RUN)
-        return (rank - rank.mean().over(RUN)) / rank.std(ddof=0).over(RUN)
-
-    z, w = pl.col("_z"), pl.col("_w")
-    pairs = pairs.with_columns(standard("score").alias("_z"), standard("gold").alias("_w"))
-    pairs = pairs.with_columns((z * w).mean().over(RUN).alias("_rho"))
-    value = pl.col("_rho") + z * w - pl.col("_rho") * (z**2 + w**2) / 2
-    constant = (pl.col("score_main") == 0) | value.is_nan()
-    return pairs.with_columns(pl.when(constant).then(0.0).otherwise(value).alias("score")).drop("_z", "_w", "_rho")
+    parts = []
+    for run in pairs.partition_by(RUN, maintain_order=True):
+        parts_of = average_precision_parts if run["task_type"][0] == "PairClassification" else spearman_parts
+        scored = parts_of(run["score"].to_numpy(), run["gold"].to_numpy()) if run["score_main"][0] else 0.0
+        parts.append(run.with_columns(score=pl.Series(np.broadcast_to(scored, len(run)).copy())))
+    return pl.concat(parts) if parts else pairs

@@ -3,6 +3,7 @@
 - Scope checkpoints: seeds are averaged, tasks are the sample. Exact Wilcoxon signed-rank test, Hodges–Lehmann
   difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like these. With one run
   per design this is all there is, besides the tipping point: the largest run effect at which the result would hold.
+- Own tasks are compared over their items (`verdicts.arms`); with one run per design, by Student's t over items.
 - Scope designs: two or more runs on either side. Random runs × random tasks (`poolwise.stats.crossed`), tasks of one
   source averaged first. The claim is about the designs, for runs and tasks like these; only this scope carries a
   verdict.
@@ -94,11 +95,20 @@ class Comparison:
     @property
     def tasks(self) -> tuple[str, ...]:
         """All tasks compared."""
-        return tuple(task for group in self.groups for task in self.arm(group, self.baseline).whole().tasks)
+        whole = (task for group in self.groups for task in self.arm(group, self.baseline).whole().tasks)
+        return tuple(dict.fromkeys(whole))
 
     def of_items(self, group: str) -> bool:
-        """Whether a group is a mechanism of the built-in tasks, compared over items."""
+        """Whether a group is compared over items: a mechanism of the built-in tasks, or one of the user's own tasks."""
+        return self.arm(group, self.baseline).unit != "task"
+
+    def of_mechanism(self, group: str) -> bool:
+        """Whether a group is a mechanism of the built-in tasks."""
         return self.arm(group, self.baseline).unit == "item"
+
+    def of_own_task(self, group: str) -> bool:
+        """Whether a group is one of the user's own tasks, compared over its items."""
+        return self.of_items(group) and not self.of_mechanism(group)
 
     @property
     def banner(self) -> str:

@@ -113,7 +113,8 @@ class Row:
     """One contrast of one group (scope: checkpoints), with the verdict on designs if the runs allow one.
 
     `difference` is design − baseline (Hodges–Lehmann over `n` tasks, seeds averaged); unbounded ends are None.
-    `p_value`, `p_holm` and `effect_size` are None if there is only one task, or if runs are still missing.
+    `p_value`, `p_holm` and `effect_size` are None if there is only one task, or if runs are still missing. On an own
+    task `n` counts items, and single runs are compared by the mean difference and Student's t over them.
     `tipping_run_sd`, with one run on either side: the largest run effect at which the difference would still be
     significant; 0 if there is none.
     `given`, with one run on either side: the contrast of the designs under a run effect from another study.
@@ -145,11 +146,16 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
     """
     differences = arm.task_means - base.task_means
     n = len(differences)
-    # Rank tests over items do not keep their level (docs/compare.md), so items have no contrast of checkpoints.
+    # Rank tests over items do not keep their level (docs/compare.md), so items have no ranked contrast.
     ranked = arm.unit == "task"
     tested = ranked and n > 1 and not rules.interim
-    single = tested and len(base.seeds) == len(arm.seeds) == 1
+    alone = len(base.seeds) == len(arm.seeds) == 1
+    single = tested and alone
     difference, ci_low, ci_high = arm.mean - base.mean, None, None
+    over_items = None
+    if arm.unit not in ("task", "item") and alone and n > 1 and not rules.interim:
+        over_items = stats.one_seed(differences, 0, level=rules.level)
+        ci_low, ci_high = over_items.ci_low, over_items.ci_high
     if ranked:
         shift = stats.hodges_lehmann(differences, rules.level)
         difference = shift.estimate
@@ -158,12 +164,14 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
     return Row(
         group=arm.group, design=arm.design, baseline=base.design, n=n,
         difference=difference, ci_low=ci_low, ci_high=ci_high,
-        p_value=stats.signed_rank(differences) if tested else None,
+        p_value=over_items.p_value if over_items else stats.signed_rank(differences) if tested else None,
         p_holm=None,
         effect_size=stats.rank_biserial(differences) if tested else None,
         wins=counts.wins, ties=counts.ties, losses=counts.losses,
         min_reachable_p=stats.min_reachable_p(n),
-        tipping_run_sd=stats.one_seed(differences, 0, level=rules.level).tipping_run_sd if single else None,
+        tipping_run_sd=(over_items or stats.one_seed(differences, 0, level=rules.level)).tipping_run_sd
+        if single or over_items
+        else None,
         verdict=None if rules.interim else _verdict(base, arm, lent, rules),
         given=_given(base, arm, rules) if single else None,
     )  # fmt: skip

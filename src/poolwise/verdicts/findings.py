@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 LEXICAL_FLOOR = ("tfidf", "tfidf_chars")
 LEXICAL = (*LEXICAL_FLOOR, "bm25")
-BETTER, CHEAPEST, BASELINE, BELOW = "better", "cheapest", "baseline", "below_reference"
+BETTER, CHEAPEST, BASELINE, BELOW, NONE = "better", "cheapest", "baseline", "below_reference", "none"
+SAME_COST = 0.005
+"""Encode costs that differ by a smaller share are equal: it is far below what a clock would show."""
 JSON_FIELDS = (
     "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
     "wins", "ties", "losses", "min_reachable_p",
@@ -40,12 +42,14 @@ JSON_FIELDS = (
 class Recommendation:
     """The design to use for one group of tasks.
 
-    `basis`: `better` (than the baseline after Holm, and the best of those), `cheapest` (none is better: the least
-    costly of those not shown to be worse), `baseline` (none is better, costs unknown), `below_reference` (every design
-    scores below `reference`; `design` is None). `judged`: the group carries verdicts on designs; if it is False (or
-    the verdicts are exploratory), nothing could have been shown to be better, and `stays` (the share of `folds` with
-    the same choice) and `expected_regret` (0–1) are None. `cost` is the encode cost in FLOPs, `relative_cost` that
-    over the baseline's.
+    `basis`: `better` (than the baseline after Holm, and the best of those), `cheapest` (none is better: it costs less
+    than every other design not shown to be worse), `baseline` (all others are shown to be worse), `none` (nothing
+    speaks for one design; `design` is None, and `as_cheap` are the least costly if others cost more), `below_reference`
+    (every design scores below `reference`; `design` is None). `judged`: the group carries verdicts on designs; if it is
+    False (or the verdicts are exploratory), nothing could have been shown to be better, and `stays` (the share of
+    `folds` with the same choice) and `expected_regret` (0–1) are None; they are None on an own task too, which is one
+    source.
+    `cost` is the encode cost in FLOPs, `relative_cost` that over the baseline's.
     """
 
     group: str
@@ -61,6 +65,7 @@ class Recommendation:
     reference: str | None = None
     reference_score: float | None = None
     best_score: float | None = None
+    as_cheap: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,9 @@ def recommend(comparison: Comparison, costs: Mapping[str, float]) -> tuple[Recom
 
     costs: what each design costs to encode, in one unit; empty if unknown.
     """
-    return tuple(_recommend(comparison, costs, group) for group in comparison.groups if not comparison.of_items(group))
+    return tuple(
+        _recommend(comparison, costs, group) for group in comparison.groups if not comparison.of_mechanism(group)
+    )
 
 
 def _recommend(comparison: Comparison, costs: Mapping[str, float], group: str) -> Recommendation:
@@ -214,12 +221,14 @@ def _recommend(comparison: Comparison, costs: Mapping[str, float], group: str) -
     if not judged:  # checkpoints may rule a design out, but they recommend none
         words = {design: "inconclusive" if word == "better" else word for design, word in words.items()}
     shifts = {row.design: row.verdict.difference if row.verdict else row.difference for row in rows}
-    design, basis = _choose(comparison, costs, words, shifts)
-    cost, base_cost = costs.get(design), costs.get(comparison.baseline)
-    folds, stays, regret = _leave_one_source_out(comparison, costs, group, design) if judged else (0, None, None)
+    design, basis, as_cheap = _choose(comparison, costs, words, shifts)
+    cost, base_cost = costs.get(design or ""), costs.get(comparison.baseline)
+    folds, stays, regret = 0, None, None
+    if judged and not comparison.of_items(group):
+        folds, stays, regret = _leave_one_source_out(comparison, costs, group, design)
     return Recommendation(
-        group, design, basis, judged,
-        difference=shifts.get(design), cost=cost, relative_cost=cost / base_cost if cost and base_cost else None,
+        group, design, basis, judged, as_cheap=as_cheap,
+        difference=shifts.get(design or ""), cost=cost, relative_cost=cost / base_cost if cost and base_cost else None,
         folds=folds, stays=stays, expected_regret=regret,
     )  # fmt: skip
 
@@ -235,15 +244,24 @@ def _word(row: Row, alpha: float) -> str:
 
 def _choose(
     comparison: Comparison, costs: Mapping[str, float], words: Mapping[str, str], shifts: Mapping[str, float]
-) -> tuple[str, str]:
-    """(design, basis) from the word and the difference of each contrast; ties go to the baseline, then to the order."""
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """(design, basis, designs as cheap as it) from the word and the difference of each contrast.
+
+    Without evidence of a better design only a lower cost speaks for one: nothing does if all cost the same.
+    """
     allowed = [design for design in _candidates(comparison) if words.get(design) != "worse"]
     better = [design for design in allowed if words.get(design) == "better"]
     if better:
-        return max(better, key=lambda design: shifts[design]), BETTER
+        return max(better, key=lambda design: shifts[design]), BETTER, ()
+    if allowed == [comparison.baseline]:
+        return comparison.baseline, BASELINE, ()
     if not all(costs.get(design) for design in allowed):
-        return comparison.baseline, BASELINE
-    return min(allowed, key=lambda design: costs[design]), CHEAPEST
+        return None, NONE, ()
+    least = min(costs[design] for design in allowed)
+    cheap = [design for design in allowed if costs[design] <= least * (1 + SAME_COST)]
+    if len(cheap) > 1:
+        return None, NONE, tuple(cheap) if len(cheap) < len(allowed) else ()
+    return cheap[0], CHEAPEST, ()
 
 
 def _candidates(comparison: Comparison) -> list[str]:
@@ -266,11 +284,12 @@ def _below_reference(comparison: Comparison, group: str) -> tuple[str, float, fl
 
 
 def _leave_one_source_out(
-    comparison: Comparison, costs: Mapping[str, float], group: str, chosen: str
+    comparison: Comparison, costs: Mapping[str, float], group: str, chosen: str | None
 ) -> tuple[int, float, float]:
     """(folds, share of folds that choose `chosen`, expected regret): the rule repeated without each source in turn.
 
-    The contrasts of the other groups keep their p-values, so that Holm spans the same family in every fold.
+    The contrasts of the other groups keep their p-values, so that Holm spans the same family in every fold. A fold in
+    which nothing speaks for any design stays with the baseline, which is what its regret counts.
     """
     arms = {design: comparison.arm(group, design) for design in comparison.designs}
     scores = {design: arm.by_source for design, arm in arms.items()}
@@ -289,9 +308,9 @@ def _leave_one_source_out(
             design: "inconclusive" if q > comparison.alpha else "better" if shifts[design] > 0 else "worse"
             for design, q in zip(designs, p, strict=True)
         }
-        choice, _ = _choose(comparison, costs, words, shifts)
+        choice, _, _ = _choose(comparison, costs, words, shifts)
         same += choice == chosen
-        regrets.append(float(means[:, fold].max() - means[candidates.index(choice), fold]))
+        regrets.append(float(means[:, fold].max() - means[candidates.index(choice or comparison.baseline), fold]))
     return means.shape[1], same / means.shape[1], float(np.mean(regrets))
 
 

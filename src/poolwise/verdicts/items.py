@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import midranks
-from poolwise.stats.resample import correlation
+from poolwise.stats.resample import average_precision_parts, correlation, spearman_parts
 from poolwise.verdicts.table import LISTED, NOT_IN_RUN, first_few
 
 if TYPE_CHECKING:
@@ -50,6 +51,13 @@ class DataSet:
     gold: Array | None
     lacking: tuple[str, ...]
     with_zeros: dict[str, float]
+
+    def per_item(self, design: str) -> Array:
+        """(runs, items) whose mean over items is each run's score: the scores, or pseudo-values of the statistic."""
+        if self.gold is None:
+            return self.runs[design]
+        parts = spearman_parts if self.task_type == "STS" else average_precision_parts
+        return np.stack([parts(run, self.gold) for run in self.runs[design]])
 
     @property
     def noun(self) -> str:
@@ -178,7 +186,8 @@ class Paired:
     """One system against the baseline on one data set: design − baseline, in scores 0–1, with its 95 % interval.
 
     `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope`: what the claim is about;
-    `note`: what else must be known to read it.
+    `note`: what else must be known to read it. `inner_low/high`: the 90 % interval, which decides on equivalence.
+    `run_se`: the part of the standard error that comes from runs and that more items would not reduce.
     """
 
     task: str
@@ -194,10 +203,13 @@ class Paired:
     test: str
     scope: str
     note: str
+    inner_low: float = math.nan
+    inner_high: float = math.nan
+    run_se: float = 0.0
 
 
 class Estimate(NamedTuple):
-    """The result of one test: the difference, its interval and p, the test's name, and notes on reading it."""
+    """The result of one test: the difference, its intervals and p, the test's name, and notes on reading it."""
 
     difference: float
     ci_low: float
@@ -205,6 +217,8 @@ class Estimate(NamedTuple):
     p_value: float
     test: str
     notes: tuple[str, ...]
+    inner: tuple[float, float]
+    run_se: float = 0.0
 
 
 def compare_items(
@@ -263,9 +277,60 @@ def compare_items(
     return tuple(replace(line, p_holm=adjusted[i]) for i, line in enumerate(lines))
 
 
+SWITCH, STAY, SAME, OPEN = "switch", "stay", "no difference", "not enough"
+POWER_Z = 0.8416  # the normal quantile of 80 % power
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one line says to someone who has `line.baseline` and could switch to `line.design`.
+
+    `answer`: `switch` (better after Holm), `stay` (worse after Holm, or the 95 % interval rules out a gain of the
+    margin), `no difference` (the 90 % interval lies within ± the margin, or all scores are equal), `not enough`.
+    `more`: about how many more items would detect a difference of the margin with 80 % power, if it is `not enough`;
+    None if no number would, because the runs alone vary too much.
+    """
+
+    answer: str
+    line: Paired
+    more: int | None = None
+
+
+def answers(lines: Sequence[Paired], margin: float) -> tuple[Answer, ...]:
+    """An answer for each line. `margin`: the smallest difference that matters, 0–1, fixed before looking."""
+    family = {scope: sum(line.scope == scope for line in lines) for scope in {line.scope for line in lines}}
+    return tuple(_answer(line, margin, family[line.scope]) for line in lines)
+
+
+def _answer(line: Paired, margin: float, family: int) -> Answer:
+    if line.difference == 0 and line.ci_low == line.ci_high == 0:
+        return Answer(SAME, line)
+    if line.p_holm <= 0.05:
+        return Answer(SWITCH if line.difference > 0 else STAY, line)
+    if -margin < line.inner_low and line.inner_high < margin:
+        return Answer(SAME, line)
+    if line.ci_high < margin:
+        return Answer(STAY, line)
+    reach = float(ndtri(1 - 0.025 / family)) + POWER_Z
+    error = max((line.ci_high - line.ci_low) / (2 * float(ndtri(0.975))), line.run_se)
+    left = (margin / reach) ** 2 - line.run_se**2
+    more = math.ceil(line.n * (error**2 - line.run_se**2) / left) - line.n if left > 0 else None
+    return Answer(OPEN, line, None if more is None else max(1, more))
+
+
+def decision(found: Sequence[Answer]) -> Answer:
+    """The answer over all challengers: switch to the best that is better, else the least settled of their answers."""
+    better = [each for each in found if each.answer == SWITCH]
+    if better:
+        return max(better, key=lambda each: each.line.difference)
+    order = (OPEN, SAME, STAY)
+    return min(found, key=lambda each: (order.index(each.answer), -each.line.difference))
+
+
 def to_json(lines: Sequence[Paired]) -> dict[str, Any]:
     """The content of `poolwise compare --json` for comparisons of items."""
-    return {"comparisons": [asdict(line) for line in lines]}
+    inner = ("inner_low", "inner_high", "run_se")
+    return {"comparisons": [{k: v for k, v in asdict(line).items() if k not in inner} for line in lines]}
 
 
 def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | None], seed: int) -> list[Paired]:
@@ -286,12 +351,12 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
     lines = [(estimate, runs)]
-    if data.gold is None and min(len(a), len(b)) > 1 and n > 1:
+    if min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
         Paired(
             data.task, data.metric, name, base, n, test.difference, test.ci_low, test.ci_high, test.p_value, math.nan,
-            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]),
+            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]), *test.inner, test.run_se,
         )
         for test, scope in lines
     ]  # fmt: skip
@@ -314,7 +379,8 @@ def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Est
         notes.append(f"the scores are equal on all {data.noun}")
     elif 2 / 2**moved > 0.05:
         notes.append(f"only {moved} of {len(x)} {data.noun} differ, so p cannot fall below {2 / 2**moved:g}")
-    return Estimate(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes))
+    inner = interval.inner_low, interval.inner_high
+    return Estimate(interval.difference, interval.ci_low, interval.ci_high, p, test, tuple(notes), inner)
 
 
 def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Generator) -> Estimate:
@@ -328,20 +394,24 @@ def _by_gold(data: DataSet, a: Array, b: Array, gold: Array, rng: np.random.Gene
             notes.append(f"for comparison, Zou's interval: {low:.4f} to {high:.4f}")
     else:
         result, test = stats.ap_bootstrap(a, b, gold, rng), "bootstrap of average precision"
-    return Estimate(result.difference, result.ci_low, result.ci_high, result.p_value, test, tuple(notes))
+    inner = result.inner_low, result.inner_high
+    return Estimate(result.difference, result.ci_low, result.ci_high, result.p_value, test, tuple(notes), inner)
 
 
 def _over_runs(data: DataSet, base: str, name: str) -> Estimate:
     """Random runs × random items; other designs with the same seeds lend their run variance."""
     seeds = data.seeds[base]
     lent = [
-        runs for other, runs in data.runs.items() if other not in (base, name) and data.seeds[other] == seeds
+        data.per_item(other) for other in data.runs if other not in (base, name) and data.seeds[other] == seeds
     ] if data.seeds[name] == seeds else []  # fmt: skip
-    result = stats.crossed(data.runs[base], data.runs[name], pool=lent)
+    result = stats.crossed(data.per_item(base), data.per_item(name), pool=lent)
     note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {result.run_sd:.4f} ({result.scope})"
+    inner = stats.equivalence(result, 1.0)  # its 90 % interval does not depend on the margin
+    run_se = result.run_sd * math.sqrt(1 / len(seeds) + 1 / len(data.seeds[name]))
     return Estimate(
-        result.difference, result.ci_low, result.ci_high, result.p_value, CROSSED, (note, *filter(None, [result.note]))
-    )
+        result.difference, result.ci_low, result.ci_high, result.p_value, CROSSED, (note, *filter(None, [result.note])),
+        (inner.ci_low, inner.ci_high), run_se,
+    )  # fmt: skip
 
 
 def _size_notes(data: DataSet, n: int) -> list[str]:
