@@ -14,7 +14,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import open_study, results, started, trials, tuned_results, written
+from poolwise.runs.run import open_folder, open_study, results, started, trials, tuned_results
 from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
@@ -434,10 +434,7 @@ def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
         return Study.load(path), None
     for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
         if (folder / layout.STUDY).is_file():
-            # a run folder has no say in what code is imported: `allow_code` counts in the user's own study file alone
-            raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
-            study = Study.parse(raw, Path.cwd(), str(folder / layout.STUDY), code=False)
-            return study.model_copy(update={"allow_code": False}), only
+            return open_folder(folder), only
     raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 

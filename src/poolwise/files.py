@@ -125,6 +125,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         seal(temporary)
 
 
+def write_any_json(path: Path, content: Any) -> None:
+    """Write JSON for other programs, without a checksum; otherwise as `write_json`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of `write_json`, without its checksum.
 

@@ -32,7 +32,14 @@ from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from poolwise.errors import CheckpointError, ModelError, PoolwiseError, StudyError, explain, suggest
-from poolwise.files import atomic_folder, cached_if_unreachable, hashes, read_any_json, write_json
+from poolwise.files import (
+    atomic_folder,
+    cached_if_unreachable,
+    hashes,
+    read_any_json,
+    write_any_json,
+    write_json,
+)
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
@@ -391,14 +398,14 @@ def _write_old_forms(folder: Path, mode: str, width: int, length: int) -> None:
     modules = read_any_json(folder / "modules.json")
     for module in modules:
         module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
-    write_json(folder / "modules.json", modules)
+    write_any_json(folder / "modules.json", modules)
     booleans = {name: key == mode for key, name in BOOLEANS.items()}
     # `include_prompt` comes last: it is true as well, and vLLM would take it for the mode
     pooling = {"word_embedding_dimension": width, **booleans, "pooling_mode": mode, "include_prompt": True}
-    write_json(folder / modules[1]["path"] / "config.json", pooling)
-    write_json(folder / modules[2]["path"] / "config.json", {})
+    write_any_json(folder / modules[1]["path"] / "config.json", pooling)
+    write_any_json(folder / modules[2]["path"] / "config.json", {})
     limit = length or read_any_json(folder / "tokenizer_config.json").get("model_max_length")
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+    write_any_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
 
 
 def _write_settings(encoder: SentenceTransformer, folder: Path) -> None:
@@ -416,14 +423,14 @@ def _write_settings(encoder: SentenceTransformer, folder: Path) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
-    write_json(folder / "config.json", config)
+    write_any_json(folder / "config.json", config)
     tokenizer = read_any_json(folder / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(folder / "tokenizer_config.json", tokenizer)
+        write_any_json(folder / "tokenizer_config.json", tokenizer)
     if widths := trained_widths(encoder):
         path = folder / "config_sentence_transformers.json"
-        write_json(path, {**read_any_json(path), "matryoshka_dims": list(widths)})
+        write_any_json(path, {**read_any_json(path), "matryoshka_dims": list(widths)})
 
 
 def _takes_flag(config: Any) -> bool:

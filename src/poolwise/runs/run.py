@@ -116,6 +116,13 @@ def open_study(path: str | Path) -> Study:
     return Study.parse(raw, base_dir, where, code=False)
 
 
+def open_folder(folder: Path) -> Study:
+    """The study in a run folder, which has no say in what code is imported: that is for the user's own study file."""
+    raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
+    study = Study.parse(raw, Path.cwd(), str(folder / layout.STUDY), code=False)
+    return study.model_copy(update={"allow_code": False})
+
+
 def written(folder: Path) -> dict[str, Any]:
     """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
     path = folder / layout.STUDY
