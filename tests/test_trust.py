@@ -47,7 +47,22 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: Any, *args: object) -> tuple[i
 
 # ---------------------------------------------------------------- code
 
-EVIL = "from pathlib import Path\nPath('ran').touch()\nimport torch\nimport poolwise\nclass Evil(poolwise.Pooling):\n    reads = 'tokens'\n"
+EVIL = """
+from pathlib import Path
+
+Path("ran").touch()
+import poolwise
+
+
+class Evil(poolwise.Pooling):
+    reads = "tokens"
+
+    def __init__(self, hidden_size, n_layers, width=1):
+        super().__init__()
+
+    def forward(self, states, mask=None):
+        return states.float().mean(1)
+"""
 
 
 def foreign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Path]:
@@ -120,7 +135,7 @@ LARGE = [
     ({"recipe": {"steps": 10**8, "batch_size": 64}}, "6,400,000,000 rows, which are planned in memory; at most"),
     ({"recipe": {"max_length": 10**12}}, "recipe.max_length = 1000000000000"),
     ({"seeds": 1000, "base_models": [f"b{i}" for i in range(30)]}, "60,000 trainings; at most 20,000"),
-    ({"designs": [{"preset": "m2", "pooling_args": {"latents": 10**9}}]}, "pooling_args.latents is larger than 65,536"),
+    ({"designs": [{"name": "m1", "attention": "causal", "pooling": "cross_attention", "pooling_args": {"latents": 10**9}}]}, "pooling_args.latents is larger than 65,536"),
 ]  # fmt: skip
 
 

@@ -182,9 +182,9 @@ def is_unseen(pooling: str) -> bool:
 
 
 def unseen_spec(pooling: str, arguments: Mapping[str, Any]) -> PoolingSpec:
-    """What stands for the declaration of a class that was not imported: the arguments that a design gives it."""
+    """The declaration of a class that was not imported: the arguments that a design gives it, without defaults."""
     unknown = "an argument of code that was not imported"
-    args = {name: Arg(type(value), value, unknown) for name, value in arguments.items()}
+    args = {name: Arg(type(value), "", unknown) for name, value in arguments.items()}
     return PoolingSpec(pooling, "", args=args, reads="tokens", tokens="all", cost=None)
 
 
