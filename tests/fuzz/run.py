@@ -34,9 +34,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzz.inputs import make, sealed_again
-from fuzz.targets import TARGETS, Target
-from poolwise.errors import PoolwiseError
+with contextlib.ExitStack() as stack:
+    if "atheris" in sys.argv:  # it follows the coverage of modules that are imported inside
+        import atheris
+
+        stack.enter_context(atheris.instrument_imports(include=["poolwise"]))
+    from fuzz.inputs import make, sealed_again
+    from fuzz.targets import TARGETS, Target
+    from poolwise.errors import PoolwiseError
 
 SECONDS, GROWTH = 2.0, 1 << 30
 SLICE = 0.25
@@ -219,9 +224,8 @@ def by_hypothesis(targets: Sequence[Target], seed: int, examples: int) -> dict[t
 
 def by_atheris(targets: Sequence[Target], seconds: float) -> None:
     """Coverage-guided: the first byte chooses the target. Ends the process; libFuzzer prints what it finds."""
-    import atheris
-
     signal.signal(signal.SIGPROF, _hang)
+    logging.disable(logging.CRITICAL)
     place = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
     def one(data: bytes) -> None:
@@ -240,7 +244,9 @@ def by_atheris(targets: Sequence[Target], seconds: float) -> None:
     for index, target in enumerate(targets):
         for number, seed in enumerate(target.seeds):
             (corpus / f"{index}-{number}").write_bytes(bytes([index]) + seed)
-    atheris.Setup([sys.argv[0], f"-max_total_time={int(seconds)}", "-rss_limit_mb=4096", str(corpus)], one)
+    atheris.Setup(
+        [sys.argv[0], f"-max_total_time={int(seconds)}", "-rss_limit_mb=4096", "-max_len=4096", str(corpus)], one
+    )
     atheris.Fuzz()
 
 
