@@ -21,6 +21,7 @@ BENCHMARKS = {
     "check": "benchmarks.check",
     "memory": "benchmarks.memory",
     "study": "benchmarks.study",
+    "serve": "benchmarks.serve",
     "heads": "benchmarks.heads",
     "import": "benchmarks.imports",
     "gpu": "benchmarks.gpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from poolwise import api
 from poolwise.errors import CheckpointError, DataError
 from poolwise.files import write_json
-from poolwise.runs import layout, looks
+from poolwise.runs import layout, looks, run
 from test_looks import declared, scored
 
 
@@ -50,6 +51,19 @@ def test_a_report_needs_no_installed_package(tmp_path, monkeypatch):
     versions = api.study_info(declared(tmp_path))["versions"]
     assert versions["poolwise"] == "not installed"
     assert versions["torch"] == real("torch")
+
+
+def test_a_report_states_the_versions_of_the_run_not_those_of_the_reader(tmp_path, monkeypatch):
+    study = declared(tmp_path)
+    scored(study, 3)
+    for torch in ("2.11.0", "2.12.0", "2.12.0"):  # continued once with another version
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, torch=torch: torch if name == "torch" else "1")
+        run._record_versions(study.folder)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "of the reader")
+    assert api.study_info(study)["versions"]["torch"] == "2.11.0, 2.12.0"
+    assert api.study_info(study)["versions"]["mteb"] == "1"
+    (study.folder / layout.VERSIONS).unlink()
+    assert api.study_info(study)["versions"]["torch"] == "of the reader"
 
 
 def test_comparing_and_reporting_a_study_load_no_model_library(tmp_path):

@@ -86,7 +86,7 @@ def test_compare_and_report_a_study(study: Path, invoke: Invoke, tmp_path: Path)
     code, out, _ = invoke("compare", study, "--json")
     assert code == 0
     assert {(row["group"], row["design"], row["n"]) for row in json.loads(out)["comparisons"]} == {
-        ("STS", "m4", 2), ("Classification", "m4", 1),
+        ("sts", "m4", 10), ("sts-2", "m4", 10), ("topics", "m4", 18),
     }  # fmt: skip
     code, out, _ = invoke("report", study, "--to", tmp_path)
     assert code == 0
@@ -126,8 +126,8 @@ def test_bad_exports(study: Path, invoke: Invoke, tmp_path: Path) -> None:
 
 def test_a_study_that_has_not_run(here: Path, invoke: Invoke) -> None:
     study = write_study(here)
-    assert "no scores in runs/tiny yet; run the study first" in refused(invoke, here, "compare", study)
-    assert "no scores in runs/tiny yet" in refused(invoke, here, "report", study)
+    assert f"no scores in {here}/runs/tiny yet; run the study first" in refused(invoke, here, "compare", study)
+    assert f"no scores in {here}/runs/tiny yet" in refused(invoke, here, "report", study)
     assert "start with `poolwise run`" in refused(invoke, here, "status", study)
     assert "nothing has run" in refused(invoke, here, "export", study, "m1", "--to", "out")
 

@@ -115,8 +115,9 @@ def first_study() -> str:
 
 def blocks(language: str) -> Iterator[tuple[Path, str]]:
     for path in PAGES:
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S):
-            yield path, match[1]
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.M | re.S):
+            if match[1] == language:
+                yield path, match[2]
 
 
 def shown() -> dict[str, str]:

@@ -171,7 +171,8 @@ def test_one_owner_for_each_concern() -> None:
 def spelled(path: Path) -> set[str]:
     """What a file spells of a run folder: a file's name, a folder's name joined to a path, or a piece of either."""
     body = tree(path)
-    files = r"(study|trials|looks|costs|spec|dtype|train|ladder|layers|work|failed)\.json|results\.parquet|log\.txt"
+    names = "study|trials|looks|costs|versions|spec|dtype|train|ladder|layers|work|failed"
+    files = rf"({names})\.json|results\.parquet|log\.txt"
     pieces = r"(checkpoint|step|prepared)-.*|.*\b(trials|training|scores|frozen)/.*"
     joined = {"trials", "training", "scores", "frozen", "search", "tuned", "done"}
     texts = {node.value for node in ast.walk(body) if isinstance(node, ast.Constant) and isinstance(node.value, str)}

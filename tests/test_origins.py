@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import polars as pl
 import pytest
 
+from poolwise.data.own_tasks import read_folder
 from poolwise.study.catalogue import ORIGINS, origin
 from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.table import table
@@ -77,3 +81,27 @@ def test_a_source_column_is_left_as_it_is():
     found = compare(scores(source=NAMES), "m1")
     assert found.arm("STS", "m1").by_source.shape[1] == 8
     assert not [note for note in found.notes if "one source" in note]
+
+
+def sts_folder(path: Path, settings: str = "") -> Path:
+    path.mkdir()
+    lines = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i} for i in range(3)]
+    (path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (path / "task.toml").write_text(settings)
+    return path
+
+
+def test_an_own_folder_with_the_name_of_a_known_task_takes_its_origin_with_a_note(tmp_path):
+    folder = read_folder(sts_folder(tmp_path / "STS12"))
+    assert folder.source == "semeval-sts"
+    assert any("its source is 'semeval-sts'" in note and "task.toml" in note for note in folder.notes)
+
+
+def test_the_source_of_an_own_folder_can_be_declared(tmp_path):
+    folder = read_folder(sts_folder(tmp_path / "STS12", 'source = "ours"\n'))
+    assert folder.source == "ours"
+    assert not [note for note in folder.notes if "source" in note]
+
+
+def test_an_own_folder_of_an_unknown_name_is_its_own_source(tmp_path):
+    assert read_folder(sts_folder(tmp_path / "faq")).source == "faq"

@@ -141,6 +141,26 @@ def test_single_runs_are_compared_over_items_as_checkpoints() -> None:
     assert "as the checkpoints of b score below it" in advice(worse, worse.recommendations[0])
 
 
+def test_findings_as_a_frame_as_html_and_in_a_line() -> None:
+    rows = items(0.1, task="faq <1>")
+    c = compared(table.table(rows), "a")
+    frame = c.to_frame()
+    (row,) = frame.iter_rows(named=True)
+    verdict = c.rows[0].verdict
+    assert (row["difference"], row["ci_low"], row["p_holm"]) == (verdict.difference, verdict.ci_low, verdict.p_holm)
+    assert (row["group"], row["verdict"], row["scope"], row["unit"], row["n"]) == (
+        "faq <1>", "better", "designs", "query", 40,
+    )  # fmt: skip
+    assert row["score"] - row["baseline_score"] == pytest.approx(verdict.difference)
+    assert repr(c) == "<Findings: b against a on faq <1>: 1 better>"
+    html = c._repr_html_()
+    assert "<td>faq &lt;1&gt;</td>" in html
+    assert f"<td>{100 * verdict.ci_low:.2f} to {100 * verdict.ci_high:.2f}</td>" in html
+    single = compared(of_tasks({"a": 0, "b": 0.0}, types={"R": 1}, seeds=1), "a")
+    assert single.to_frame()["verdict"].to_list() == ["untested"]
+    assert "One run only" in single._repr_html_()
+
+
 def test_a_task_named_like_a_task_type_stays_by_itself() -> None:
     rows = items(0.1, task="STS", task_identity="sha256:1")
     several = of_tasks({"a": 0, "b": 0.0}, types={"STS": 6})

@@ -17,6 +17,7 @@ import published
 from paper_head import random_weights
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import CheckpointError, PoolwiseError
+from poolwise.model import checkpoint
 from poolwise.model.checkpoint import load_any
 from poolwise.scoring.adapters import PublishedBatches
 from small_study import furnish
@@ -93,6 +94,15 @@ def test_no_bare_adapter_is_scored_in_silence(base: Path, tmp_path: Path) -> Non
     released(base, "m1", tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"an adapter without modules.json, which does not say how it pools"):
         load_any(tmp_path / "adapter")
+
+
+def test_a_bare_adapter_of_the_hub_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sentence-transformers would load it and pool by the mean; here from the cache of a Hub."""
+    released(base, "m5", tmp_path / "snapshot")
+    monkeypatch.setattr(checkpoint, "SentenceTransformer", lambda name: None)
+    monkeypatch.setattr(checkpoint, "try_to_load_from_cache", lambda name, file: str(tmp_path / "snapshot" / file))
+    with pytest.raises(CheckpointError, match="snapshot is a release of the paper's authors"):
+        checkpoint.load_named("some/release")
 
 
 @pytest.mark.parametrize(

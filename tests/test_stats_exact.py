@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from poolwise.errors import StatisticsError
-from poolwise.stats.exact import hodges_lehmann, mcnemar, min_reachable_p, rank_biserial, signed_rank, wins_ties_losses
+from poolwise.stats.exact import (
+    hodges_lehmann,
+    mcnemar,
+    midranks,
+    min_reachable_p,
+    rank_biserial,
+    signed_rank,
+    wins_ties_losses,
+)
 
 # Small whole numbers make every pattern of ties and zeros likely; tenths make float ties that need rounding.
 tied_differences = st.lists(st.integers(-4, 4), min_size=1, max_size=12)
@@ -180,3 +188,13 @@ def test_wrong_arguments_teach():
         hodges_lehmann([1.0], level=95)
     with pytest.raises(StatisticsError, match="0 or more"):
         mcnemar(-1, 3)
+
+
+def test_tied_values_share_the_mean_of_their_ranks():
+    assert midranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+
+
+def test_differences_are_ranked_after_six_decimals():
+    """With a tie at .1 three of eight sign patterns are as extreme as the negative one, without it two."""
+    assert signed_rank([0.2, 0.1000004, -0.1]) == 0.75
+    assert signed_rank([0.2, 0.100002, -0.1]) == 0.5

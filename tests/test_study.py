@@ -76,7 +76,7 @@ def test_complete_form_holds_the_defaults(tmp_path: Path) -> None:
     loaded = Study.load(path)
     assert loaded.recipe.model_dump() == {**Recipe().model_dump(), "dataset": "demo"}
     assert loaded.base_dir == tmp_path
-    assert loaded.folder == Path("runs/my-study")
+    assert loaded.folder == tmp_path / "runs/my-study"
     assert [d.name for d in loaded.designs] == ["m1", "layers-bi"]
     # the spelled-out design is the preset
     assert loaded.design("layers-bi").factors() == Design.model_validate({"preset": "m5"}).factors()

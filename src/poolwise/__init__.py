@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from poolwise.model.encoder import build
     from poolwise.model.release import load_release
     from poolwise.pooling.heads import Pooling
+    from poolwise.runs.ab import ab
     from poolwise.runs.check import check
     from poolwise.runs.run import run
     from poolwise.study.design import Design
@@ -40,6 +41,7 @@ _WHERE = {  # imported on first use: torch and mteb cost seconds
     "PoolwiseError": "errors",
     "Recipe": "study.recipe",
     "Study": "study.study",
+    "ab": "runs.ab",
     "build": "model.encoder",
     "check": "runs.check",
     "compare": "api",
@@ -58,6 +60,7 @@ __all__ = [
     "PoolwiseError",
     "Recipe",
     "Study",
+    "ab",
     "build",
     "check",
     "compare",

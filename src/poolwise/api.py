@@ -5,6 +5,7 @@ Comparing and reporting write nothing but the report's own files, and load no mo
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import open_folder, open_study, results, started, trials, tuned_results
+from poolwise.runs.run import losses, open_folder, open_study, results, started, trials, tuned_results, versions
 from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
@@ -84,7 +85,7 @@ def report(
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, findings, out or Path.cwd())
-    known = {**study_info(study), "layers": layer_attention(study)}
+    known = {**study_info(study), "layers": layer_attention(study), "losses": losses(study)}
     return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
 
 
@@ -251,25 +252,15 @@ def layer_attention(study: Study) -> dict[str, Any]:
 
 def study_info(study: Study) -> dict[str, Any]:
     """What a report states about a study: base model, recipe, versions, predictions, the command that repeats it."""
-    packages = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
     return {
         "name": study.name,
         "base_model": ", ".join(study.bases),
         "recipe": study.recipe.model_dump(mode="json"),
         "fingerprint": study.fingerprint,
         "predictions": demo.predictions() if any(task.startswith("demo") for task in study.tasks) else None,
-        "versions": {name: _version(name) for name in packages},
+        "versions": versions(study),
         "command": f"poolwise run {study.name}.toml",
     }
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
-        return "not installed"
 
 
 def evaluate(
@@ -327,6 +318,7 @@ def evaluate(
         model = load_release(model, base, release, dtype=dtype or "auto")
     elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
+        model = model if lexical else _trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
@@ -345,8 +337,27 @@ def evaluate(
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
 
 
-def export_design(study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None) -> Path:
+def _trial_in(model: Path) -> Path:
+    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
+    if not (model / layout.STUDY).is_file():
+        return model
+    study, _ = _study_in(model)
+    rows = [row for row in trials(study) if row["role"] == "design"]
+    folders = [layout.trial(study.folder, row["name"]) for row in rows if row["state"] == "done"]
+    if len(folders) != 1:
+        which = (
+            f"give one of them:{''.join(f'{chr(10)}  - {folder}' for folder in folders)}" if folders else "run it first"
+        )
+        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
+    return folders[0]
+
+
+def export_design(
+    study: Study, design: str, to: str | Path, seed: int | None = None, base: str | None = None, force: bool = False
+) -> Path:
     """Export a trained design of a study: its run of `seed` on `base` (by default the first ones) at the last step.
+
+    force: replace an exported folder at `to`; anything else there is refused.
 
     Raises:
         StudyError: the study has no such design.
@@ -368,7 +379,10 @@ def export_design(study: Study, design: str, to: str | Path, seed: int | None = 
         folder = layout.trial(study.folder, trial["name"])
         weights = layout.milestone(folder, study.recipe.steps)
         if weights.exists():
-            return export(load(weights), to)
+            encoder = load(weights)
+            if force and (Path(to) / "modules.json").is_file():
+                shutil.rmtree(to)
+            return export(encoder, to)
         if trial["state"] == "failed":
             raise CheckpointError(
                 f"{design} with seed {seed} failed: {trial['reason']}. Its log is {folder / layout.LOG}; "

@@ -38,6 +38,7 @@ Dtype = Annotated[
 ]
 KEPT = "\n\t"
 """Control characters that messages may contain; all others come from names and are escaped."""
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
@@ -132,6 +133,7 @@ def run(
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
+    _say(loaded.place)
     start_server()  # before this process imports the libraries itself, which takes as long
     from poolwise.runs.run import all_done
     from poolwise.screen import run_with_grid
@@ -165,6 +167,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
     from poolwise.screen import show_status
 
     loaded = open_study(study)
+    _say(loaded.place)
     rows = trials(loaded)
     try:
         guard(loaded)
@@ -213,8 +216,9 @@ def report(
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
+    _check_place(to)
     for path in write_report(source, out=to, baseline=baseline):
-        print(path)
+        print(path.resolve())
 
 
 @app.command()
@@ -245,6 +249,35 @@ def evaluate(
 
 
 @app.command()
+def ab(
+    data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL_A MODEL_B...", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
+    ],
+    margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
+    to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of kept embeddings; .poolwise beside the data.")] = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Switch or stay: compare models on your own data; the first is the one in use."""
+    _check_place(to)
+    _quiet()
+    from poolwise.reports.ab import render
+    from poolwise.runs.ab import ab as compare_models
+    from poolwise.screen import show_ab, stdout_to_stderr
+
+    with stdout_to_stderr():
+        result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
+    place = to or Path(result["data"]).parent / f"{result['name']}-ab"
+    paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
+    print(json.dumps(result, indent=1)) if as_json else show_ab(result)
+    for path in paths:
+        _say(str(path.resolve()))
+
+
+@app.command()
 def probe(
     model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
 ) -> None:
@@ -266,13 +299,21 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model of the run; the study's first by default.")] = None,
+    force: Force = False,
 ) -> None:
     """Write a trained design as a sentence-transformers folder, LoRA merged."""
-    _quiet()
-    from poolwise.api import export_design
     from poolwise.study.study import Study
 
-    print(export_design(Study.load(study), design, to, seed, base))
+    loaded = Study.load(study)
+    exported = loaded.design(design)
+    _check_place(to, force, "exists and is not empty")
+    _quiet()
+    from poolwise.api import export_design
+    from poolwise.encoding.fast import MASKED
+
+    print(export_design(loaded, design, to, seed, base, force))
+    if exported.spec.reads_padding(exported.factors()):
+        _say(f"note: {MASKED}")
 
 
 @app.command()
@@ -287,8 +328,10 @@ def encode(
     ] = None,
     field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
     dtype: Dtype = None,
+    force: Force = False,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
+    _check_place(to, force, "exists")
     _quiet()
     from poolwise.encoding.encode import encode_file
     from poolwise.screen import stdout_to_stderr
@@ -302,35 +345,67 @@ def encode(
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="What clients call the model, as often as needed; MODEL by default.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; use a proxy for access from other machines.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="With POOLWISE_TOKEN: a further name by which clients and pages reach it; '*': any."),
+    ] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings."""
-    _quiet()
-    from poolwise.encoding.server import serve as serve_forever
+    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings.
 
-    serve_forever(model, host, port, say=_say, dtype=dtype)
+    Clients must send the key in the environment variable POOLWISE_TOKEN, if it is set.
+    """
+    _quiet()
+    try:
+        from poolwise.encoding.server import serve as serve_forever
+    except ModuleNotFoundError as error:
+        raise PoolwiseError(f"serving needs {error.name!r}; install it: pip install 'poolwise[serve]'") from None
+
+    serve_forever(model, host, port, say=_say, dtype=dtype, names=name or (), hosts=allow_host or ())
 
 
 @app.command()
 def layers(
-    run: Annotated[str, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")
+    ] = None,
+    untuned: Annotated[str | None, typer.Option(help="Instead of a run: a base model before training.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="With --untuned: task, benchmark or folder; repeat for more.")
+    ] = None,
     design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
     base: Annotated[str | None, typer.Option(help="Only this base model.")] = None,
     to: Annotated[Path, typer.Option(help="HTML page to write, with the pictures.")] = Path("layers.html"),
     as_json: Json = False,
 ) -> None:
-    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer."""
+    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer.
+
+    With --untuned the scores of a base model's layers before training, and how alike two layers rank pairs of texts.
+    """
+    if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
+        raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
+    _check_place(to)
     _quiet()
-    from poolwise.api import layers as view_layers
     from poolwise.screen import show_layers, stdout_to_stderr
 
     with stdout_to_stderr():
-        view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
+        if run is None or untuned:
+            from poolwise.data.tasks import resolve_tasks
+            from poolwise.scoring.layers import untuned as view_untuned
+
+            view = view_untuned(str(untuned), resolve_tasks(tasks or (), Path.cwd()))
+        else:
+            from poolwise.api import layers as view_layers
+
+            view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
     print(json.dumps(view, indent=1)) if as_json else show_layers(view, to)
 
 
@@ -384,6 +459,17 @@ def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
+
+
+def _check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
+    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
+    if to is None:
+        return
+    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
+        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
+    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
+    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
+        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from poolwise.errors import printable, redact
 from poolwise.files import write_atomic
+from poolwise.reports import ab as ab_report
 from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
@@ -339,6 +340,17 @@ def show_paired(pairs: Sequence[Paired]) -> None:
     for pair in pairs:
         text = f"{pair.design}, {pair.test}: {pair.scope}."
         console.print(Text(f"{text} {pair.note}." if pair.note else text, "dim"))
+
+
+def show_ab(result: Mapping[str, Any]) -> None:
+    """Print the result of `poolwise ab`: the decision first, then the evidence; texts are cut, the files have them."""
+    (console := terminal()).print(Text(ab_report.headline(result), "bold"), soft_wrap=True)
+    for line in (ab_report.opening(result), *ab_report.sentences(result)):
+        console.print(Text(line), soft_wrap=True)
+    for table in ab_report.tables(result):
+        print_table(console, ab_report.narrow(table))
+    for note in ab_report.notes(result):
+        console.print(Text(note, "yellow"), soft_wrap=True)
 
 
 def show_layers(view: Mapping[str, Any], page: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from poolwise.data.reading import FORMATS, PAGE, Placed, file_format, is_delimited, is_list, read_records, text_problem
 from poolwise.errors import Mistakes, TaskError, enumerate_words, name_problem, short, suggest
 from poolwise.files import MOST_TOML_BYTES, parse_json, parse_toml, read_bytes
+from poolwise.study.catalogue import origin
 
 MTEB_TYPES = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
@@ -109,7 +110,10 @@ def read_folder(path: Path) -> Folder:
         reader.mistakes.check()
     data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
     notes = [*reader.mistakes.notes, *(search_notes(data) if kind == "retrieval" else [])]
-    return Folder(data, name, str(settings.get("source", name)), tuple(f"{name}: {note}" for note in notes))
+    source, known = settings.get("source"), origin(name)
+    if source is None and known:
+        notes.append(f"by its name, its source is {known!r}, as for mteb's task; `source` in task.toml overrides it")
+    return Folder(data, name, str(source or known or name), tuple(f"{name}: {note}" for note in notes))
 
 
 def search_notes(data: TaskData) -> list[str]:

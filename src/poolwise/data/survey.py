@@ -1,16 +1,26 @@
-"""What a folder holds: evaluation tasks and training pairs, recognised by their files and columns."""
+"""What a folder holds: evaluation tasks and training pairs, recognised by their files and columns; and one data set
+opened to compare models on it, whose documents are streamed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from poolwise.data.own_tasks import Folder, kind_of, read_folder, stem_of
+from poolwise.data.own_tasks import Folder, Reader, TaskData, kind_of, read_folder, search_notes, stem_of
 from poolwise.data.pairs import SPLIT_WORDS, choose, find_columns
 from poolwise.data.reading import PAGE, file_format, read_records
+from poolwise.data.tasks import document_text
 from poolwise.errors import Mistakes, PoolwiseError, TaskError, enumerate_words
 
+if TYPE_CHECKING:
+    import numpy as np
+
+FOLDS = 5
+"""Of cross-validation, for labelled texts that have no training file."""
 TASK_FILES = {"corpus", "queries", "sets", "task", "qrels"}
 """Names that only evaluation folders have; a `test` file is recognised by its columns."""
 
@@ -132,3 +142,138 @@ def _size(read: Folder) -> str:
     else:
         size = f"{len(rows):,} pairs"
     return f"{data.kind} task {read.name!r}: {size}"
+
+
+class SearchData:
+    """A retrieval folder: ids and queries in memory, documents read from the file whenever they are needed."""
+
+    kind, noun = "retrieval", "queries"
+
+    def __init__(self, folder: Path) -> None:
+        self.reader = Reader(folder)
+        settings = self.reader.settings()
+        split = str(settings.get("split", "test"))
+        self.name = str(settings.get("name", folder.resolve().name))
+        self.without_itself = settings.get("ignore_identical_ids") is True
+        queries, qrels = self.reader.read("queries", "queries"), self.reader.read(f"qrels/{split}", "qrels")
+        corpus = self.reader.find("corpus")
+        if corpus is None:
+            self.reader.read("corpus", "corpus")  # which reports that there is none
+        self.reader.mistakes.check()
+        self.file = corpus or folder
+        self.reader.compare_grades(qrels)
+        asked = {row["_id"]: row["text"] for _, row in queries}
+        wanted = {row["corpus-id"] for _, row in qrels} | asked.keys()
+        digest, self.ids, kept = hashlib.sha256(), list[str](), list[dict[str, Any]]()
+        for _, row in self.reader.rows(self.file, "corpus"):
+            self.ids.append(row["_id"])
+            text = document_text(row)
+            digest.update(f"{len(text)} {text}".encode())
+            if row["_id"] in wanted or not text:
+                kept.append(row)
+        ids = {"corpus": self.ids, "queries": [row["_id"] for _, row in queries]}
+        self.reader.compare_ids(ids, qrels)
+        self.reader.mistakes.check()
+        self.content = digest.hexdigest()
+        self.judged = {row["_id"]: document_text(row) for row in kept}
+        grades: dict[str, dict[str, int]] = {}
+        for _, row in qrels:
+            grades.setdefault(row["query-id"], {})[row["corpus-id"]] = max(0, row["score"])
+        self.relevant = {query: each for query, each in grades.items() if max(each.values()) > 0}
+        self.queries = {name: text for name, text in asked.items() if name in self.relevant}
+        records = {"corpus": kept, "queries": [r for _, r in queries], "qrels": [r for _, r in qrels]}
+        notes = search_notes(TaskData("retrieval", records, split, self.without_itself))
+        self.notes = [*self.reader.mistakes.notes, *notes]
+
+    def documents(self) -> Iterator[str]:
+        """The texts of all documents, in the order of the file."""
+        for _, row in self.reader.rows(self.file, "corpus"):
+            yield document_text(row)
+
+    @cached_property
+    def rank(self) -> np.ndarray:
+        """(N,) the order of equal scores: trec_eval puts the document with the highest identifier first."""
+        import numpy as np
+
+        order = sorted(range(len(self.ids)), key=self.ids.__getitem__, reverse=True)
+        found = np.empty(len(order), np.int64)
+        found[order] = np.arange(len(order))
+        return found
+
+    def answers(self, query: str) -> list[str]:
+        """The texts that are relevant to a query."""
+        return [self.judged[name] for name, grade in self.relevant[query].items() if grade and name in self.judged]
+
+
+class TextData:
+    """Pairs or labelled texts, of a folder or of one file. `rows`: as in `own_tasks.TaskData`; `train`: of labelled
+    texts, None if there is no training file."""
+
+    def __init__(self, path: Path) -> None:
+        folder = path if path.is_dir() else path.parent
+        reader = Reader(folder)
+        self.train: list[dict[str, Any]] | None = None
+        if path.is_dir():
+            settings = reader.settings()
+            split = str(settings.get("split", "test"))
+            self.kind = reader.kind(settings.get("kind"), split)
+            reader.mistakes.check()
+            if self.kind not in ("sts", "pair_classification", "classification"):
+                raise TaskError(
+                    f"{path}: ab compares models on retrieval, STS, pair classification and classification data, and "
+                    f"this is {self.kind}; `poolwise evaluate MODEL --tasks ./{path.name}` scores one model on it"
+                )
+            placed = reader.records(self.kind, split)
+            reader.mistakes.check()
+            reader.compare_rows(self.kind, placed, split)
+            self.name = str(settings.get("name", path.resolve().name))
+            self.rows = [row for _, row in placed[split]]
+            self.train = [row for _, row in placed["train"]] if self.kind == "classification" else None
+        else:
+            self.name, self.kind = path.name.partition(".")[0], _kind_of_file(path)
+            part = reader.rows(path, self.kind)
+            placed = {"test": list(part)}
+            reader.mistakes.check()
+            if self.kind != "classification":
+                reader.compare_rows(self.kind, placed, "test")
+            self.rows = [row for _, row in placed["test"]]
+            self._check_labels(path)
+        reader.mistakes.check()
+        self.notes = list(reader.mistakes.notes)
+        self.noun = "examples" if self.kind == "classification" else "pairs"
+
+    def _check_labels(self, path: Path) -> None:
+        if self.kind != "classification":
+            return
+        counts = {label: sum(row["label"] == label for row in self.rows) for label in {r["label"] for r in self.rows}}
+        rare = sorted(label for label, count in counts.items() if count < FOLDS)
+        if len(counts) < 2 or rare:
+            why = f"label {rare[0]!r} has {counts[rare[0]]}" if rare else "there is one label only"
+            raise TaskError(
+                f"{path}: labelled texts in one file are scored by {FOLDS}-fold cross-validation, which needs two "
+                f"labels with {FOLDS} texts each, and {why}; add texts, or give a folder with a train and a test file"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that hold texts."""
+        return ("text",) if self.kind == "classification" else ("sentence1", "sentence2")
+
+
+def _kind_of_file(path: Path) -> str:
+    if file_format(path) is None:
+        raise TaskError(
+            f"{path}: no such kind of data; give a retrieval folder, or a CSV of pairs or labelled texts ({PAGE})"
+        )
+    mistakes, columns = Mistakes(str(path), TaskError, PAGE), tuple[str, ...]()
+    for _, record in read_records(path, mistakes, lambda names: names):
+        columns = tuple(record)
+        break
+    mistakes.check()
+    kind = {"labelled": "classification"}.get(str(kind_of(columns)), kind_of(columns))
+    if kind not in ("sts", "pair_classification", "classification"):
+        raise TaskError(
+            f"{path}: columns {', '.join(columns) or 'none'}; expected sentence1, sentence2 and score (STS) or labels "
+            f"(pair classification), or text and label (classification). {PAGE} shows each"
+        )
+    return kind

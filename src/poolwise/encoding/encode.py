@@ -1,10 +1,15 @@
-"""Texts to vectors: opens a model by name or folder and encodes texts from Python or from file to file."""
+"""Texts to vectors: opens a model by name or folder, encodes texts from Python or from file to file, keeps the vectors
+of a large collection on disk and searches them exactly, block by block."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import itertools
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +22,7 @@ from poolwise.data.reading import read_texts
 from poolwise.encoding import fast as encoding
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import DataError, ModelError, PoolwiseError, suggest
-from poolwise.files import open_atomic
+from poolwise.files import open_atomic, write_json
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.model.checkpoint import load_any
@@ -27,6 +32,12 @@ SIDES = ("query", "document")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROGRESS_EVERY = 10.0
 """Seconds between two lines of progress."""
+KEPT_AT_ONCE = 1024
+"""Texts after which vectors are on the disk, so that a run which is killed loses no more; on CUDA a whole window."""
+TIMED, TIMED_SECONDS = 200, 20.0
+"""Texts whose latency is measured one by one, and the seconds after which that ends."""
+QUERIES, DOCUMENTS = 256, 32768
+"""Queries and documents of a block of exact search: 32 MiB of scores."""
 
 
 def open_encoder(model: str | Path, dtype: str | None = None) -> SentenceTransformer:
@@ -174,3 +185,145 @@ def _summary(fast: FastEncoder, texts: int, seconds: float, prompt: str) -> str:
         share = fast.counts.computed / fast.counts.tokens
         words += f", {fast.counts.tokens:,} tokens, {share:.2f} computed for each (padding adds, reuse subtracts)"
     return f"{words}; prompt {prompt!r}"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The vectors (N, D) fp32 of a collection of texts on disk, memory-mapped, and the seconds that encoding took."""
+
+    vectors: np.ndarray
+    seconds: float
+    path: Path
+
+
+def keep_vectors(
+    fast: FastEncoder,
+    identity: str,
+    texts: Callable[[], Iterable[str]],
+    total: int,
+    content: str,
+    folder: Path,
+    *,
+    side: str | None = None,
+    name: str = "texts",
+    say: Callable[[str], None] = lambda line: None,
+) -> Kept:
+    """The vectors of `texts`, encoded once for each model and content; an interrupted encoding continues.
+
+    Vectors are appended to a file named after model, prompt and content, so its size says how far they go.
+
+    Args:
+        identity: of the model (`scoring.evaluate.model_identity`). content: hash of the texts in their order.
+        texts: gives the texts from the start, each time it is called. total: how many there are.
+        folder: of the files. name: of the texts in lines of progress, which `say` receives.
+
+    Raises PoolwiseError if another process is encoding the same, ModelError if a vector is not finite.
+    """
+    prompt = prompt_of(fast, None, side)
+    key = hashlib.sha256(json.dumps([identity, prompt, side, content]).encode()).hexdigest()[:20]
+    path, about = folder / f"{key}.f32", folder / f"{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
+    width, seconds = int(known.get("width", 0)), float(known.get("seconds", 0.0))
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PoolwiseError(f"{path}: another process is encoding these texts; wait until it is done") from None
+        size = path.stat().st_size
+        done = size // (4 * width) if width else 0
+        if size != 4 * width * done:  # a row that was being written when the process was killed
+            file.truncate(4 * width * done)
+        start, first, reported = time.perf_counter(), done, time.perf_counter()
+        rest = itertools.islice(texts(), done, None) if done < total else iter(())
+        for vectors in _kept_windows(fast, iter(rest), prompt, side, total - done):
+            width, done = vectors.shape[1], done + len(finite(vectors, done))
+            spent = time.perf_counter() - start
+            if not known:  # before the first vectors, whose width would be unknown otherwise
+                known = {"width": width, "model": identity, "prompt": prompt, "texts": total}
+                write_json(about, {**known, "seconds": 0.0})
+            file.write(np.ascontiguousarray(vectors, "<f4").data)
+            file.flush()
+            write_json(about, {**known, "seconds": seconds + spent})
+            if time.perf_counter() - reported > PROGRESS_EVERY:
+                reported = time.perf_counter()
+                pace = (done - first) / spent
+                say(f"{done:,} of {total:,} {name}, {pace:,.0f} texts/s, about {_clock((total - done) / pace)} left")
+        seconds += time.perf_counter() - start if done > first else 0.0
+    if done != total:
+        raise DataError(f"{total:,} {name} were counted, then {done:,}: the file changed while it was read; run again")
+    return Kept(np.memmap(path, "<f4", "r", shape=(total, width)), seconds, path)
+
+
+def _kept_windows(
+    fast: FastEncoder, texts: Iterator[str], prompt: str, side: str | None, total: int
+) -> Iterator[np.ndarray]:
+    if fast.ours and fast.device.type == "cuda":
+        yield from fast.stream(texts, prompt, total)
+        return
+    while window := [*itertools.islice(texts, KEPT_AT_ONCE)]:
+        yield fast.encode(window, prompt, side=side)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """(N, D) vectors brought to length 1 in fp32; a vector of zeros stays one."""
+    found = np.asarray(vectors, np.float32)
+    return np.asarray(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12))
+
+
+def search(
+    queries: np.ndarray, documents: np.ndarray, depth: int, rank: np.ndarray, cosine: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` best documents of each query and their scores, (Q, depth) each, by exact search in blocks.
+
+    Args:
+        queries (Q, D), documents (N, D): fp32; documents may be memory-mapped.
+        rank: (N,) decides between equal scores, the lowest first.
+        cosine: else the dot product. Cosines are rounded to six decimals, below which they are noise of fp32 that
+            depends on the block, so that equal documents have equal scores.
+    """
+    depth = min(depth, len(documents))
+    places, scores = np.zeros((len(queries), depth), np.int64), np.zeros((len(queries), depth), np.float32)
+    for low in range(0, len(queries), QUERIES):
+        asked = unit(queries[low : low + QUERIES]) if cosine else np.asarray(queries[low : low + QUERIES])
+        best: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(asked)
+        for start in range(0, len(documents), DOCUMENTS):
+            block = documents[start : start + DOCUMENTS]
+            found = asked @ (unit(block) if cosine else np.asarray(block)).T
+            found = np.round(found, 6) if cosine else found
+            here = np.arange(start, start + len(block))
+            for row, (old, old_scores) in enumerate(best):
+                best[row] = top(np.append(old, here), np.append(old_scores, found[row]), depth, rank)
+        for row, (found_places, found_scores) in enumerate(best):
+            places[low + row], scores[low + row] = found_places, found_scores
+    return places, scores
+
+
+def top(places: np.ndarray, scores: np.ndarray, depth: int, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` best (places, scores), the highest score first and of equal ones that of the lowest rank."""
+    if len(scores) > depth:
+        bar = np.partition(scores, len(scores) - depth)[len(scores) - depth]
+        above, level = np.flatnonzero(scores > bar), np.flatnonzero(scores == bar)
+        level = level[np.argsort(rank[places[level]], kind="stable")[: depth - len(above)]]
+        chosen = np.append(above, level)
+        places, scores = places[chosen], scores[chosen]
+    order = np.lexsort((rank[places], -scores))
+    return places[order], scores[order]
+
+
+def latency(call: Callable[[str], Any], texts: Sequence[str]) -> dict[str, float]:
+    """Percentiles of the milliseconds that a call takes for one text; the first call is not counted."""
+    call(texts[0])
+    times, start = [], time.perf_counter()
+    for text in texts[:TIMED]:
+        before = time.perf_counter()
+        call(text)
+        times.append(1000 * (time.perf_counter() - before))
+        if time.perf_counter() - start > TIMED_SECONDS:
+            break
+    p50, p95, p99 = np.percentile(times, [50, 95, 99]).tolist()
+    return {"p50": round(p50, 3), "p95": round(p95, 3), "p99": round(p99, 3), "texts": len(times)}

@@ -184,6 +184,13 @@ class FastEncoder:
 
         return self.kept.get(texts, side, prompt, compute)
 
+    def encode_rows(self, rows: Ragged, prompt: str = "") -> np.ndarray:
+        """(N, D) fp32 embeddings of `rows`, which `self.tokenise` made for this prompt, in their order; nothing is
+        kept. Only if `self.ours`: other models tokenise by themselves."""
+        self._begin(len(rows))
+        vectors = self._window(self._arranged(rows), prompt, self.budget or self._tokens_of_a_batch())
+        return vectors.into(np.empty(vectors.shape, np.float32))
+
     def stream(self, texts: Iterable[str], prompt: str = "", total: int | None = None) -> Iterator[np.ndarray]:
         """Embeddings of any number of texts, a window (n, D) at a time, in order; the next one is tokenised meanwhile.
         `total`: how many there are, if `texts` has no length; a long job is compiled."""
@@ -239,7 +246,10 @@ class FastEncoder:
 
     def _prepare(self, texts: Sequence[str], prompt: str) -> Window:
         """Tokens of the texts in the order in which they are encoded; in a thread of its own, one window ahead."""
-        rows = self.tokenise(texts, prompt)
+        return self._arranged(self.tokenise(texts, prompt))
+
+    def _arranged(self, rows: Ragged) -> Window:
+        """The rows in the order in which they are encoded, pinned in memory if they go to a GPU as packs."""
         order = np.argsort(-rows.lengths, kind="stable")
         rows = rows.take(order)
         if self.layout != "packed" or self.backbone.frozen is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.tokenization_utils_base import LARGE_INTEGER, TruncationStrate
 from transformers.utils import PaddingStrategy
 
 from poolwise.model.backbone import Backbone
-from poolwise.model.base import template_parts
+from poolwise.model.base import special_frame, template_parts
 from poolwise.model.hooks import lock_of
 from poolwise.model.packing import Ragged, flat_index, sent
 
@@ -38,6 +39,10 @@ ODD = (
 """Texts with what a preprocessing may strip, normalise or read as a special token; compared for each prompt."""
 REMEMBERED = 64
 """Prompts whose comparison is remembered."""
+LONG = 32
+"""Characters for each token of the limit beyond which a text is cut before it is tokenised; English has about 4."""
+MARGIN = 32
+"""Tokens beyond the limit that a cut text must have: a cut changes no more than the last few tokens before it."""
 
 
 class Tokeniser:
@@ -56,6 +61,7 @@ class Tokeniser:
 
     def __call__(self, texts: Sequence[str], prompt: str) -> Ragged:
         """The texts after `prompt`, in their order."""
+        texts = cut(texts, self.backbone.words, self._limit)
         if self.direct and all(isinstance(text, str) for text in texts):
             rows = self._direct(texts, prompt)
             kind = (prompt, bool(rows.lengths.max(initial=0) >= self._limit))
@@ -123,6 +129,34 @@ class Tokeniser:
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         return Ragged(np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum())), lengths)
 
+    def of_ids(self, texts: Sequence[Sequence[int]], prompt: str) -> Ragged:
+        """Texts that are token ids already, after `prompt`, in their order.
+
+        What the tokenizer puts around a text (BOS, EOS) is added where it is missing, and long texts are cut as
+        `__call__` cuts them. The prompt is tokenised alone: it does not merge with a text's first word.
+        """
+        template, words = self.backbone.template, self.backbone.words
+        with lock_of(words):
+            leading, trailing = special_frame(words)
+            if template == "plain":
+                ids = words(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+                before, between, after = [*leading, *ids], None, trailing
+                room = max(0, self._limit - len(before) - len(after))
+            else:
+                before, between, after, room, _ = template_parts(template, prompt, words, self._limit)
+        rows = []
+        for text in texts:
+            bare = [*text]
+            if leading and bare[: len(leading)] == leading:
+                bare = bare[len(leading) :]
+            if trailing and bare[-len(trailing) :] == trailing:
+                bare = bare[: -len(trailing)]
+            bare = bare[:room]
+            rows.append([*before, *bare, *([] if between is None else [*between, *bare]), *after])
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum()))
+        return Ragged(ids, lengths, prompt=self(["a"], prompt).prompt)
+
     def by_preprocess(self, texts: Sequence[str], prompt: str) -> Ragged:
         """The same by the encoder's own `preprocess`, in padded batches of texts of similar length."""
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
@@ -134,6 +168,44 @@ class Tokeniser:
             lengths.append(mask.sum(1).numpy())
             length = int(torch.as_tensor(features.get("prompt_length", 0)).reshape(-1)[0])
         return Ragged(np.concatenate(ids), np.concatenate(lengths), prompt=length).take(np.argsort(order))
+
+
+def cut(texts: Sequence[str], words: Any, limit: int) -> Sequence[str]:
+    """`texts`, long ones without characters that truncation to `limit` tokens would drop anyway.
+
+    A tokenizer reads all of a text before it truncates, which takes seconds for a million characters. Of a text with
+    more than `LONG` characters for each token of the limit, an eighth of that is tokenised, then twice as much, until
+    it has `MARGIN` tokens more than the limit, or as many characters as that many of the vocabulary's longest tokens.
+    """
+    if limit > LARGE_INTEGER or not hasattr(getattr(words, "backend_tokenizer", None), "encode_batch_fast"):
+        return texts
+    wanted = limit + MARGIN
+    open_ = [number for number, text in enumerate(texts) if isinstance(text, str) and len(text) > LONG * wanted]
+    if not open_:
+        return texts
+    shorter, size = list(texts), LONG * wanted // 8
+    most = wanted * _longest_token(words)
+    with lock_of(words):
+        words.set_truncation_and_padding(
+            PaddingStrategy.DO_NOT_PAD, TruncationStrategy.DO_NOT_TRUNCATE, 0, 0, None, None
+        )
+        words.backend_tokenizer.encode_special_tokens = words.split_special_tokens
+        while open_ and size < most:
+            parts = [texts[number][:size] for number in open_]
+            counts = [
+                len(each.ids) for each in words.backend_tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+            ]
+            for number, part, count in zip(open_, parts, counts, strict=True):
+                shorter[number] = part if count >= wanted else texts[number][:most]
+            open_ = [n for n, count in zip(open_, counts, strict=True) if count < wanted and len(texts[n]) > size]
+            size *= 2
+    return shorter
+
+
+@functools.lru_cache(maxsize=4)
+def _longest_token(words: Any) -> int:
+    """Characters of the longest token of a tokenizer's vocabulary."""
+    return max(map(len, words.get_vocab()))
 
 
 @dataclass

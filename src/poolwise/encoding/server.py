@@ -1,280 +1,450 @@
-"""One model over HTTP with the interface of OpenAI's `/v1/embeddings`; `/health` describes the model.
+"""One model over HTTP with the interface of OpenAI's `/v1/embeddings`: FastAPI's routes on uvicorn's server.
 
-Each connection has a thread that reads and answers; one worker encodes, so that requests that wait at the same time
-form one batch. There are no keys and no TLS: to be reached from other machines it needs a proxy that has them.
+`Connection` and `Gate` refuse what would cost memory or time before a request's content is read: too many or too slow
+connections, bodies that are too large or framed in two ways, missing keys, foreign hosts. There is no TLS: the server
+needs a proxy that has it before other machines reach it.
 """
 
 from __future__ import annotations
 
-import base64
+import asyncio
 import contextlib
-import json
-import queue
-import sys
-import threading
+import hmac
+import logging
+import os
+import signal
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import numpy as np
+import h11
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from prometheus_client import generate_latest
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from poolwise.encoding.encode import SIDES, finite, open_model, prompt_of
-from poolwise.encoding.fast import FastEncoder
+from poolwise import __version__
+from poolwise.encoding.encode import open_model
+from poolwise.encoding.requests import (
+    MAX_BYTES,
+    Batcher,
+    GoneError,
+    Metrics,
+    RequestError,
+    answered,
+    checked,
+    described,
+    schema,
+)
 from poolwise.errors import PoolwiseError
 
-ROUTE, MODELS = "/v1/embeddings", "/v1/models"
-MAX_BYTES = 4 << 20
-"""Largest body of a request. A larger one is answered with 413, as are more than `MAX_TEXTS` texts."""
-MAX_TEXTS = 2048
-GATHER = 0.005
-"""Seconds that the first request of a batch waits for others."""
-WAITING = 256
-"""Requests in the queue; further ones are answered with 503."""
-PATIENCE = 60
-"""Seconds after which a silent connection is closed."""
+ROUTE, MODELS, HEALTH, METRICS = "/v1/embeddings", "/v1/models", "/health", "/metrics"
+CONNECTIONS = 512
+"""Open connections; requests on further ones are answered with 503, and twice as many are not accepted."""
+BODIES = 64 * MAX_BYTES
+"""Bytes of all bodies that are read or waiting; requests beyond are answered with 429."""
+HEAD_SECONDS, BODY_SECONDS, REFUSED_SECONDS, IDLE_SECONDS, STALLED_SECONDS = 10, 60, 5, 75, 60
+"""Time to send a request's head, its body, one that is refused, the next request, and to read an answer."""
+DRAIN_SECONDS, LAST_SECONDS = 8.0, 1
+"""At SIGTERM: for requests in flight, and then for connections to close."""
+QUIET_SECONDS = 0.5
+"""At SIGTERM: for which open connections are still answered, with 503, so that none is reset while it sends."""
+TOKEN = "POOLWISE_TOKEN"
+"""Environment variable with the key that clients must send."""
+TOO_LARGE = f"the body is larger than {MAX_BYTES} bytes: send fewer texts at a time"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger("poolwise.serve")
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
-class RequestError(Exception):
-    """A request that is refused: HTTP status and reason."""
+class Gate:
+    """The ASGI application around FastAPI's: what is decided by a request's head, and the reading of its body.
 
+    hosts: those that requests may name, if `token` is set; `*` allows all.
+    """
 
-@dataclass
-class Job:
-    """One request: its texts, and the future of their vectors (N, D) fp32 and number of tokens."""
+    def __init__(self, app: Any, metrics: Metrics, token: str | None, hosts: Sequence[str]) -> None:
+        self.app, self.metrics, self.token, self.hosts = app, metrics, token, {host.lower() for host in hosts}
+        self.connections: Callable[[], int] = lambda: 0
+        self.draining = False
+        self.active = self.bytes = 0
 
-    texts: Sequence[str]
-    side: str | None
-    answer: Future[tuple[np.ndarray, int]] = field(default_factory=Future)
-
-
-class Batcher:
-    """The thread that encodes what all connections submit."""
-
-    def __init__(self, fast: FastEncoder) -> None:
-        self.fast = fast
-        self.prompts = {side: prompt_of(fast, None, side) for side in (None, *SIDES)}
-        for side, prompt in self.prompts.items():
-            self.width = fast.encode(["warm up"], prompt, side=side).shape[1]
-        self.queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.closing = False
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
-
-    def submit(self, texts: Sequence[str], side: str | None) -> Future[tuple[np.ndarray, int]]:
-        """A future of the (N, D) vectors of the texts and the number of their tokens."""
-        if self.closing or self.queue.qsize() >= WAITING:
-            raise RequestError(503, "too many requests are waiting, or the server is stopping; try again later")
-        job = Job(texts, side)
-        self.queue.put(job)
-        return job.answer
-
-    def close(self) -> None:
-        """Finish the current batch and stop."""
-        self.closing = True
-        self.queue.put(None)
-        self.thread.join()
-
-    def _work(self) -> None:
-        while not self.closing and (job := self.queue.get()) is not None:
-            jobs = [job, *self._others(MAX_TEXTS - len(job.texts))]
-            for side in dict.fromkeys(job.side for job in jobs):
-                self._encode([job for job in jobs if job.side == side])
-
-    def _others(self, room: int) -> Iterator[Job]:
-        """Further requests that arrive within `GATHER`, up to `room` texts."""
-        end = time.monotonic() + GATHER
-        with contextlib.suppress(queue.Empty):
-            while room > 0 and (job := self.queue.get(timeout=max(0.0, end - time.monotonic()))) is not None:
-                room -= len(job.texts)
-                yield job
-
-    def _encode(self, jobs: list[Job]) -> None:
-        side, texts = jobs[0].side, [text for job in jobs for text in job.texts]
-        try:
-            vectors = finite(self.fast.encode(texts, self.prompts[side], side=side)).astype("<f4")
-            counts = [self._tokens(job.texts, self.prompts[side]) for job in jobs]
-        except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].answer.set_exception(error)
-            else:  # one by one, so that only the request at fault fails
-                for job in jobs:
-                    self._encode([job])
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
             return
-        for job, count in zip(jobs, counts, strict=True):
-            own, vectors = vectors[: len(job.texts)], vectors[len(job.texts) :]
-            job.answer.set_result((own, count))
+        start, status, route = time.perf_counter(), 499, scope["path"]
+        route = route if route in (ROUTE, MODELS, HEALTH, METRICS) else "other"
 
-    def _tokens(self, texts: Sequence[str], prompt: str) -> int:
-        """Number of tokens of the texts with their prompts, truncated as the model truncates them."""
-        if self.fast.ours:
-            return int(self.fast.tokenise(texts, prompt).lengths.sum())
-        count = 0
-        for start in range(0, len(texts), 64):
-            features = self.fast.encoder.preprocess([*texts[start : start + 64]], prompt=prompt or None)
-            mask = features.get("attention_mask")
-            count += int(mask.sum()) if mask is not None else len(features["input_ids"])
-        return count
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.draining:
+                    message.setdefault("headers", []).append((b"connection", b"close"))
+            await send(message)
 
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    timeout = PATIENCE
-    disable_nagle_algorithm = True  # otherwise each body waits 40 ms for its header to be acknowledged
-    server: Server
-
-    def do_POST(self) -> None:
-        """Answers every request, GET too."""
+        admitted = reserved = 0
         try:
-            body = self._body() if self.command == "POST" else b""
-            if (self.command, self.path) == ("GET", "/health"):
-                answer = self.server.about()
-            elif (self.command, self.path) == ("GET", MODELS):
-                answer = {"object": "list", "data": [{"id": self.server.model, "object": "model"}]}
-            elif (self.command, self.path) == ("POST", ROUTE):
-                answer = self._embeddings(body)
-            else:
-                raise RequestError(
-                    404,
-                    f"no such route: {self.command} {self.path}; allowed: GET /health, GET {MODELS}, POST {ROUTE}",
-                )
-        except RequestError as error:
-            self.send_error(*error.args)
-        except (ConnectionError, TimeoutError):
-            raise
-        except Exception as error:
-            self.log_error("%s: %s", type(error).__name__, error)
-            self.send_error(500, "the texts could not be encoded; the reason is in the server's log")
-        else:
-            self._answer(200, answer)
+            body = bytearray()
+            try:
+                headers = heads(scope)
+                refused = self._refused(scope, headers)
+                admitted = int(refused is None)
+                self.active += admitted
+                if refused is None or b"expect" not in headers:  # else the client waits for an answer before it sends
+                    async for chunk in chunks(receive, keep=refused is None):
+                        if refused is None and self.bytes + len(chunk) > BODIES:
+                            refused = RequestError(429, "too many large requests are waiting; try again later")
+                        if refused is None:
+                            body += chunk
+                            reserved, self.bytes = reserved + len(chunk), self.bytes + len(chunk)
+                if refused is not None:
+                    raise refused
+                await self.app(scope, replay(bytes(body), receive), watched)
+            except RequestError as error:
+                await error.response(close=error.status in (400, 408, 413, 503))(scope, receive, watched)
+            except GoneError:
+                pass
+            except Exception as error:
+                log.error("a request could not be answered: %s", described(error))
+                if status == 499:
+                    failed = RequestError(500, "the request could not be answered")
+                    await failed.response()(scope, receive, watched)
+        finally:
+            self.active -= admitted
+            self.bytes -= reserved
+            self.metrics.requests.labels(route, status).inc()
+            if route == ROUTE:
+                self.metrics.seconds.observe(time.perf_counter() - start)
 
-    do_GET = do_POST  # noqa: N815 (the parent's names)
+    def _refused(self, scope: Any, headers: dict[bytes, bytes]) -> RequestError | None:
+        """Why a request is refused by its head, if it is."""
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            return RequestError(400, "both Content-Length and Transfer-Encoding; send one of them")
+        if int(headers.get(b"content-length", b"0")) > MAX_BYTES:
+            return RequestError(413, TOO_LARGE)
+        if self.connections() > CONNECTIONS:
+            return RequestError(503, f"more than {CONNECTIONS} connections are open; try again later")
+        if self.draining and scope["path"] != METRICS:
+            return RequestError(503, "the server is stopping; try another one")
+        if self.token is None:
+            return None
+        if (host := self._foreign(headers)) is not None:
+            return RequestError(403, f"host {host!r} is not served here; start with --allow-host {host} to allow it")
+        if scope["path"] == HEALTH:
+            return None
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.token.encode()):
+            return RequestError(401, "send the server's key: Authorization: Bearer KEY (api_key in OpenAI's clients)")
+        return None
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal() and len(length) < 20):
-            raise RequestError(400, "no Content-Length; send the body in one piece, not in chunks")
-        if int(length) > MAX_BYTES:
-            for _ in range(min(int(length), 16 * MAX_BYTES) >> 16):  # clients read the answer after they have sent all
-                self.rfile.read(1 << 16)
-            raise RequestError(
-                413, f"a body of {length} bytes; at most {MAX_BYTES} are allowed: send fewer texts at a time"
-            )
-        return self.rfile.read(int(length))
-
-    def _embeddings(self, body: bytes) -> dict[str, Any]:
-        try:
-            asked = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(400, f"not valid JSON: {error}") from None
-        texts, side, form = self._checked(asked)
-        vectors, tokens = self.server.batcher.submit(texts, side).result()
-        values = [base64.b64encode(row).decode() for row in vectors] if form == "base64" else vectors.tolist()
-        data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(values)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self.server.model, "usage": usage}
-
-    def _checked(self, asked: Any) -> tuple[list[str], str | None, str]:
-        """Texts, side and encoding format of a request. Unknown fields, which some clients send, are ignored."""
-        if not isinstance(asked, dict) or "input" not in asked:
-            raise RequestError(
-                400, 'send {"input": text or list of texts, "model": name, "input_type": query or document}'
-            )
-        model, width = self.server.model, self.server.batcher.width
-        if asked.get("model", model) != model:
-            raise RequestError(404, f"model {asked['model']!r} is not served here; {model!r} is")
-        texts = [asked["input"]] if isinstance(asked["input"], str) else asked["input"]
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise RequestError(
-                400, "input must be a text or a list of texts, none of them empty; token ids are not supported"
-            )
-        if len(texts) > MAX_TEXTS:
-            raise RequestError(413, f"{len(texts)} texts; at most {MAX_TEXTS} are allowed in one request")
-        if any(0xD800 <= ord(c) <= 0xDFFF for text in texts if not text.isascii() for c in text):
-            raise RequestError(400, "input contains an unpaired surrogate, so it is not valid Unicode")
-        given = {
-            "input_type": (None, *SIDES),
-            "encoding_format": (None, "float", "base64"),
-            "dimensions": (None, width),
-        }
-        for name, allowed in given.items():
-            if asked.get(name) not in allowed:
-                words = ", ".join(map(json.dumps, allowed[1:]))
-                raise RequestError(400, f"{name} = {json.dumps(asked[name])}; allowed: {words}")
-        return texts, asked.get("input_type"), asked.get("encoding_format") or "float"
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """An error as OpenAI's clients expect it. The connection is closed: the body may not have been read."""
-        self.close_connection = True
-        kind = "server_error" if code >= 500 else "invalid_request_error"
-        reason = message or self.responses.get(code, ("error",))[0]
-        self._answer(code, {"error": {"message": reason, "type": kind, "param": None, "code": code}})
-
-    def _answer(self, code: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Only errors of the server are logged, not requests."""
+    def _foreign(self, headers: dict[bytes, bytes]) -> str | None:
+        """The host that a request or the page it comes from names, if it is not one of ours: a page that lets its name
+        resolve to this machine could otherwise use a browser's access to it."""
+        if "*" in self.hosts:
+            return None
+        names = [f"//{headers.get(b'host', b'').decode('latin-1')}"]
+        if b"origin" in headers:
+            names.append(headers[b"origin"].decode("latin-1"))
+        for name in names:
+            try:
+                host = urlsplit(name).hostname or name.removeprefix("//")
+            except ValueError:
+                host = name.removeprefix("//")
+            if host.lower() not in self.hosts:
+                return host
+        return None
 
 
-class Server(ThreadingHTTPServer):
-    """Bound to its address; `serving` adds the model."""
+def heads(scope: Any) -> dict[bytes, bytes]:
+    """A request's headers. Raises RequestError if one that decides something comes twice."""
+    found: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        if name in found and name in (b"authorization", b"host", b"origin", b"content-length", b"transfer-encoding"):
+            raise RequestError(400, f"the header {name.decode('latin-1')} comes twice")
+        found[name] = value
+    return found
 
-    model: str
-    batcher: Batcher
-    request_queue_size = WAITING  # of connections; with the default of 5 some time out under load
 
-    def about(self) -> dict[str, Any]:
-        """The model, the width of its vectors and its maximum number of tokens."""
-        length = self.batcher.fast.max_seq_length
-        return {"status": "ok", "model": self.model, "dimensions": self.batcher.width, "max_length": length}
+async def chunks(receive: Receive, keep: bool) -> AsyncIterator[bytes]:
+    """The pieces of a body. Of a refused one, whose client sends it before it reads the answer, only so much is read
+    as comes in `REFUSED_SECONDS`. Raises RequestError if it is too large or too slow, GoneError if it ends early."""
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS if keep else REFUSED_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise GoneError
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if keep and size > MAX_BYTES:
+                    raise RequestError(413, TOO_LARGE)
+                yield chunk
+                if not message.get("more_body"):
+                    return
+    except TimeoutError:
+        if keep:
+            raise RequestError(408, f"the body was not complete after {BODY_SECONDS} seconds") from None
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Do not report clients that close the connection."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body which has been read, and then what follows it."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+class Connection(H11Protocol):
+    """One connection of uvicorn's, with limits that it lacks: for the time of a request's head and for an answer that
+    nobody reads. A client may close its side after a whole request and still gets its answer."""
+
+    _head: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > 2 * CONNECTIONS:
+            transport.abort()
+            return
+        self._head = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop("_head")
+        self._stop("_stalled")
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._stop("_head")
+        elif self._head is None and self.conn.trailing_data[0]:  # the first bytes of the next head
+            self._head = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            return None
+        cycle.keep_alive = False
+        return True
+
+    def send_400_response(self, msg: str) -> None:
+        """An answer to what is not HTTP. Inside a request, whose answer may have begun, the connection is cut."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = bytes(RequestError(400, "not a valid HTTP/1.1 request").response().body)
+        fields = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=400, headers=fields, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop("_stalled")
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop("_stalled")
+        super().resume_writing()
+
+    def _stop(self, name: str) -> None:
+        if (timer := getattr(self, name)) is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+
+def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> FastAPI:
+    """The routes. names: of the model; the first is its own, the others are accepted too."""
+    app = FastAPI(title="poolwise", version=__version__, docs_url=None, redoc_url=None)
+    created = int(time.time())
+    models = [{"id": name, "object": "model", "created": created, "owned_by": "poolwise"} for name in names]
+    refused = {code: {"description": HTTPStatus(code).phrase} for code in (400, 401, 403, 408, 413, 422, 429, 500, 503)}
+    body = {"required": True, "content": {"application/json": {"schema": schema(batcher, names)}}}
+    others = {code: refused[code] for code in (400, 401, 403, 408, 413, 503)}
+
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        routes = f"POST {ROUTE}, GET {MODELS}, GET {MODELS}/NAME, GET {HEALTH}, GET {METRICS}, GET /openapi.json"
+        reason = f"no such route for {request.method}; there are {routes}"
+        answer = RequestError(error.status_code, reason).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.post(ROUTE, responses={**refused, 404: {"description": "Another model"}}, openapi_extra={"requestBody": body})
+    async def embeddings(request: Request) -> Response:
+        """Embeddings of texts, or of the model's own token ids."""
+        asked = checked(await request.body(), names, batcher)
+        vectors, tokens = await answered(batcher, asked, request.receive())
+        metrics.texts.inc(len(vectors))
+        metrics.tokens.inc(tokens)
+        return Response(asked.answer(vectors, tokens, names[0]), media_type="application/json")
+
+    @app.get(MODELS, responses=others)
+    async def list_models() -> Any:
+        """The names of the model."""
+        return {"object": "list", "data": models}
+
+    @app.get(MODELS + "/{name:path}", responses={**others, 404: {"description": "Another model"}})
+    async def model(name: str) -> Any:
+        """The model of this name."""
+        for each in models:
+            if each["id"] == name:
+                return each
+        raise RequestError(404, f"model {name[:60]!r} is not served here; {names[0]!r} is", "model")
+
+    @app.get(HEALTH, responses=others)
+    async def health() -> Any:
+        """The model, the widths of its vectors and its maximum number of tokens."""
+        facts = {"dimensions": batcher.width, "trained_dimensions": batcher.widths, "max_length": batcher.limit}
+        return {"status": "ok", "model": names[0], **facts}
+
+    @app.get(METRICS, responses=others, response_class=PlainTextResponse)
+    async def show_metrics() -> Response:
+        """Counts and times in Prometheus' format."""
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server of one model. `run` serves until `should_exit` is set or a signal comes."""
+
+    def __init__(
+        self, batcher: Batcher, names: Sequence[str], bound: socket.socket, token: str | None, hosts: Any
+    ) -> None:
+        self.batcher, self.bound, self.port = batcher, bound, int(bound.getsockname()[1])
+        self.metrics = Metrics(batcher, lambda: len(self.server_state.connections))
+        self.gate = Gate(create_app(batcher, names, self.metrics), self.metrics, token, hosts)
+        self.gate.connections = lambda: len(self.server_state.connections)
+        settings: dict[str, Any] = {"ws": "none", "lifespan": "off", "loop": "asyncio", "access_log": False}
+        quiet: dict[str, Any] = {"log_config": None, "server_header": False, "proxy_headers": False}
+        times = {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": LAST_SECONDS}
+        super().__init__(uvicorn.Config(self.gate, http=Connection, **settings, **quiet, **times))
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `Gate` logs, without any text
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until `should_exit`."""
+        super().run([self.bound])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new connections and requests, answer those in flight, close the rest: within ten seconds."""
+        self.gate.draining = True
+        end = time.monotonic() + DRAIN_SECONDS
+        await self._accept_last()
+        await asyncio.sleep(QUIET_SECONDS)
+        while self.gate.active and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.batcher.close, 0.0 if self.force_exit else max(0.0, end - time.monotonic()))
+        await asyncio.sleep(0.05)  # for the answers to those that were cut short
+        await super().shutdown(sockets)
+
+    async def _accept_last(self) -> None:
+        """Accept the connections that wait, which closing the listening socket would reset, and close it."""
+        loop, waiting = asyncio.get_running_loop(), []
+        with contextlib.suppress(OSError):
+            while True:
+                waiting.append(self.bound.accept()[0])
+        for server in self.servers:
+            server.close()
+        settings: Any = {"config": self.config, "server_state": self.server_state, "app_state": {}}
+        for each in waiting:
+            each.setblocking(False)
+            await loop.connect_accepted_socket(lambda: Connection(**settings, _loop=loop), each)
 
 
 @contextlib.contextmanager
-def serving(model: str | Path, host: str = "127.0.0.1", port: int = 8080, dtype: str | None = None) -> Iterator[Server]:
-    """A server with `model` (see `open_encoder`) loaded and warmed up, for `serve_forever`. Port 0: any free port.
+def serving(
+    model: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    dtype: str | None = None,
+    *,
+    names: Sequence[str] = (),
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+) -> Iterator[Server]:
+    """A server with `model` (see `open_encoder`) loaded and warmed up, to `run`. Port 0: any free port.
+
+    names: what clients call the model, `model` itself if none is given. token: a key that clients must send; requests
+    must then name this host, the loopback's names or one of `hosts`.
 
     Raises PoolwiseError if the address cannot be used, before the model is loaded, and what `open_model` raises.
     """
+    if token is not None and (not token.isascii() or not token.strip() or any(c.isspace() for c in token)):
+        raise PoolwiseError(
+            f"{TOKEN}: a key of ASCII characters without spaces is needed; make one: openssl rand -hex 32"
+        )
     try:
-        server = Server((host, port), Handler)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        bound = socket.socket(family, kind, protocol)  # asyncio sends small answers at once only if it is named
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise PoolwiseError(
             f"--host {host} --port {port}: {error.strerror or error}; give an address of this machine and a free port"
         ) from None
-    with server:
-        server.model, server.batcher = str(model), Batcher(open_model(model, dtype))
+    with bound:  # it listens only when the model is loaded
+        batcher = Batcher(open_model(model, dtype))
         try:
-            yield server
+            yield Server(batcher, [*names] or [str(model)], bound, token, (*LOOPBACK, host, *hosts))
         finally:
-            server.batcher.close()
+            batcher.close()
 
 
-def serve(model: str | Path, host: str, port: int, say: Callable[[str], None], dtype: str | None = None) -> None:
-    """Serve until Ctrl-C. `say` receives the model, its address and the encoder's notes."""
-    with serving(model, host, port, dtype) as server:
-        say(f"{model} ({server.batcher.width} numbers a text): http://{host}:{server.server_port}{ROUTE}; Ctrl-C stops")
-        for note in server.batcher.fast.notes:
-            say(f"note: {note}")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("stopped")
-            raise SystemExit(130) from None
+def serve(
+    model: str | Path,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    dtype: str | None = None,
+    names: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, with the key in the environment variable `POOLWISE_TOKEN` if there is one.
+
+    `say` receives the model, its address and the encoder's notes. Exits with 130 after Ctrl-C, with 143 after SIGTERM.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    token = os.environ.get(TOKEN)
+    try:
+        with serving(model, host, port, dtype, names=names, token=token, hosts=hosts) as server:
+            place = f"http://{host}:{server.port}{ROUTE}"
+            say(f"{model} ({server.batcher.width} numbers a text): {place}; Ctrl-C stops")
+            if token is None and host not in LOOPBACK:
+                say(f"note: anyone who reaches {host} can use it; set {TOKEN} to a key that clients must send")
+            for note in server.batcher.fast.notes:
+                say(f"note: {note}")
+            server.run()
+    except KeyboardInterrupt:
+        say("stopped")
+        raise SystemExit(130) from None

@@ -44,15 +44,12 @@ from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
 from poolwise.model.encoder import STANDARD, PoolingHead, build
-from poolwise.pooling.paper import head_file
+from poolwise.pooling.paper import ADAPTER, refuse_bare_adapter
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
 from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
 from poolwise.study.records import CHECKSUMS, FORMAT, RUN_FILE, check_modules, read_run, verify_export, verify_files
-
-ADAPTER = "adapter_config.json"
-"""What PEFT writes beside an adapter's weights."""
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
@@ -173,23 +170,9 @@ def load_any(model: str | Path) -> SentenceTransformer:
     folder = Path(model)
     steps = {read_run(path.parent)["step"]: path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
-    refuse_bare_adapter(folder)
+    refuse_bare_adapter(folder, RUN_FILE)
     exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
     return load(folder) if exported or (folder / RUN_FILE).exists() else load_named(str(model))
-
-
-def refuse_bare_adapter(folder: Path) -> None:
-    """Raise CheckpointError for an adapter's folder that does not say how its states are pooled.
-
-    sentence-transformers would pool by the mean, so that a score would be another model's.
-    """
-    if not (folder / ADAPTER).is_file() or any((folder / name).exists() for name in ("modules.json", RUN_FILE)):
-        return
-    what = "a release of the paper's authors" if head_file(folder) else "an adapter without modules.json"
-    raise CheckpointError(
-        f"{folder} is {what}, which does not say how it pools. If it is a design of the paper, name it and its base: "
-        f"`poolwise evaluate {folder} --release m5 --base NAME`, or poolwise.load_release(folder, base, 'm5')"
-    )
 
 
 def load_named(name: str) -> SentenceTransformer:
@@ -207,7 +190,7 @@ def load_named(name: str) -> SentenceTransformer:
             f"model's folder, or its name on a Hub that this machine can reach){suggest(name, LEXICAL)}"
         ) from error
     if not Path(name).is_dir() and isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
-        refuse_bare_adapter(Path(cached).parent)  # a snapshot of the Hub
+        refuse_bare_adapter(Path(cached).parent, RUN_FILE)  # a snapshot of the Hub
     return encoder
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from poolwise.errors import CheckpointError, suggest
 from poolwise.files import read_any_json
 from poolwise.model.backbone import Backbone
-from poolwise.model.checkpoint import ADAPTER, load_adapter
+from poolwise.model.checkpoint import load_adapter
 from poolwise.model.encoder import PoolingHead, build
 from poolwise.pooling.heads import CrossAttentionHead
-from poolwise.pooling.paper import HEAD, head_file, load_paper_head, read_weights
+from poolwise.pooling.paper import ADAPTER, HEAD, head_file, load_paper_head, read_weights
 from poolwise.study.catalogue import PRESETS
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe

@@ -25,13 +25,29 @@ class PaperHead(nn.Module):
         return F.normalize(self.pooling(vectors, mask), dim=-1)
 
 
-HEAD = "attn_pool.pt"
+ADAPTER, HEAD = "adapter_config.json", "attn_pool.pt"
+"""Files of a release: PEFT's, beside an adapter's weights, and the weights of a head."""
 
 
 def head_file(folder: Path) -> Path | None:
     """A release's head: in its folder or, as the published trainers name it, beside it with its name in front."""
     places = (folder / HEAD, folder.with_name(folder.name + HEAD))
     return next((path for path in places if path.is_file()), None)
+
+
+def refuse_bare_adapter(folder: Path, run_file: str) -> None:
+    """Raise `CheckpointError` for an adapter's folder that does not say how its states are pooled.
+
+    sentence-transformers would pool by the mean, so that a score would be another model's. `run_file`: what poolwise
+    writes into a folder that says it.
+    """
+    if not (folder / ADAPTER).is_file() or any((folder / name).exists() for name in ("modules.json", run_file)):
+        return
+    what = "a release of the paper's authors" if head_file(folder) else "an adapter without modules.json"
+    raise CheckpointError(
+        f"{folder} is {what}, which does not say how it pools. If it is a design of the paper, name it and its base: "
+        f"`poolwise evaluate {folder} --release m5 --base NAME`, or poolwise.load_release(folder, base, 'm5')"
+    )
 
 
 _RELEASED = {  # released name -> our name; to_kv holds keys first, then values

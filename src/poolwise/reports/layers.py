@@ -115,6 +115,8 @@ def _table(name: str, runs: Sequence[Run]) -> Table:
         rows.append(("the design", *design, *("" for _ in inside)))
     token = "mean of its tokens" if runs[0]["reduce"] == "mean" else "last token"
     spread = "± is the sd of the runs" if len(runs) > 1 else "a single run, so its chance effect is in every number"
+    if "correlation" in runs[0]:
+        spread = "an untuned base, which has no chance effect"
     note = (
         f"Scores ×100 of each layer's {token} as the embedding, mean over tasks; {count(len(runs), 'run')}; {spread}. "
         "Layer 1 is the lowest."
@@ -143,7 +145,33 @@ def panels(view: Mapping[str, Any]) -> list[plots.Panel]:
             lines = [[100 * mean(run["scores"], kind, layer) for layer in layers] for run in runs]
             design = [100 * mean(run["own"], kind) for run in runs if run["own"]]
             made.append(_panel(f"{name} · {group_words(kind)}", layers, lines, design, runs[0]["attention"]))
+        if correlation := runs[0].get("correlation"):
+            made.append(_correlation_panel(f"{name} · correlation between layers", correlation))
     return made
+
+
+def _correlation_panel(title: str, correlation: Sequence[Sequence[float]]) -> plots.Panel:
+    """A cell for each two layers: the stronger its colour, the more alike they rank pairs of texts."""
+    layers = len(correlation)
+    neighbours = [correlation[i][i + 1] for i in range(layers - 1)]
+    alt = f"{title}: layer 1 and {layers} correlate {number(correlation[0][-1])}; neighbouring layers from "
+    alt += f"{number(min(neighbours, default=1.0))} to {number(max(neighbours, default=1.0))}."
+
+    def draw(axes: Axes) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes.set_xlim(0.5, layers + 0.5)
+        axes.set_ylim(0.5, layers + 0.5)
+        axes.set_xticks(_ticks(list(range(1, layers + 1))))
+        axes.set_yticks(_ticks(list(range(1, layers + 1))))
+        axes.set_xlabel("layer; palest 0 or below, strongest 1", color=plots.MUTED, fontsize=11, labelpad=4)
+        for y, row in enumerate(correlation, 1):
+            for x, value in enumerate(row, 1):
+                for colour, alpha in ((plots.BAND, 1.0), (plots.BETTER, min(1.0, max(0.0, value)))):
+                    corner = (x - 0.48, y - 0.48)
+                    axes.add_patch(Rectangle(corner, 0.96, 0.96, linewidth=0, color=colour, alpha=alpha))
+
+    return plots.sketch(title, alt, plots.WIDTH, 40, plots.RIGHT, draw)
 
 
 def _panel(

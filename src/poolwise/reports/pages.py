@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,21 @@ from poolwise.reports.words import (
     answer,
     count,
     group_words,
+    interval,
     listing,
     magnitude,
     number,
+    outcome,
     points,
     recommended,
     sentences,
     strongest,
     summary,
 )
+from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
+from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.costs import encode_flops
 from poolwise.verdicts.findings import Findings
 
 if TYPE_CHECKING:
@@ -46,16 +52,98 @@ def render(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings, out
     """Write `report.md`, `report.html` and `report.tex` into `out_dir`, each atomically; returns their paths.
 
     Args:
-        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers; an
-            empty dict is enough.
+        info: any of name, base_model, recipe (nested dict), fingerprint, versions, command, predictions, layers, losses
+            (design -> seed -> loss by step); an empty dict is enough.
         frame: the long table that was compared, with its earlier steps.
     """
     facts = _facts(info, frame, findings)
-    pages = {"report.md": "report.md.j2", "report.html": "report.html.j2", "report.tex": "report.tex.j2"}
-    return [
-        write_atomic(Path(out_dir) / name, _templates().get_template(page).render(facts))
-        for name, page in pages.items()
-    ]
+    pages = {name: page(f"{name}.j2", facts) for name in ("report.md", "report.html", "report.tex")}
+    pages["report.html"] = _with_contents(pages["report.html"])
+    return [write_atomic(Path(out_dir) / name, text) for name, text in pages.items()]
+
+
+def _with_contents(html: str) -> str:
+    """The page with links to its sections in its empty <nav>; they are known only once it is made."""
+    found = re.findall(r'<h2 id="([^"]*)">(.*?)</h2>', html)
+    links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in found)
+    return html.replace('<nav aria-label="Contents"></nav>', f'<nav aria-label="Contents">{links}</nav>', 1)
+
+
+def at_a_glance(findings: Findings) -> tables.Table:
+    """A row for each group: the winner, the contrast that decides it, what that design costs, and what would settle an
+    open question."""
+    costs = encode_flops(findings.costs)
+    own = costs.get(findings.baseline)
+
+    def cells(group: str) -> tables.Cells:
+        row = strongest(findings, group)
+        shown, word = row.verdict or row, outcome(findings, row)
+        price = f"× {number(costs[row.design] / own)}" if own and row.design in costs else "–"
+        winner = row.design if word == "better" else "equal" if word == "equivalent" else "no winner"
+        span = interval(shown.ci_low, shown.ci_high)
+        return (
+            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _to_settle(findings, row),
+        )  # fmt: skip
+
+    base = findings.baseline
+    columns = (
+        "Tasks",
+        "Winner",
+        f"Largest gap to {base}",
+        f"{findings.percent} % interval",
+        "Encoding",
+        "To settle it",
+    )
+    note = (
+        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}. Encoding: FLOPs "
+        f"over {base}’s. To settle it: what would detect a difference of {points(findings.margin, 1)} points."
+    )
+    if any(row.verdict is None for row in findings.rows):
+        note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
+    return tables.Table("At a glance", columns, (("", tuple(cells(group) for group in findings.groups)),), note, 2)
+
+
+def _to_settle(findings: Findings, row: Row) -> str:
+    """What a contrast without a verdict needs: finished runs, sources, seeds, or more tasks or items."""
+    verdict, word = row.verdict, outcome(findings, row)
+    if findings.interim:
+        return "the missing runs"
+    if word in ("better", "worse", "equivalent") and verdict:
+        return "shown" if word == "better" else f"shown: {row.design} is {word}"
+    if min(findings.seeds[row.design], findings.seeds[row.baseline]) < 2:
+        return "two seeds or more"
+    arm = findings.arm(row.group, row.baseline)
+    if arm.by_source.shape[1] < FEW_SOURCES:
+        return f"tasks from {FEW_SOURCES} sources"
+    if verdict is None or verdict.settle_low is None:
+        return "more items" if arm.unit != "task" else "more tasks"
+    fewest, most = verdict.settle_low, verdict.settle_high
+    return (
+        count(fewest, "seed") if fewest == most else f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
+    )
+
+
+def with_references(means: tables.Table, findings: Findings) -> tables.Table:
+    """The table of means with what needs no training: TF-IDF, BM25 and the untuned designs, where they have scores on
+    all tasks of a group."""
+    names = [name for name, role in findings.roles if role in ("reference", "untuned")]
+    cells = {name: tuple(_reference_mean(findings, group, name) for group in findings.groups) for name in names}
+    cells = {name: found for name, found in cells.items() if set(found) != {"–"}}
+    (_, rows), *_ = means.sections
+    if means.columns[0] == "Design":
+        columns, rows = means.columns, (*rows, *((name, *found) for name, found in cells.items()))
+    else:
+        columns = (*means.columns, *cells)
+        rows = tuple((*row, *(found[place] for found in cells.values())) for place, row in enumerate(rows))
+    return replace(means, columns=columns, sections=(("", rows),))
+
+
+def _reference_mean(findings: Findings, group: str, name: str) -> str:
+    try:
+        arm = findings.arm(group, name)
+    except KeyError:
+        return "–"
+    return points(arm.mean) if len(arm.tasks) == len(findings.arm(group, findings.baseline).tasks) else "–"
 
 
 def layers_page(view: Mapping[str, Any]) -> str:
@@ -63,15 +151,18 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
     view: the dictionary of `poolwise layers --json`.
     """
-    page = _templates().get_template("layers.html.j2")
-    return page.render(title=view["study"], pictures=layer_report.panels(view), tables=layer_report.tables(view))
+    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    return page("layers.html.j2", facts)
+
+
+def page(template: str, facts: Mapping[str, Any]) -> str:
+    """A page of the given template (its name in `templates/`)."""
+    return _templates().get_template(template).render(facts)
 
 
 def opening(info: Mapping[str, Any], findings: Findings) -> str:
     """The first line of every report: base model and its size, designs, seeds, tasks."""
-    base = info.get("base_model")
-    if base and str(base).startswith((".", "/", "~")):  # a local folder: its path means nothing to a reader
-        base = Path(base).name
+    base = _base(info)
     named = f"Base model {base}" if base else "Base model not stated"
     size = findings.costs[0].get("base_parameters") if findings.costs and not findings.by_base else None
     if size:
@@ -92,6 +183,13 @@ def designs(findings: Findings) -> str:
         parts.append(f"{design.name}: {design.attention}, {design.pooling}{f' ({args})' if args else ''}")
     named = all(design.name == f"{design.pooling}-{design.attention}" for design in findings.treatments)
     return "" if named or len(parts) > FEW_DESIGNS else "; ".join(parts) + "."
+
+
+def _base(info: Mapping[str, Any]) -> str | None:
+    """The name of the base model, or of several; of a local folder only the last part, as its path means nothing to a
+    reader."""
+    names = str(info.get("base_model") or "").split(", ")
+    return ", ".join(Path(name).name if name.startswith((".", "/", "~")) else name for name in names) or None
 
 
 def _task_words(comparison: Comparison) -> str:
@@ -189,6 +287,8 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
     if info.get("fingerprint"):
         versions.append(("study fingerprint", str(info["fingerprint"])))
     mechanisms = (predictions or {}).get("mechanisms", {})
+    forest = plots.forest(findings)
+    bounded = {row.group for row in findings.rows if (row.verdict or row).ci_low is not None}
     return {
         "title": info.get("name") or "Scores",
         "opening": opening(info, findings),
@@ -201,15 +301,20 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
         "many": tables.MANY_GROUPS,
         "plants": {group: planted.get("plants", "") for group, planted in mechanisms.items()},
         "claim": CLAIM,
-        "sentences": sentences(findings, info.get("base_model")),
+        "sentences": sentences(findings, _base(info)),
         "overall_sentences": [secondary.overall_sentence(findings, contrast) for contrast in findings.overall],
         "overall": secondary.overall(findings),
         "given": secondary.given(findings),
         "own": tables.own_tasks(findings),
+        "glance": at_a_glance(findings),
+        "paper_terms": secondary.paper_terms(findings),
+        "curves": plots.loss_curves(info.get("losses") or {}),
         "means": tables.means(findings),
+        "references": with_references(tables.means(findings), findings),
         "verdicts": tables.verdicts(findings),
         "checkpoints": tables.checkpoints(findings),
-        "forest": plots.forest(findings),
+        "forest": [panel for panel in forest if panel.group in bounded or not bounded],
+        "unbounded": [panel for panel in forest if bounded and panel.group not in bounded],
         "dots": plots.task_dots(findings),
         "strip": plots.run_strip(findings),
         "task_scores": tables.task_scores(findings),
@@ -284,5 +389,10 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex)
+
+    def slug(text: str) -> str:
+        """A heading as the name of its anchor."""
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+    environment.filters.update(dress=dress, glue=glue, md=markdown, tex=latex, slug=slug)
     return environment

@@ -10,7 +10,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,40 @@ def _bar(axes: Axes, place: int, low: float, high: float, colour: str, limits: t
     for beyond, edge, arrow in ((low < limits[0], limits[0], "<"), (high > limits[1], limits[1], ">")):
         if beyond:
             axes.plot([edge], [place], arrow, color=colour, markersize=5, clip_on=False, zorder=2)
+
+
+POINTS = 50  # of a training curve, each a mean over as many steps as it takes
+
+
+def loss_curves(losses: Mapping[str, Mapping[Any, Sequence[float]]]) -> list[Panel]:
+    """The loss in training, a panel for each design and a line for each run. losses: design -> run -> loss by step."""
+    binned = {design: [_binned(values) for values in runs.values() if values] for design, runs in losses.items()}
+    ends = [loss for lines in binned.values() for line in lines for _, loss in line]
+    if not ends:
+        return []
+    limits, last = padded(ends), max(line[-1][0] for lines in binned.values() for line in lines)
+    panels = []
+    for design, lines in binned.items():
+
+        def draw(axes: Axes, lines: Sequence[Sequence[tuple[float, float]]] = lines) -> None:
+            axes.set_xlim(0, last)
+            axes.set_ylim(*limits)
+            axes.grid(color=RULE, linewidth=0.7)
+            for line in lines:
+                axes.plot(*zip(*line, strict=True), color=BETTER, linewidth=1.2, alpha=0.7)
+            axes.tick_params(axis="y", labelcolor=MUTED, labelsize=11)
+            axes.set_xlabel("step", color=MUTED, fontsize=11, labelpad=4)
+
+        final = ", ".join(number(line[-1][1], 2) for line in lines)
+        panels.append(sketch(design, f"Training loss of {design} over steps, ending at {final}.", 170, 46, RIGHT, draw))
+    return panels
+
+
+def _binned(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(step, mean loss) of about `POINTS` equal parts of the training."""
+    size = max(1, len(values) // POINTS)
+    parts = [values[start : start + size] for start in range(0, len(values), size)]
+    return [(size * place + len(part), sum(part) / len(part)) for place, part in enumerate(parts)]
 
 
 def _dots(axes: Axes, place: int, values: Any) -> None:

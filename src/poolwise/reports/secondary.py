@@ -66,6 +66,35 @@ def overall(comparison: Comparison) -> Table | None:
     return Table("Overall", columns, ((head, rows),), note)
 
 
+PAPER_ALPHA = 0.05
+"""Level of the stars of arXiv 2409.02727."""
+
+
+def paper_terms(comparison: Comparison) -> Table | None:
+    """The table as arXiv 2409.02727 prints it, from the same scores: means of the baseline by group, differences of the
+    means, a star where the Wilcoxon test over tasks has p < .05, two-sided and uncorrected. None without such a test.
+    """
+    groups = [group for group in comparison.groups if not comparison.of_items(group)]
+    tested = [row for row in comparison.rows if row.p_value is not None and row.group in groups]
+    if not tested:
+        return None
+
+    def cell(group: str, design: str) -> str:
+        row, base = comparison.row(group, design), comparison.arm(group, comparison.baseline).mean
+        star = "*" if row.p_value is not None and row.p_value < PAPER_ALPHA else ""
+        return number(comparison.arm(group, design).mean - base, 4, True) + star
+
+    first = [number(comparison.arm(group, comparison.baseline).mean, 4) for group in groups]
+    body = ((comparison.baseline, *first), *((d, *(cell(g, d) for g in groups)) for d in comparison.designs[1:]))
+    note = (
+        f"Mean scores of {comparison.baseline}, 0 to 1, and differences of the means from it, seeds averaged. "
+        "* p < .05 in the exact two-sided Wilcoxon signed-rank test over tasks, not corrected: in "
+        f"{count(len(tested), 'test')}, {number(PAPER_ALPHA * len(tested), 1)} stars are expected where nothing "
+        "differs. They are about these checkpoints."
+    )
+    return Table("In the paper's terms", ("Design", *groups), (("", body),), note)
+
+
 def given(comparison: Comparison) -> Table | None:
     """Single runs under a run effect from another study; None without one."""
     known = [(row, row.given) for row in comparison.rows if row.given]

@@ -169,6 +169,14 @@ def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str
     warnings = []
     if len(study.seeds) == 1:
         warnings.append("One seed: differences between designs cannot be separated from chance; give at least two.")
+    unmasked = [design.name for design in study.designs if design.spec.reads_padding(design.factors())]
+    if unmasked and not study.recipe.evaluation_padding:
+        warnings.append(
+            f"{', '.join(unmasked)}: padding is masked; recipe.evaluation_padding = 'published' scores it as the paper "
+            "did."
+        )
+    if study.recipe.evaluation_padding and not unmasked:
+        warnings.append("recipe.evaluation_padding has no effect: no design has masked = false.")
     if not study.tasks:
         warnings.append("No tasks: the designs are trained but not scored.")
     if study.controls and any(seed >= AA_SEEDS for seed in study.seeds):

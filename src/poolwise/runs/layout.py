@@ -1,10 +1,11 @@
 """The folder of a study's runs: which file lies where. No other file of the package spells these paths.
 
-    FOLDER/                         `output` of the study file, or runs/NAME
+    FOLDER/                         `output` of the study file, or runs/NAME beside it
         study.json                  the study as it was started
         trials.json                 its trials: name, label, role, seed, base, hash of the spec, their score files
         results.parquet             the long table of all scores, rewritten after each run
         looks.json, costs.json      the seeds that were declared and the looks taken; parameters and FLOPs per design
+        versions.json               the versions of the libraries that took part, by package
         frozen/KEY/                 hidden states of an untuned base, shared by its trials
         prepared-SHARD/             what preparation hands to the workers; removed when the run ends
         search/SETTING/             the runs of a study's `[tuning]`, one study folder per setting
@@ -49,6 +50,7 @@ TRIALS = "trials.json"
 RESULTS = "results.parquet"
 LOOKS = "looks.json"
 COSTS = "costs.json"
+VERSIONS = "versions.json"
 # Files of a trial's folder.
 SPEC = "spec.json"
 DTYPE = "dtype.json"
@@ -170,12 +172,15 @@ def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
     write_table(path, pa.table({name: [row.get(name) for row in rows] for name in columns}))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table as sealed Parquet: the seal is an entry of its metadata, and covers pages and footer."""
+def write_table(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a table as sealed Parquet: the seal is an entry of its metadata, and covers pages and footer.
+
+    options: of pyarrow's ParquetWriter.
+    """
     import pyarrow.parquet as pq
 
     with atomic_path(path) as temporary:
-        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd", **options) as writer:
             writer.write_table(table)
             writer.add_key_value_metadata({"checksum": BLANK})
         seal(temporary)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
 """Fields that may grow after the first run; any other change would alter the comparison."""
+PACKAGES = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
+"""The packages whose versions are recorded: scores may depend on them."""
 NAMING = ("name", "output", "grid")
 """Fields without bearing on results: `grid` is spelled out as designs."""
 
@@ -86,6 +88,7 @@ class _Run:
             if kind == "trials":  # preparation succeeded: only now does the study bind later runs
                 write_json(folder / layout.STUDY, study.model_dump(mode="json"))
                 write_json(folder / layout.TRIALS, {"trials": content})
+                _record_versions(folder)
                 begin()
             if kind == "failed":
                 failed[content[0]] = content[1]
@@ -227,6 +230,32 @@ def _state(folder: Path) -> dict[str, Any]:
     return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", **found}
 
 
+def versions(study: Study) -> dict[str, str]:
+    """Package -> version of the libraries that the study ran with (several if it was continued with others), as its
+    folder records them; without a record, those of this process."""
+    recorded = records.find(study.folder / layout.VERSIONS, records.Versions)
+    return {name: ", ".join(found) for name, found in (recorded.packages if recorded else _add_versions({})).items()}
+
+
+def _record_versions(folder: Path) -> None:
+    """Add the versions of this process to those with which the study has run before."""
+    before = records.find(folder / layout.VERSIONS, records.Versions)
+    write_json(folder / layout.VERSIONS, {"packages": _add_versions(before.packages if before else {})})
+
+
+def _add_versions(before: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: list(dict.fromkeys([*before.get(name, []), _version(name)])) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:  # the package runs from a folder on PYTHONPATH
+        return "not installed"
+
+
 def shared_work(study: Study) -> str | None:
     """How much work trials shared, in a sentence; None where nothing was counted."""
     files = (records.find(path, records.Work) for path in layout.in_trials(study.folder, layout.WORK))
@@ -259,6 +288,18 @@ def results(study: Study) -> Any:
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
     return validate(pl.DataFrame(pl.from_arrow(layout.read_table(path, "`poolwise run` writes it again"))), str(path))
+
+
+def losses(study: Study) -> dict[str, dict[int, list[float]]]:
+    """Training losses by step: design (on its base, if there are several) -> seed -> losses."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in trials(study) if started(study) else ():
+        trained = records.find(layout.trial(study.folder, row["name"]) / layout.TRAINED, records.Trained)
+        if row["role"] == "design" and trained:
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            by_step = {int(step): loss for step, loss in trained.losses.items() if step.isdigit()}
+            found.setdefault(name, {})[row["seed"]] = [by_step[step] for step in sorted(by_step)]
+    return found
 
 
 def gather(folder: Path) -> None:

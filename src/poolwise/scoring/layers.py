@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Module
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from poolwise.encoding.fast import sentence_vectors
 from poolwise.encoding.shortcuts import VectorCache
 from poolwise.errors import ModelError
 from poolwise.model.backbone import Backbone
-from poolwise.model.encoder import PoolingHead, evaluation_prompts
+from poolwise.model.encoder import PoolingHead, build, evaluation_prompts
 from poolwise.model.hooks import LayerCollector
 from poolwise.pooling.heads import LayerCrossAttention
 from poolwise.scoring.evaluate import evaluate
 from poolwise.study.catalogue import POOLINGS, spec_of
+from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
 SAMPLED_TEXTS = 64
@@ -220,6 +222,52 @@ def inspect(
     kept = ("layer", "task", "task_type", "metric", "score")
     scores = [{name: row[name] for name in kept} for row in rows]
     return {"reduce": reduce, "attention": attention, "weights": weights, "scores": scores}
+
+
+READINGS = {"last token": ("causal", "last_token", "last"), "mean": ("causal", "mean", "mean")}
+"""Name -> attention, pooling and reduction by which an untuned base is looked at."""
+
+
+def untuned(base: str, tasks: Sequence[Task], batch_size: int = 32) -> dict[str, Any]:
+    """The layers of a base model before any training, in the form of `api.layers`: the last token and the mean of the
+    tokens of each layer as the embedding.
+
+    Each of the `runs` also has `correlation`, (L, L): how alike two layers rank the pairs of the tasks' first texts, by
+    Spearman's correlation of their cosines. Raises ModelError for a base that cannot be loaded.
+    """
+    runs = []
+    for name, (attention, pooling, reduce) in READINGS.items():
+        recipe = Recipe(base_model=base, lora=False)
+        encoder = build(recipe, Design(name=name, attention=attention, pooling=pooling), 0).eval()
+        content = inspect(encoder, tasks, f"{base}-{reduce}", recipe, batch_size)
+        correlation = layer_correlation(encoder, sample_texts(tasks), reduce, batch_size).tolist()
+        runs.append({"design": name, "seed": 0, "base": base, **content, "own": [], "correlation": correlation})
+    return {"study": f"{base}, untuned", "runs": runs}
+
+
+def layer_correlation(
+    encoder: SentenceTransformer, texts: Sequence[str], reduce: str, batch_size: int = 32
+) -> NDArray[np.float64]:
+    """(L, L): Spearman's correlation, over all pairs of `texts`, of their cosines in one layer with those in another.
+
+    Layers that give all pairs one cosine correlate with nothing: 0. Raises ModelError for fewer than three texts.
+    """
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < 3:
+        raise ModelError(f"layer_correlation: {len(texts)} different texts have too few pairs; give at least three")
+    pairs = np.triu_indices(len(texts), 1)
+    ranks = []
+    with tempfile.TemporaryDirectory(prefix="poolwise-layers-") as folder:
+        layers = EveryLayer(encoder, reduce, Path(folder))
+        try:
+            for layer in range(layers.count):
+                vectors = layers.vectors(layer, texts, None, "", batch_size).astype(np.float64)
+                rank = rankdata((vectors @ vectors.T)[pairs])
+                spread = np.linalg.norm(rank - rank.mean())
+                ranks.append((rank - rank.mean()) / (spread or 1.0))
+        finally:
+            layers.close()
+    return np.array(ranks) @ np.array(ranks).T
 
 
 def sample_texts(tasks: Sequence[Task]) -> list[str]:

@@ -17,6 +17,7 @@ from sklearn.random_projection import SparseRandomProjection
 
 from poolwise.data.batches import Plan
 from poolwise.data.pairs import Pairs
+from poolwise.encoding.encode import top
 from poolwise.encoding.fast import KEPT_BYTES, sentence_vectors
 from poolwise.encoding.shortcuts import VectorCache
 from poolwise.model.checkpoint import load_named
@@ -118,6 +119,18 @@ class Bm25:
         """(Q, N) score of every document for every query."""
         self.index(documents)
         return self.search(queries)
+
+
+def search_words(model: Any, texts: Sequence[str], depth: int, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `encoding.encode.search`, by an indexed lexical reference; documents without a word of the query get 0."""
+    depth = min(depth, len(rank))
+    places, scores = np.zeros((len(texts), depth), np.int64), np.zeros((len(texts), depth), np.float32)
+    for low in range(0, len(texts), 64):
+        rows = model.search(texts[low : low + 64])
+        for row in range(rows.shape[0]):
+            dense = np.asarray(rows[[row]].toarray().ravel(), np.float32)
+            places[low + row], scores[low + row] = top(np.arange(len(dense)), dense, depth, rank)
+    return places, scores
 
 
 def content_words(text: str) -> list[str]:

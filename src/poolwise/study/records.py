@@ -155,6 +155,12 @@ class Declared(Record):
     looks: list[Look]
 
 
+class Versions(Record):
+    """`versions.json`: package -> the versions with which the study ran."""
+
+    packages: dict[Shown, list[Shown]]
+
+
 class CostRow(Record):
     """The cost of one design on one base model; `runs.costs.base_costs` lists the other fields."""
 

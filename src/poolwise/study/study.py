@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -30,7 +31,11 @@ LARGEST_SEED = 2_000_000_000
 
 def _seeds(value: object) -> object:
     """`seeds = 3` means 0, 1, 2."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(
+                f"seeds = {short(value)}: give the number of seeds, 1 or more, or a list such as [0, 1, 2]"
+            )
         if value > MOST_SEEDS:
             raise ValueError(f"seeds = {short(value)}: at most {MOST_SEEDS:,} seeds")
         return tuple(range(value))
@@ -107,6 +112,7 @@ class Study(Strict):
     grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)] = Field(default_factory=dict)
 
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+    _where: str = PrivateAttr("study")
 
     @model_validator(mode="before")
     @classmethod
@@ -206,16 +212,17 @@ class Study(Strict):
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
         """The plain dictionaries of a study file, not validated yet. Raises StudyError."""
-        path = Path(path)
+        path, data = Path(path), b""
         try:
-            return parse_toml(read_bytes(path, MOST_TOML_BYTES))
+            data = read_bytes(path, MOST_TOML_BYTES)
+            return parse_toml(data)
         except FileNotFoundError:
             near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
             raise StudyError([f"no such file{near} Make one with `poolwise init demo`"], str(path)) from None
         except OSError as error:
             raise StudyError([f"cannot be read: {error}"], str(path)) from None
         except ValueError as error:
-            raise StudyError([f"is not valid TOML: {error}"], str(path)) from None
+            raise StudyError([f"is not valid TOML: {error}{_line_of(error, data)}"], str(path)) from None
 
     @classmethod
     def parse(cls, raw: dict[str, Any], base_dir: Path | None = None, where: str = "study", code: bool = True) -> Study:
@@ -238,7 +245,7 @@ class Study(Strict):
             if not any(line.startswith("baseline") for line in problems):  # pydantic stops before it compares fields
                 problems += _missing_baseline(raw.get("baseline", "m1"), _names(raw.get("designs")))
             raise StudyError(problems, where) from None
-        study._base_dir = base_dir or Path.cwd()
+        study._base_dir, study._where = base_dir or Path.cwd(), where
         return study
 
     def load_code(self) -> None:
@@ -255,8 +262,22 @@ class Study(Strict):
 
     @property
     def folder(self) -> Path:
-        """The run folder: `output`, or `runs/NAME` in the working directory."""
-        return (self._base_dir / self.output) if self.output else Path("runs") / self.name
+        """The run folder: `output`, or `runs/NAME` beside the study file. A run that an earlier version left in the
+        working directory is used where it is."""
+        if self.output:
+            return self._base_dir / self.output
+        return Path("runs", self.name).resolve() if self._at_old_place else self._base_dir / "runs" / self.name
+
+    @property
+    def _at_old_place(self) -> bool:
+        beside, old = self._base_dir / "runs" / self.name, Path("runs", self.name)
+        return not self.output and not beside.is_dir() and old.is_dir()
+
+    @property
+    def place(self) -> str:
+        """Where the results are, for the user: the absolute path, and why it is not the usual one."""
+        why = " (found in the working directory; new runs lie beside the study file)" if self._at_old_place else ""
+        return f"results in {self.folder.resolve()}{why}"
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -284,7 +305,8 @@ class Study(Strict):
         if self.extend_to is None:
             raise StudyError(
                 ["no extension is declared, and seeds added after a look make a verdict exploratory: write "
-                 "`extend_to = 5` into the file before the first run"]
+                 "`extend_to = 5` into the file before the first run"],
+                self._where,
             )  # fmt: skip
         return self.model_copy(update={"seeds": self.all_seeds})
 
@@ -302,7 +324,15 @@ class Study(Strict):
             if design.name == name:
                 return design
         names = [design.name for design in self.designs]
-        raise StudyError([f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"])
+        problem = f"design {name!r} is not in this study; it has {', '.join(names)}{suggest(name, names)}"
+        raise StudyError([problem], self._where)
+
+
+def _line_of(error: ValueError, data: bytes) -> str:
+    """The line that a TOML error is about, if its message gives the number."""
+    found = re.search(r"at line (\d+)", str(error))
+    lines = data.decode("utf-8", "replace").splitlines()
+    return f"\n      {lines[int(found[1]) - 1].strip()}" if found and int(found[1]) <= len(lines) else ""
 
 
 def _names_taken(names: Sequence[str], references: Sequence[str]) -> list[str]:

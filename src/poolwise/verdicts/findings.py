@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from poolwise.verdicts.factors import Factorial, factorial
 from poolwise.verdicts.robustness import Outcome, Robustness, Winner, outcomes, robustness
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from poolwise.study.design import Design
 
 LEXICAL_FLOOR = ("tfidf", "tfidf_chars")
@@ -138,6 +141,50 @@ class Findings(Comparison):
     def unsound(self) -> str:
         """Why the A/A arm makes all verdicts exploratory; empty if it does not."""
         return unsound(self.baseline, self.bands)
+
+    def __repr__(self) -> str:
+        words = [_word(row, self.alpha) for row in self.rows]
+        known = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+        state = "runs are missing, nothing tested" if self.interim else known
+        return f"<Findings: {', '.join(self.designs[1:])} against {self.baseline} on {', '.join(self.groups)}: {state}>"
+
+    def to_frame(self) -> pl.DataFrame:
+        """A row for each contrast of the family, scores and differences 0–1: group, design, baseline, score,
+        baseline_score, difference, ci_low, ci_high, p_value, p_holm, verdict, scope, unit, n.
+
+        At scope `designs` the numbers are those of the verdict, else those of the checkpoints; `n` counts `unit`s.
+        """
+        import polars as pl
+
+        rows = []
+        for row in self.rows:
+            shown, arm = row.verdict or row, self.arm(row.group, row.design)
+            tested = row.verdict is not None or row.p_holm is not None
+            rows.append(
+                {
+                    "group": row.group, "design": row.design, "baseline": row.baseline, "score": arm.mean,
+                    "baseline_score": self.arm(row.group, row.baseline).mean, "difference": shown.difference,
+                    "ci_low": shown.ci_low, "ci_high": shown.ci_high, "p_value": shown.p_value, "p_holm": shown.p_holm,
+                    "verdict": _word(row, self.alpha) if tested else "untested",
+                    "scope": "designs" if row.verdict else "checkpoints", "unit": arm.unit, "n": len(arm.tasks),
+                }
+            )  # fmt: skip
+        return pl.DataFrame(rows, infer_schema_length=None)
+
+    def _repr_html_(self) -> str:
+        """The contrasts as a table, for notebooks; scores and differences in points."""
+        heads = ("Group", "Design", "Score", self.baseline, "Difference", "Interval", "p Holm", "Verdict")
+        body = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
+        for row in self.to_frame().iter_rows(named=True):
+            low, high, p = row["ci_low"], row["ci_high"], row["p_holm"]
+            cells = (
+                row["group"], row["design"], f"{100 * row['score']:.2f}", f"{100 * row['baseline_score']:.2f}",
+                f"{100 * row['difference']:+.2f}", "–" if low is None else f"{100 * low:.2f} to {100 * high:.2f}",
+                "–" if p is None else f"{p:.3f}", row["verdict"],
+            )  # fmt: skip
+            body.append(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+        why = "".join(f"<p>{escape(text)}</p>" for text in (self.interim, self.exploratory, self.banner) if text)
+        return f"{why}<table>{''.join(body)}</table>"
 
     def to_json(self) -> dict[str, Any]:
         """The content of `poolwise compare --json`: the contrasts, the verdicts on designs, and every analysis."""

@@ -1,0 +1,109 @@
+"""What README, docs and `results/` state is what the committed scores give, and nothing in `results/` is a text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from poolwise import api
+from poolwise.runs.run import trials
+from poolwise.study.study import Study
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import figures  # noqa: E402
+import pictures  # noqa: E402
+
+STUDIES = sorted(ROOT.glob("results/*/study.toml"))
+NAMES = [path.parent.name for path in STUDIES]
+
+
+@pytest.mark.parametrize("study_file", STUDIES, ids=NAMES)
+def test_a_published_report_is_made_from_the_published_scores_byte_for_byte(study_file, tmp_path):
+    for path in api.report(study_file, out=tmp_path):
+        assert path.read_bytes() == (study_file.parent / path.name).read_bytes(), (
+            f"results/{study_file.parent.name}/{path.name} is not what its scores give; "
+            "run `python scripts/publish_results.py` and look at the difference"
+        )
+
+
+@pytest.mark.parametrize("study_file", STUDIES, ids=NAMES)
+def test_a_published_study_holds_ids_and_numbers_but_no_texts(study_file):
+    frame = pl.read_parquet(study_file.parent / "results.parquet")
+    known = {"cosine", "resampled, no per-item score"}
+    for name, kind in frame.schema.items():
+        if kind == pl.String:
+            values = set(frame[name].drop_nulls().unique()) - known
+            assert not [value for value in values if len(value) > 64 or " " in value], name
+    for path in study_file.parent.rglob("*"):
+        assert path.suffix in ("", ".toml", ".json", ".parquet", ".md", ".html", ".tex", ".py"), path
+        assert "log" not in path.name
+
+
+@pytest.mark.parametrize("study_file", STUDIES, ids=NAMES)
+def test_a_published_study_is_complete(study_file):
+    study = Study.load(study_file)
+    assert not api.compare(study).interim
+    if (study.folder / "trials.json").exists():
+        assert {row["state"] for row in trials(study)} == {"done"}
+        assert json.loads((study.folder / "study.json").read_text()) == study.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("page", figures.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_of_a_page_are_made_from_the_scores(page):
+    text = page.read_text(encoding="utf-8")
+    assert figures.filled(text) == text, "run `python scripts/publish_results.py`"
+    opened = re.findall(r"<!-- ([\w-]+) -->", text)
+    assert set(opened) <= set(figures.BLOCKS)
+    assert [f"<!-- /{name} -->" in text for name in opened] == [True] * len(opened)
+
+
+@pytest.mark.parametrize("page", figures.claims())
+def test_the_figures_in_the_prose_of_a_page_are_those_of_the_scores(page):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert [claim for claim in figures.claims()[page] if claim not in text] == []
+
+
+@pytest.mark.parametrize("path", pictures.paths(), ids=lambda path: path.name)
+def test_a_picture_is_made_from_the_scores(path):
+    assert pictures.svg(*pictures.paths()[path]) == path.read_text(encoding="utf-8")
+
+
+def test_pseudo_values_of_pairs_give_the_stored_correlation():
+    """So that the table of differences speaks about the scores in the table of means."""
+    stored = figures.main_scores("smollm2-h200")
+    for task in ("STSBenchmark", "STS16"):
+        for design in figures.DESIGNS:
+            mine = stored.filter(pl.col("task") == task, pl.col("design") == design).sort("seed")["score"]
+            assert figures.items(task, design).mean(axis=1) == pytest.approx(mine.to_numpy(), abs=1e-9)
+
+
+def test_the_trial_to_repeat_is_one_of_the_study():
+    study, one = (Study.load(figures.H200 / name) for name in ("study.toml", "one-trial.toml"))
+    assert one.recipe == study.recipe
+    assert one.tasks == study.tasks
+    assert one.designs == study.designs[:1]
+    assert one.seeds == study.seeds[:1]
+
+
+def test_the_first_screen_of_the_readme_holds_picture_and_verdict():
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:25]
+    assert any("docs/forest-light.svg" in line for line in screen)
+    assert any(line.startswith("$ poolwise compare") for line in screen)
+    assert screen[-1] == "```"
+    assert any("`make demo`" in line and "`make test`" in line for line in screen)
+
+
+def test_every_file_that_the_pages_link_to_is_there():
+    for page in (ROOT / "README.md", ROOT / "docs" / "results.md", *ROOT.glob("results/*/README.md")):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"""(?:\]\(|src="|srcset=")(?!https?:|#)([^)"]+)""", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for link in re.findall(r"`((?:docs|results|studies|scripts)/[\w./-]+)`", text):
+            assert (ROOT / link).exists(), f"{page.name}: {link}"
