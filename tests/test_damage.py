@@ -200,7 +200,7 @@ def test_half_written_and_foreign_records_are_named(content: bytes, tmp_path: Pa
     study = Study.parse(raw)
     for name in ("study.json", "trials.json", "costs.json", "looks.json", "results.parquet"):
         (tmp_path / name).write_bytes(content)
-    for read in (lambda: runner.guard(study), lambda: runner.trials(study), lambda: runner.results(study)):
+    for read in (lambda: layout.guard(study), lambda: runner.trials(study), lambda: runner.results(study)):
         with pytest.raises(PoolwiseError, match=r"(study|trials)\.json is damaged|results\.parquet is damaged"):
             read()
     assert layout.stored_costs(study) == []  # a cache: it is computed again

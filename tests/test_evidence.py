@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import polars as pl
 import pytest
 
 from poolwise import api
+from poolwise.runs import layout
 from poolwise.runs.run import trials
 from poolwise.study.study import Study
 
@@ -52,7 +52,7 @@ def test_a_published_study_is_complete(study_file):
     assert not api.compare(study).interim
     if (study.folder / "trials.json").exists():
         assert {row["state"] for row in trials(study)} == {"done"}
-        assert json.loads((study.folder / "study.json").read_text()) == study.model_dump(mode="json")
+        assert layout.written(study.folder) == study.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("page", figures.pages(), ids=lambda page: str(page.relative_to(ROOT)))

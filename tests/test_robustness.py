@@ -16,7 +16,7 @@ from poolwise.files import write_json
 from poolwise.runs import layout, looks
 from poolwise.runs.check import check
 from poolwise.runs.prepare import prepare
-from poolwise.runs.run import guard, results, run, trials
+from poolwise.runs.run import results, run, trials
 from poolwise.study.study import Study
 from poolwise.verdicts import robustness
 from poolwise.verdicts.table import table
@@ -174,10 +174,10 @@ def test_base_models_may_be_added_but_not_dropped(tmp_path: Path) -> None:
     one = Study.parse({**STUDY, "base_models": [], "recipe": recipe, "output": str(tmp_path)})
     two = Study.parse({**STUDY, "output": str(tmp_path)})
     write_json(tmp_path / "study.json", one.model_dump(mode="json"))
-    guard(two)
+    layout.guard(two)
     write_json(tmp_path / "study.json", two.model_dump(mode="json"))
     with pytest.raises(StudyError, match=r"base model was \./qwen2 and is now \./llama"):
-        guard(one)
+        layout.guard(one)
 
 
 @pytest.mark.parametrize(

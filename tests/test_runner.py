@@ -76,18 +76,18 @@ def test_a_changed_recipe_is_refused(
 def test_other_changes_are_refused_and_trackers_are_free(copy: Path, place: Path) -> None:
     other = LAYERS.replace("latents = 4", "latents = 8")
     with pytest.raises(StudyError, match="design 'layers' has changed; give the new one another name"):
-        runner.guard(Study.load(write(place, copy.name, designs=M1 + other)))
+        layout.guard(Study.load(write(place, copy.name, designs=M1 + other)))
     with pytest.raises(StudyError, match=r"evaluate_at was \[0.5, 1.0\] and is now \[1.0\]"):
-        runner.guard(Study.load(write(place, copy.name, ("[0.5, 1.0]", "[1.0]"))))
-    runner.guard(Study.load(write(place, copy.name, ("save_steps = 2", "save_steps = 3"))))
-    runner.guard(Study.load(write(place, copy.name, ("seeds = [0]", "seeds = [0, 1]"), designs=M1)))
+        layout.guard(Study.load(write(place, copy.name, ("[0.5, 1.0]", "[1.0]"))))
+    layout.guard(Study.load(write(place, copy.name, ("save_steps = 2", "save_steps = 3"))))
+    layout.guard(Study.load(write(place, copy.name, ("seeds = [0]", "seeds = [0, 1]"), designs=M1)))
 
 
 def test_a_study_that_could_not_begin_may_be_mended(place: Path) -> None:
     """What was refused before the first trial binds nobody."""
     with pytest.raises(PoolwiseError, match="no such model folder"):
         run(write(place, "mended", ("./llama", "./lama"), ('"./pairs", "./facts"', '"./pairs"')))
-    runner.guard(Study.load(write(place, "mended")))
+    layout.guard(Study.load(write(place, "mended")))
     assert not (place / "mended" / "trials").exists()
 
 

@@ -22,7 +22,6 @@ from poolwise.errors import CheckpointError, DataError, PoolwiseError, StudyErro
 from poolwise.files import parse_json, parse_toml, write_json
 from poolwise.model import checkpoint
 from poolwise.runs import layout
-from poolwise.runs import run as runner
 from poolwise.runs.worker import output_to
 from poolwise.study.study import Study
 from poolwise.verdicts import readers
@@ -80,8 +79,8 @@ def foreign(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Study, Path]
 def test_a_run_folder_has_no_say_in_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, ran = foreign(tmp_path, monkeypatch)
     with pytest.raises(StudyError, match="design 'm2' has changed"):
-        runner.guard(study)
-    assert not runner.open_folder(study.folder).allow_code
+        layout.guard(study)
+    assert not layout.open_folder(study.folder).allow_code
     with pytest.raises(CheckpointError):
         api.layers(study.folder)
     assert not ran.exists()
@@ -95,10 +94,10 @@ def test_reading_verbs_import_no_code(tmp_path: Path, monkeypatch: pytest.Monkey
         '[[designs]]\npreset = "m1"\n[[designs]]\nname = "m2"\nattention = "causal"\npooling = "evil_module:Evil"\n'
     )
     (tmp_path / "s.toml").write_text(text + listed)
-    scored(runner.open_study(tmp_path / "s.toml"), 3)
+    scored(layout.open_study(tmp_path / "s.toml"), 3)
     grid = '[[designs]]\npreset = "m1"\n[grid]\npooling = ["evil_module:Evil"]\nattention = ["causal"]\nwidth = [3]\n'
     (tmp_path / "grid.toml").write_text(text + grid)
-    assert [design.name for design in runner.open_study(tmp_path / "grid.toml").designs] == ["m1", "m2"]
+    assert [design.name for design in layout.open_study(tmp_path / "grid.toml").designs] == ["m1", "m2"]
     for name in ("s.toml", "grid.toml"):
         for verb in ("status", "compare", "report"):
             code, err = main(monkeypatch, capsys, verb, name)

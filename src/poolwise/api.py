@@ -15,7 +15,7 @@ from poolwise import demo
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
-from poolwise.runs.run import losses, open_folder, open_study, results, started, trials, tuned_results, versions
+from poolwise.runs.run import losses, results, started, trials, tuned_results, versions
 from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
     """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results."""
     if not isinstance(source, Study) and str(source).endswith(".toml"):
-        source = open_study(source)
+        source = layout.open_study(source)
     if isinstance(source, Study):
         return source, results(source)
     return None, readers.read(source)
@@ -448,7 +448,7 @@ def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
         return Study.load(path), None
     for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
         if (folder / layout.STUDY).is_file():
-            return open_folder(folder), only
+            return layout.open_folder(folder), only
     raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 

@@ -163,14 +163,15 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
-    from poolwise.runs.run import guard, open_study, trials
+    from poolwise.runs import layout
+    from poolwise.runs.run import trials
     from poolwise.screen import show_status
 
-    loaded = open_study(study)
+    loaded = layout.open_study(study)
     _say(loaded.place)
     rows = trials(loaded)
     try:
-        guard(loaded)
+        layout.guard(loaded)
     except StudyError as error:  # `run` would refuse it; what has run can be shown all the same
         print(f"warning: {error}", file=sys.stderr)
     print(json.dumps(rows, indent=1)) if as_json else show_status(rows)

@@ -155,7 +155,7 @@ def study_file(folder: Path, data: bytes) -> None:
 def study_record(folder: Path, data: bytes) -> None:
     write(folder / layout.STUDY, data)
     with contextlib.suppress(PoolwiseError):
-        runner.guard(study_at(folder))
+        layout.guard(study_at(folder))
     api._study_in(folder)
 
 

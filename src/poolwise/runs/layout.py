@@ -1,4 +1,4 @@
-"""The folder of a study's runs: which file lies where. No other file of the package spells these paths.
+"""The folder of a study's runs: which file lies where, and which study it is of. No other file spells these paths.
 
     FOLDER/                         `output` of the study file, or runs/NAME beside it
         study.json                  the study as it was started
@@ -33,9 +33,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import CheckpointError
-from poolwise.files import BLANK, atomic_path, is_sealed, safe_name, seal
+from poolwise.errors import CheckpointError, StudyError
+from poolwise.files import BLANK, atomic_path, is_sealed, read_json, safe_name, seal
 from poolwise.study import records
+from poolwise.study.pooling_spec import is_own
 from poolwise.study.study import Study, content_hash
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ WORK = "work.json"
 LOG = "log.txt"
 DONE = "done"
 FAILED = "failed.json"
+
+GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
+"""Fields that may grow after the first run; any other change would alter the comparison."""
+NAMING = ("name", "output", "grid")
+"""Fields without bearing on results: `grid` is spelled out as designs."""
 
 
 def trial(study: Path, name: str) -> Path:
@@ -222,3 +228,70 @@ def stored_costs(study: Study, folder: Path | None = None) -> list[dict[str, Any
     known = {(row.base, row.design): row.model_dump() for row in found.designs} if found else {}
     wanted = [(name, design.name) for name in study.bases for design in study.designs]
     return [known[key] for key in wanted] if known.keys() >= set(wanted) else []
+
+
+def open_study(path: str | Path) -> Study:
+    """The study of a file, to read its results: poolings of the user's own are known by name, and not imported."""
+    raw = Study.read(path)
+    where, base_dir = str(path), Path(path).resolve().parent
+    axes = raw.get("grid")
+    listed = axes.get("pooling") if isinstance(axes, dict) else None
+    if any(isinstance(name, str) and is_own(name) for name in (listed if isinstance(listed, list) else [listed])):
+        # which arguments of the grid such a pooling takes, only its code knows; the first run has spelled it out
+        plain = Study.parse(
+            {**raw, "grid": {}, "designs": [{"preset": "m1"}], "baseline": "m1"}, base_dir, where, False
+        )
+        raw = {**raw, "grid": {}, "designs": written(plain.folder)["designs"]}
+    return Study.parse(raw, base_dir, where, code=False)
+
+
+def open_folder(folder: Path) -> Study:
+    """The study in a run folder, which has no say in what code is imported: that is for the user's own study file."""
+    raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
+    study = Study.parse(raw, Path.cwd(), str(folder / STUDY), code=False)
+    return study.model_copy(update={"allow_code": False})
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
+    path = folder / STUDY
+    fix = "restore it, or delete it, and `poolwise run` writes the study as it is now"
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({records.reason(error)}); {fix}") from None
+
+
+def guard(study: Study) -> None:
+    """Raise StudyError if the study is no longer the one whose results are in its folder. `GROWS` may have grown."""
+    path = study.folder / STUDY
+    if not path.exists():
+        return
+    # Fields that a later version added get their defaults. Code that the folder names is not imported.
+    before_study = Study.parse({**written(study.folder), "grid": {}}, study.base_dir, str(path), code=False)
+    old = before_study.model_dump(mode="json")
+    new = study.model_dump(mode="json")
+    problems = []
+    for key in dict.fromkeys([*old, *new]):
+        if key in GROWS or key in NAMING or (key == "tuning" and old.get(key) is None):
+            continue
+        before: Any = old.get(key)
+        after: Any = new.get(key)
+        if key == "recipe":
+            fields = [f for f in {**before, **after} if f not in {"base_model", "report_to", "save_steps"}]
+            changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
+        else:
+            changed = [(key, before, after)] if before != after else []
+        problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
+    if gone := [name for name in before_study.bases if name not in study.bases]:
+        problems.append(f"the base model was {', '.join(gone)} and is now {', '.join(study.bases)}")
+    now = {design["name"]: design for design in new["designs"]}
+    for design in old["designs"]:
+        name = design["name"]
+        if name in now and now[name] != design:
+            problems.append(f"design {name!r} has changed; give the new one another name")
+    if problems:
+        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
+        raise StudyError(problems, f"the study changed under the run in {study.folder}")

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError, printable
-from poolwise.files import read_json, write_json
+from poolwise.files import write_json
 from poolwise.runs import layout, looks
 from poolwise.runs.engine import Event, run_local
 from poolwise.study import records
-from poolwise.study.pooling_spec import is_own
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study
 from poolwise.verdicts.robustness import Winner
@@ -30,12 +29,8 @@ if TYPE_CHECKING:
     from poolwise.study.design import Design
 
 
-GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
-"""Fields that may grow after the first run; any other change would alter the comparison."""
 PACKAGES = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
 """The packages whose versions are recorded: scores may depend on them."""
-NAMING = ("name", "output", "grid")
-"""Fields without bearing on results: `grid` is spelled out as designs."""
 
 
 def run(
@@ -95,80 +90,13 @@ class _Run:
             self.on_event(event)
 
         with _only_one(folder, self.shard):
-            guard(study)
+            layout.guard(study)
             try:
                 run_local(study, workers=self.workers, per_gpu=self.per_gpu, shard=self.shard, on_event=follow)
             finally:
                 if records.find(folder / layout.TRIALS, records.Trials):
                     gather(folder)
         return failed
-
-
-def open_study(path: str | Path) -> Study:
-    """The study of a file, to read its results: poolings of the user's own are known by name, and not imported."""
-    raw = Study.read(path)
-    where, base_dir = str(path), Path(path).resolve().parent
-    axes = raw.get("grid")
-    listed = axes.get("pooling") if isinstance(axes, dict) else None
-    if any(isinstance(name, str) and is_own(name) for name in (listed if isinstance(listed, list) else [listed])):
-        # which arguments of the grid such a pooling takes, only its code knows; the first run has spelled it out
-        plain = Study.parse(
-            {**raw, "grid": {}, "designs": [{"preset": "m1"}], "baseline": "m1"}, base_dir, where, False
-        )
-        raw = {**raw, "grid": {}, "designs": written(plain.folder)["designs"]}
-    return Study.parse(raw, base_dir, where, code=False)
-
-
-def open_folder(folder: Path) -> Study:
-    """The study in a run folder, which has no say in what code is imported: that is for the user's own study file."""
-    raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
-    study = Study.parse(raw, Path.cwd(), str(folder / layout.STUDY), code=False)
-    return study.model_copy(update={"allow_code": False})
-
-
-def written(folder: Path) -> dict[str, Any]:
-    """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
-    path = folder / layout.STUDY
-    fix = "restore it, or delete it, and `poolwise run` writes the study as it is now"
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({records.reason(error)}); {fix}") from None
-
-
-def guard(study: Study) -> None:
-    """Raise StudyError if the study is no longer the one whose results are in its folder. `GROWS` may have grown."""
-    path = study.folder / layout.STUDY
-    if not path.exists():
-        return
-    # Fields that a later version added get their defaults. Code that the folder names is not imported.
-    before_study = Study.parse({**written(study.folder), "grid": {}}, study.base_dir, str(path), code=False)
-    old = before_study.model_dump(mode="json")
-    new = study.model_dump(mode="json")
-    problems = []
-    for key in dict.fromkeys([*old, *new]):
-        if key in GROWS or key in NAMING or (key == "tuning" and old.get(key) is None):
-            continue
-        before: Any = old.get(key)
-        after: Any = new.get(key)
-        if key == "recipe":
-            fields = [f for f in {**before, **after} if f not in {"base_model", "report_to", "save_steps"}]
-            changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
-        else:
-            changed = [(key, before, after)] if before != after else []
-        problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
-    if gone := [name for name in before_study.bases if name not in study.bases]:
-        problems.append(f"the base model was {', '.join(gone)} and is now {', '.join(study.bases)}")
-    now = {design["name"]: design for design in new["designs"]}
-    for design in old["designs"]:
-        name = design["name"]
-        if name in now and now[name] != design:
-            problems.append(f"design {name!r} has changed; give the new one another name")
-    if problems:
-        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
-        raise StudyError(problems, f"the study changed under the run in {study.folder}")
 
 
 def trials(study: Study) -> list[dict[str, Any]]:
