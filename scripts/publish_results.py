@@ -65,14 +65,6 @@ def publish(study_file: str | Path, runs: list[str]) -> None:
     store_costs(study, target)
 
 
-def convert(table: str, study_file: str | Path) -> None:
-    """A table of main scores, as results were published before items were, into the folder of its study file."""
-    study, frame = Study.load(study_file), api.scores(table)[1]
-    frame = frame.select([name for name in frame.columns if frame[name].count()])
-    _write_scores(_present(study, frame), study.folder / layout.RESULTS)
-    store_costs(study, study.folder)
-
-
 def rewrite() -> list[Path]:
     """Every report, page and picture from the committed scores. Returns what was written."""
     written = [path for study_file in published() for path in api.report(study_file)]
@@ -118,7 +110,7 @@ def _present(study: Study, frame: pl.DataFrame) -> pl.DataFrame:
 def _write_scores(frame: pl.DataFrame, path: Path) -> None:
     """Parquet that is small: single-precision cosines end in equal bytes, which this encoding puts side by side."""
     table = frame.to_arrow()
-    numbers = [name for name in ("score", "gold", "seconds") if name in frame.columns]
+    numbers = [name for name in ("score", "seconds") if name in frame.columns]
     words = [name for name in frame.columns if name not in numbers]
     layout.write_table(
         path, table, compression_level=19, use_dictionary=words,
@@ -127,9 +119,7 @@ def _write_scores(frame: pl.DataFrame, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["convert"]:
-        convert(*sys.argv[2:])
-    elif len(sys.argv) > 2:
+    if len(sys.argv) > 2:
         publish(sys.argv[1], sys.argv[2:])
     for path in rewrite():
         print(path.relative_to(ROOT))

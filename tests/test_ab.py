@@ -19,7 +19,7 @@ from poolwise.cli import main
 from poolwise.data.survey import SearchData, TextData
 from poolwise.data.tasks import document_text
 from poolwise.encoding import encode as encoding
-from poolwise.encoding.encode import keep_vectors, search
+from poolwise.encoding.encode import keep_vectors, lengths, search
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import PoolwiseError, TaskError
 from poolwise.model.encoder import build
@@ -148,13 +148,14 @@ def test_search_in_blocks_is_the_whole_ranking(monkeypatch: pytest.MonkeyPatch) 
     documents[[3, 17, 31, 49]] = documents[3]
     queries = documents[:10] + rng.normal(size=(10, 16)).astype(np.float32)
     rank = np.arange(50)[::-1]
-    places, scores = search(queries, documents, 12, rank)
+    norms = lengths(documents)
+    places, scores = search(queries, documents, 12, rank, norms)
     q, d = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents))
     for row, cosines in enumerate(np.round(q @ d.T, 6)):
         assert places[row].tolist() == np.lexsort((rank, -cosines))[:12].tolist()
         np.testing.assert_allclose(scores[row], cosines[places[row]], atol=2e-6)
-    assert search(queries, documents, 99, rank)[0].shape == (10, 50)
-    _, dots = search(queries, documents, 1, rank, cosine=False)
+    assert search(queries, documents, 99, rank, norms)[0].shape == (10, 50)
+    _, dots = search(queries, documents, 1, rank, None)
     np.testing.assert_allclose(dots[:, 0], (queries @ documents.T).max(axis=1), rtol=1e-6)
 
 

@@ -16,6 +16,7 @@ from poolwise.model.attention import (
     check_window,
     get_attention,
     influence,
+    partial_layers,
     position_ids,
     set_attention,
     sliding_window,
@@ -358,3 +359,28 @@ def test_flash_attention_with_a_bidirectional_window():
     assert sliding_window(tiny_model("gemma3", layer_types=["full_attention"] * 2)) is None
     assert sliding_window(tiny_model("qwen2", sliding_window=4)) is None  # use_sliding_window is False
     assert sliding_window(tiny_model("gpt2")) is None
+
+
+CONVOLUTION = {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]}
+
+
+def test_layers_that_do_not_attend_to_all_tokens_are_named():
+    assert partial_layers(tiny_model("llama")) is None
+    assert partial_layers(tiny_model("gemma3")) == (
+        "Of 2 layers 1 attend to all tokens; 1 to 4 tokens at most (bidirectional: to either side)."
+    )
+    assert "2 to 4 tokens at most" in str(partial_layers(tiny_model("mistral_window")))
+    assert partial_layers(tiny_model("lfm2", **CONVOLUTION)) == (
+        "Of 2 layers 1 attend to all tokens; 1 (conv) read earlier tokens only, whatever the mode."
+    )
+    assert verdict(tiny_model("gemma3"))["layers"].startswith("Of 2 layers")
+
+
+def test_a_base_with_convolutions_is_bidirectional_through_its_attention_alone():
+    hybrid = tiny_model("lfm2", **CONVOLUTION)
+    set_attention(hybrid, "bidirectional")
+    verify(hybrid, "bidirectional")
+    alone = tiny_model("lfm2", layer_types=["conv", "conv"], full_attn_idxs=[])
+    set_attention(alone, "bidirectional")
+    with pytest.raises(AttentionError, match="not bidirectional"):
+        verify(alone, "bidirectional")

@@ -198,7 +198,7 @@ def test_compare_json_has_the_promised_fields(here: Path, invoke: Invoke) -> Non
     row = json.loads(out)["comparisons"][0]
     assert tuple(row) == (
         "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
-        "wins", "ties", "losses", "min_reachable_p",
+        "wins", "ties", "losses", "min_reachable_p", "tasks", "tipping_run_sd",
     )  # fmt: skip
     # six differences of one sign: the exact two-sided p is 2 / 2**6
     assert (row["n"], row["wins"], row["losses"], row["effect_size"]) == (6, 6, 0, 1.0)

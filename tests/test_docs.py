@@ -37,6 +37,7 @@ EXAMPLES = {
     "compare": ["poolwise compare scores.csv --baseline m1", "poolwise compare scores.csv --baseline m1 --json"],
     "report": ["poolwise report scores.csv --baseline m1 --to my-report"],
     "evaluate": ["poolwise evaluate bm25 --tasks demo/late-retrieval --json"],
+    "ab": [],
     "probe": ["poolwise probe nano"],
     "layers": [],
     "export": ["poolwise export first.toml mean-bi --to my-embedder"],

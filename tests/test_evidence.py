@@ -52,7 +52,7 @@ def test_a_published_study_is_complete(study_file):
     assert not api.compare(study).interim
     if (study.folder / "trials.json").exists():
         assert {row["state"] for row in trials(study)} == {"done"}
-        assert layout.written(study.folder) == study.model_dump(mode="json")
+        layout.guard(study)  # raises if the study file is not the one that ran
 
 
 @pytest.mark.parametrize("page", figures.pages(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -107,3 +107,12 @@ def test_every_file_that_the_pages_link_to_is_there():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
         for link in re.findall(r"`((?:docs|results|studies|scripts)/[\w./-]+)`", text):
             assert (ROOT / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_package_carries_the_study_that_the_demo_reports(tmp_path):
+    from poolwise.cli import _one_page
+    from poolwise.demo import smollm2_study
+
+    page = _one_page(smollm2_study(), tmp_path / "smollm2.html")
+    assert page.read_bytes() == (figures.H200 / "report.html").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2.html"]

@@ -12,8 +12,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import poolwise
-from poolwise.model.checkpoint import BOOLEANS, trained_widths
-from poolwise.model.encoder import STANDARD, build
+from poolwise.model.encoder import BOOLEANS, STANDARD, build, trained_widths
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder

@@ -61,7 +61,8 @@ NAMES = ["STS12", "STS13", "STSBenchmark", "SICK-R", "BIOSSES", "faq", "wiki", "
 
 def scores(source: list[str] | None = None) -> pl.DataFrame:
     values = [0.5 + 0.01 * i for i in range(len(NAMES))]
-    found = rows({"m1": [values] * 2, "m2": [[v + 0.01 * (i + 1) for i, v in enumerate(values)]] * 2}, "STS")
+    other = [v + 0.01 * (i + 1) for i, v in enumerate(values)]
+    found = rows({name: [x, [v + 0.001 for v in x]] for name, x in (("m1", values), ("m2", other))}, "STS")
     renamed = [{**row, "task": NAMES[int(row["task"][3:])]} for row in found]
     if source:
         renamed = [{**row, "source": source[NAMES.index(row["task"])]} for row in renamed]

@@ -128,6 +128,19 @@ def test_init_own_reports_every_mistake_and_writes_nothing(
     assert (code, err) == (2, "error: init demo takes no folder (my-data); `init own FOLDER` does\n")
 
 
+def test_ab_prints_what_the_page_shows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    examples = re.findall(r"^```console\n\$ (poolwise ab .*)\n((?:.*\n)*?)\.\.\.\n```", PAGE, re.M)
+    assert len(examples) == 2
+    for line, shown in examples:
+        code, out, _ = command(line, monkeypatch, capfd)
+        assert code == 0
+        assert out.startswith(shown)
+    assert sorted(path.name for path in (folder / "my-data/faq-ab").iterdir()) == ["ab.html", "ab.json", "ab.md"]
+
+
 def test_a_folder_with_nothing_to_use(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(TaskError, match=r"neither an evaluation task nor training pairs .*found: notes\.txt.*own-data"):

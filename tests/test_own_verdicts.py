@@ -12,7 +12,8 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from poolwise import api
-from poolwise.reports.words import advice, interval, sentences, summary
+from poolwise.reports.secondary import advice
+from poolwise.reports.words import interval, sentences, summary
 from poolwise.runs.run import run
 from poolwise.stats.resample import average_precision_parts
 from poolwise.study.study import Study
@@ -137,8 +138,10 @@ def test_single_runs_are_compared_over_items_as_checkpoints() -> None:
     choice = c.recommendations[0]
     assert (choice.design, choice.basis, choice.judged) == (None, "none", False)
     worse = compared(table.table(items(-0.1, seeds=1)), "a")
-    assert worse.recommendations[0].design == "a"
-    assert "as the checkpoints of b score below it" in advice(worse, worse.recommendations[0])
+    assert worse.recommendations[0].design is None
+    assert advice(worse, worse.recommendations[0]) == (
+        "No choice from this: its designs were run once; if you deploy these very checkpoints, a scored above b."
+    )
 
 
 def test_findings_as_a_frame_as_html_and_in_a_line() -> None:

@@ -317,7 +317,8 @@ def test_check_says_what_is_not_packed(tmp_path: Path) -> None:
         "recipe": {"base_model": str(tiny_folder(tmp_path, "mistral_window", sliding_window=16)), "max_length": LONG},
     }
     study = Study.parse(raw)
-    (note,) = check_base(study, *base_config(study))
+    layers, note = check_base(study, *base_config(study))
+    assert layers.startswith("Of 2 layers 0 attend to all tokens; 2 to 16 tokens at most")
     assert note.startswith("Training batches are grouped, not packed")
     assert "sliding window of 16 tokens" in note
     short = Study.parse({**raw, "recipe": {**raw["recipe"], "max_length": 16}})

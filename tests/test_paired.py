@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,14 @@ def test_a_system_does_not_differ_from_itself(kind):
     assert (line.difference, line.ci_low, line.ci_high, line.p_value, line.p_holm) == (0, 0, 0, 1, 1)
 
 
+def test_runs_that_repeat_one_another_are_one_run():
+    rng = np.random.default_rng(8)
+    a, b = rng.uniform(0, 1, 20).tolist(), rng.uniform(0, 1, 20).tolist()
+    line = only(compare_items(frame({"a": [a, a, a], "b": [b, b, b]}), "T"))
+    assert line == replace(only(compare_items(frame({"a": [a], "b": [b]}), "T")), note=line.note)
+    assert "2 of 3 runs of a repeat another one exactly" in line.note
+
+
 def test_holm_runs_over_all_designs():
     rng = np.random.default_rng(0)
     base = rng.uniform(0, 0.5, 60)
@@ -219,8 +228,10 @@ def test_gaps_are_refused_or_left_out_and_named():
         compare_items(scores, "T")
     line = only(compare_items(scores, "T", missing="drop"))
     assert (line.n, line.difference) == (2, pytest.approx(0.15))
-    assert "left out because some run lacks them: 1 of 3 queries (i2)" in line.note
-    assert "with a score of 0 for those the difference is 0.0000" in line.note
+    assert "left out because one of the two lacks them: 1 of 3 queries (i2)" in line.note
+    assert "with a score of 0 for those b has 20.00, a 20.00, a difference of +0.00 points" in line.note
+    assert (line.score, line.baseline_score, line.gaps) == (pytest.approx(0.3), pytest.approx(0.15), 1)
+    assert line.difference_with_zeros == pytest.approx(0)
     apart = pl.concat([frame({"a": [[0.1]]}), frame({"b": [[0.1]]}).with_columns(item_id=pl.lit("z"))])
     with pytest.raises(StatisticsError, match=r"no queries that all runs have; a seed 0 has i0; b seed 0 has z"):
         compare_items(apart, "T", missing="drop")
@@ -263,14 +274,14 @@ def runs(folder: Path) -> list[str]:
     return [str(folder / f"{name}.run") for name in ranks]
 
 
-def test_runs_are_compared_on_the_queries_that_all_hold(tmp_path):
+def test_runs_are_compared_on_the_queries_that_both_have(tmp_path):
     a, b, c = runs(tmp_path)
     line = only(compare_runs([a, b], tmp_path / "q.tsv"))
     assert (line.n, line.difference, line.p_value) == (3, pytest.approx(0), 1)  # + and − (1 − 1/log2 3), and 0
     assert "1 of 4 queries (q4)" in line.note
-    assert "with a score of 0 for those the difference is 0.2500" in line.note
+    assert "a difference of +25.00 points" in line.note
     lines = compare_runs([a, b, c], tmp_path / "q.tsv", metric="recall_at_1")
-    assert [(x.design, x.n, x.difference) for x in lines] == [("b", 2, 0.0), ("c", 2, 0.0)]
+    assert [(x.design, x.n, x.difference) for x in lines] == [("b", 3, 0.0), ("c", 2, 0.0)]
     assert only(compare_runs([a, b], tmp_path / "q.tsv", baseline="b")).baseline == "b"
 
 
@@ -295,7 +306,7 @@ def test_command_line_compares_runs(tmp_path):
     assert found == to_json(compare_runs([a, b, c], tmp_path / "q.tsv"))
     assert list(found["comparisons"][0]) == [
         "task", "metric", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "test",
-        "scope", "note",
+        "scope", "note", "score", "baseline_score", "gaps", "difference_with_zeros",
     ]  # fmt: skip
     shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "paired permutation" in shown

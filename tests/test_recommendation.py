@@ -9,9 +9,10 @@ import polars as pl
 import pytest
 
 from poolwise import api, stats
-from poolwise.reports.words import advice
+from poolwise.reports.secondary import advice
 from poolwise.runs import layout
 from poolwise.runs.prepare import store_costs
+from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.study.starters import TEMPLATES
 from poolwise.study.study import Study
 from poolwise.verdicts.table import table
@@ -19,6 +20,8 @@ from test_comparison import found as compared
 from test_comparison import rows, study
 
 KINDS = {"STS": 8}
+FOLDED = 23
+"""A seed of scores on which Holm and the pool each decide a fold."""
 
 
 def test_the_best_of_what_is_better_after_holm_is_recommended():
@@ -68,6 +71,16 @@ def test_the_baseline_is_recommended_where_all_others_are_worse():
     assert advice(c, c.recommendations[0]).startswith("Recommended: m1, as m2 and m3 are shown to score below it.")
 
 
+def test_that_a_default_stays_the_default_is_no_evidence():
+    frame = study({"m1": 0, "m2": 0.0}, types=KINDS)
+    c = compared(frame, "m1", costs={"m1": 1.0, "m2": 2.0})
+    found = c.recommendations[0]
+    assert (found.design, found.basis, found.folds, found.stays, found.expected_regret) == (
+        "m1", "cheapest", 0, None, None,
+    )  # fmt: skip
+    assert "folds" not in advice(c, found)
+
+
 def test_a_design_that_holm_does_not_confirm_is_not_preferred():
     names = [f"d{i}" for i in range(5)]
     for seed in range(40):
@@ -98,31 +111,38 @@ def test_a_reference_within_the_family_is_not_recommended():
     assert c.recommendations[0].design == "m2"
 
 
-def test_without_verdicts_the_choice_is_said_to_want_evidence():
-    one_run = compared(study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 1.0, "m2": 2.0})
-    found = one_run.recommendations[0]
-    assert (found.design, found.judged, found.stays, found.expected_regret) == ("m1", False, None, None)
-    assert advice(one_run, found).startswith(
-        "No verdict on designs is possible here; without evidence, the choice is m1, the cheapest"
+@pytest.mark.parametrize("baseline", ["m1", "m2"])
+def test_single_runs_recommend_nothing_whichever_is_the_baseline(baseline):
+    one_run = study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10})
+    c = compared(one_run, baseline, costs={"m1": 1.0, "m2": 2.0})
+    found = c.recommendations[0]
+    assert (found.design, found.basis, found.judged, found.stays, found.expected_regret) == (
+        None, "none", False, None, None,
+    )  # fmt: skip
+    assert advice(c, found) == (
+        "No choice from this: its designs were run once; if you deploy these very checkpoints, m2 scored above m1."
     )
-    worse = compared(study({"m1": 0, "m2": -0.02}, seeds=1, types={"R": 10}), "m1", costs={"m1": 2.0, "m2": 1.0})
-    assert worse.recommendations[0].design == "m1"  # its checkpoint is worse: cheap does not make up for it
 
 
 def test_folds_leave_out_one_source_and_repeat_the_whole_rule():
     """Each fold by hand: on this study both Holm over the other group and the pooled runs decide some of them."""
-    frame = study({"m1": 0, "m2": 0.006, "m3": 0.005}, types={"STS": 6}, seed=23, run_sd=0.0015)
-    other = study({"m1": 0, "m2": 0.0, "m3": 0.0}, types={"R": 7}, seed=23)
+    frame = study({"m1": 0, "m2": 0.006, "m3": 0.005}, types={"STS": 6}, seed=FOLDED, run_sd=0.0015)
+    other = study({"m1": 0, "m2": 0.0, "m3": 0.0}, types={"R": 7}, seed=FOLDED)
     c = compared(pl.concat([frame, other]), "m1")
     y = {d: c.arm("STS", d).array for d in c.designs}
+    squares = {d: run_mean_square(c.arm("R", d).array, TaskTypes.one(7)) for d in c.designs}
 
     def choices(elsewhere: list[float], pooled: bool) -> list[str]:
         chosen = []
         for fold in range(6):
             x = {d: y[d][:, [t for t in range(6) if t != fold]] for d in y}
             tests = {
-                d: stats.crossed(x["m1"], x[d], [x[lent]] if pooled else []) for d, lent in (("m2", "m3"), ("m3", "m2"))
-            }
+                d: stats.crossed(
+                    x["m1"], x[d], [x[lent]] if pooled else [],
+                    elsewhere=[[squares[name] for name in ("m1", d, lent)]] if pooled else None,
+                )
+                for d, lent in (("m2", "m3"), ("m3", "m2"))
+            }  # fmt: skip
             p = dict(zip(tests, stats.holm([*(t.p_value for t in tests.values()), *elsewhere]), strict=False))
             better = [d for d in tests if p[d] <= 0.05 and tests[d].difference > 0]
             chosen.append(max(better, key=lambda d: tests[d].difference) if better else "m1")
@@ -153,16 +173,17 @@ def test_a_verdict_is_withheld_below_five_sources():
     )
     few, enough = compared(sources(4), "m1"), compared(sources(5), "m1")
     assert few.rows[0].verdict.p_holm < 0.01  # the p is shown, the word is not
-    assert few.rows[0].verdict.verdict == "inconclusive"
-    assert enough.rows[0].verdict.verdict == "better"
+    assert (few.rows[0].verdict.verdict, few.rows[0].verdict.missing_sources) == ("withheld", 1)
+    assert (enough.rows[0].verdict.verdict, enough.rows[0].verdict.missing_sources) == ("better", 0)
     assert (few.recommendations[0].design, few.recommendations[0].judged) == (None, False)
+    assert "a verdict takes 5 sources of tasks, and here are 4" in advice(few, few.recommendations[0])
     assert enough.recommendations[0].design == "m2"
     equal = study({"m1": 0, "m2": 0.0}, types={"STS": 8}, run_sd=0.0001).with_columns(
         (pl.col("task").str.slice(-2).cast(pl.Int64) % 4).cast(pl.String).alias("source")
     )
     verdict = compared(equal, "m1").rows[0].verdict
     assert verdict.p_equivalence < 0.05
-    assert verdict.verdict == "inconclusive"
+    assert verdict.verdict == "withheld"
 
 
 def test_recommendations_are_in_the_json_beside_what_was_there():

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from poolwise.reports import pages, tables
+from poolwise.reports import pages, plots, tables
 from poolwise.reports.words import magnitude, summary
 from poolwise.screen import show_findings
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -180,7 +180,7 @@ def test_the_stars_of_the_paper_cannot_be_supported_from_means_of_one_run(tmp_pa
     from poolwise.verdicts import readers
 
     (tmp_path / "paper.csv").write_text("\n".join(lines))
-    markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv"), baseline="m1")
+    markdown, _, _ = written(tmp_path / "out", readers.read(tmp_path / "paper.csv").frame, baseline="m1")
     assert "One run only." in markdown
     assert markdown.count("leaves nothing to test over tasks") >= 4
     assert "On STS, there is one task, mean of STS: m5 scores 1.66 points above m1 (1 seed)." in markdown
@@ -333,3 +333,51 @@ def test_the_methods_paragraph_names_the_reason_for_checkpoints():
     assert "As each design was trained once" in single
     mixed = study({"m1": 0, "m2": 0.02}).filter((pl.col("design") == "m1") | (pl.col("seed") == 0))
     assert "As m2 was trained once" in pages.paragraph({}, compare(mixed, "m1"))
+
+
+def test_the_report_has_one_table_first_with_a_row_for_each_group(tmp_path, full):
+    findings = Findings.of(compare(full, "m1", controls=["m1-aa"]), costs=COSTS)
+    table = pages.at_a_glance(findings)
+    rows = {row[0]: row[1:] for row in table.rows}
+    shown = findings.row("STS", "m2").verdict
+    assert rows["STS"][0] == "m2"
+    assert rows["STS"][1] == f"m2 {100 * shown.difference:+.2f}".replace("+0.", "+.")
+    assert rows["STS"][3:] == ("× 1.12", "shown")
+    assert rows["Reranking"][0] == "no winner"
+    assert rows["Reranking"][-1] == "tasks from 5 sources"
+    _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
+    first = next(attributes for tag, attributes in Page(html).tags if attributes.get("role") == "region")
+    assert first["aria-label"] == "At a glance"
+
+
+def test_every_section_of_the_page_is_in_its_contents(tmp_path, full):
+    _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
+    sections = re.findall(r'<h2 id="([^"]+)">', html)
+    assert len(sections) == html.count("<h2") > 6
+    assert re.findall(r'<a href="#([^"]+)">', html) == sections
+
+
+def test_what_needs_no_training_stands_among_the_means_where_it_was_scored_on_all_tasks(tmp_path, full):
+    lexical = study({"tfidf": 0.05}, seed=4).filter(pl.col("task_type") != "STS", pl.col("seed") == 0)
+    lexical = lexical.with_columns(pl.lit("reference").alias("role"))
+    frame = pl.concat([full, lexical], how="diagonal_relaxed")
+    findings = Findings.of(compare(frame, "m1", controls=["m1-aa", "tfidf"]))
+    (row,) = [row for row in pages.with_references(tables.means(findings), findings).rows if row[0] == "tfidf"]
+    mean = 100 * lexical.filter(pl.col("task_type") == "Retrieval")["score"].mean()
+    columns = tables.means(findings).columns
+    assert row[columns.index("Retrieval (10)")] == f"{mean:.2f}"
+    assert row[columns.index("STS (6)")] == "–"
+    panels = {panel.group: panel.alt for panel in plots.run_strip(findings)}
+    assert f"tfidf {mean:.2f}" in panels["Retrieval"]
+    assert "tfidf" not in panels["STS"]
+
+
+def test_groups_whose_intervals_differ_tenfold_have_scales_of_their_own():
+    def marked(size: float) -> bool:
+        wide = plots.Interval("a", -size, 0.0, size, "inconclusive")
+        narrow = plots.Interval("b", -0.01, 0.0, 0.01, "inconclusive")
+        _, panel = plots.intervals([("wide", [wide]), ("narrow", [narrow])], "points", "Forest")
+        return "own scale" in panel.svg and "own scale" in panel.alt
+
+    assert not marked(0.05)
+    assert marked(0.5)

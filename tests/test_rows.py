@@ -190,3 +190,57 @@ def test_packs_hold_as_many_tokens_as_fit() -> None:
     assert [*batches(lengths, 10, padded=False)] == [(0, 1), (1, 3), (3, 9)]
     assert [*batches(lengths, 3, padded=False)] == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 6), (6, 9)]
     assert [*batches(np.array([0, 0]), 3, padded=False)] == [(0, 2)]
+
+
+LONG_TEXTS = {
+    "words": " ".join(SENTENCES) * 60,
+    "one word": "heron" * 3000,
+    "one letter": "a" * 20_000,
+    "spaces": " " * 20_000,
+    "spaces, then words": " " * 9000 + "heron " * 2000,
+    "letters of several bytes": "ü語😀" * 5000,
+    "special tokens": "<eos>" * 4000,
+}
+
+
+@pytest.mark.parametrize("template", ["plain", "echo"])
+@pytest.mark.parametrize("text", LONG_TEXTS.values(), ids=LONG_TEXTS)
+def test_long_texts_are_cut_before_they_are_tokenised_and_keep_their_ids(text: str, template: str, base: str) -> None:
+    encoder = build(base, {"template": template})
+    seen: list[int] = []
+    tokenise = Tokeniser(encoder, [])
+    encode = tokenise._encoded
+
+    def watched(texts: Any, limit: int | None) -> Ragged:
+        seen.extend(map(len, texts))
+        return encode(texts, limit)
+
+    tokenise._encoded = watched  # type: ignore[method-assign]
+    found = tokenise(["short", text], "")
+    assert lists(found)[1] == by_preprocess(encoder, text, "")
+    assert max(seen) < len(text) / 2
+
+
+@pytest.mark.parametrize("template", ["plain", "prompteol", "echo"])
+def test_texts_given_as_ids_are_framed_and_cut_like_texts(template: str, base: str) -> None:
+    """Whether the tokenizer's own frame (here an EOS) is among the ids or not."""
+    encoder = build(base, {"template": template}, append_eos=True)
+    tokenise = Tokeniser(encoder, [])
+    words = encoder[0].words
+    texts = [text for text in TEXTS if text]
+    space = " " if template == "echo" else ""  # echo writes one before each copy
+    bare = [words(space + text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = lists(tokenise(texts, ""))
+    assert lists(tokenise.of_ids(bare, "")) == expected
+    assert lists(tokenise.of_ids([[*ids, words.eos_token_id] for ids in bare], "")) == expected
+    prompted = tokenise.of_ids(bare, PROMPT)
+    before = tokenise(texts, PROMPT)
+    assert prompted.prompt == before.prompt
+    fixed = before.prompt - 1  # the prompt's last space merges with some texts, not with ids
+    assert [ids[:fixed] for ids in lists(prompted)] == [ids[:fixed] for ids in lists(before)]
+
+
+def test_rows_are_encoded_as_their_texts_are(base: str) -> None:
+    fast = FastEncoder(build(base))
+    rows = fast.tokenise(TEXTS, PROMPT)
+    assert np.abs(fast.encode_rows(rows, PROMPT) - fast.encode(TEXTS, PROMPT)).max() < 1e-6

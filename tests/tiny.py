@@ -100,9 +100,13 @@ REFUSED: dict[str, tuple[str, dict]] = {
 }
 
 
+# families whose layers are not all attention
+HYBRID: dict[str, tuple[str, dict]] = {"lfm2": ("lfm2", _ROPE)}
+
+
 def tiny_config(family: str, **overrides) -> PretrainedConfig:
     """The configuration of `family` in tiny: 2 layers, width 32, vocabulary 320; `overrides` replace fields."""
-    model_type, sizes = {**FAMILIES, **REFUSED}[family]
+    model_type, sizes = {**FAMILIES, **REFUSED, **HYBRID}[family]
     return CONFIG_MAPPING[model_type](**{**_SPECIAL, **sizes, **overrides})
 
 

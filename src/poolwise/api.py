@@ -16,7 +16,6 @@ from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError
 from poolwise.reports.pages import render
 from poolwise.runs import layout, looks
 from poolwise.runs.run import losses, results, started, trials, tuned_results, versions
-from poolwise.study import records
 from poolwise.study.study import Study
 from poolwise.verdicts import readers, robustness
 from poolwise.verdicts.comparison import compare as compare_scores
@@ -24,19 +23,30 @@ from poolwise.verdicts.costs import equal_budgets, mean_costs
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.items import Paired
 from poolwise.verdicts.items import compare_items as compare_on_items
-from poolwise.verdicts.table import controls_of
+from poolwise.verdicts.leaderboard import Pairs, all_pairs
+from poolwise.verdicts.mteb_files import Choice
+from poolwise.verdicts.table import Scores, controls_of
+from poolwise.verdicts.trec import compare_runs as compare_runs
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def scores(source: Study | str | Path) -> tuple[Study | None, pl.DataFrame]:
-    """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results."""
+def scores(source: Study | str | Path, choice: Choice = Choice()) -> tuple[Study | None, Scores]:
+    """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results, and notes
+    on how it was read; of all but a study the part that `choice` names."""
     if not isinstance(source, Study) and str(source).endswith(".toml"):
         source = layout.open_study(source)
-    if isinstance(source, Study):
-        return source, results(source)
-    return None, readers.read(source)
+    if not isinstance(source, Study):
+        return None, readers.read(source, choice)
+    if choice != Choice():
+        raise StatisticsError("a study declares its splits, subsets and tasks: choose among those of published results")
+    return source, Scores(results(source))
+
+
+def _missing(missing: str | None, source: Study | str | Path) -> str:
+    """What to do about gaps: by default refuse them, but published results always have some."""
+    return missing or ("drop" if not isinstance(source, Study) and Path(source).is_dir() else "error")
 
 
 def compare(
@@ -44,26 +54,57 @@ def compare(
     *,
     baseline: str | None = None,
     by: str = "task_type",
-    missing: str = "error",
+    missing: str | None = None,
     run_sd: float | None = None,
     run_df: float | None = None,
     base: str | None = None,
+    choice: Choice = Choice(),
 ) -> Findings:
     """Contrasts of all designs with the baseline, by task type or another column of the table.
 
     Args:
         source: a study or its file, a CSV or Parquet file of scores, or a folder of mteb results.
-        baseline, by, missing: as in `verdicts.comparison.compare`; a study declares its own baseline.
+        baseline, by, missing: as in `verdicts.comparison.compare`; a study declares its own baseline. By default gaps
+            are refused, but in a folder of mteb results the tasks that a model lacks are left out of all.
         run_sd, run_df: sd, in points, of one run's effect on a mean over such tasks, and its degrees of freedom, both
             from another study; with them single runs support a claim about designs.
         base: the base model to look at, in a study of several. Without it scores are averaged over them, and `by_base`
             and `robustness` give the result on each.
+        choice: the splits, subsets, tasks and revisions of published results to compare.
 
     Raises:
         StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
     """
-    study, frame = scores(source)
-    return _findings(study, frame, baseline, by, missing, base, _run_effect(run_sd, run_df))
+    study, read = scores(source, choice)
+    return _findings(study, read, baseline, by, _missing(missing, source), base, _run_effect(run_sd, run_df))
+
+
+def compare_pairs(
+    source: Study | str | Path,
+    *,
+    by: str = "task_type",
+    missing: str | None = None,
+    base: str | None = None,
+    choice: Choice = Choice(),
+) -> Pairs:
+    """Every design against every other one, and from that the rank of each with its interval (`Pairs.places`).
+
+    Args:
+        source, by, missing, base, choice: as in `compare`.
+
+    Raises:
+        StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
+    """
+    study, read = scores(source, choice)
+    frame = robustness.chosen(read.frame, base)
+    options: dict[str, Any] = {"notes": read.notes, "missing": _missing(missing, source)}
+    if study is not None:
+        options |= {"order": [design.name for design in study.designs], "margin": study.margin}
+        at = looks.state(study, looks.finished(study, frame, trials(study) if started(study) else ()))
+        if at.interim:
+            raise StatisticsError(f"{study.name}: {at.interim} Pairs are compared when all runs are done")
+        frame = looks.visible(looks.last_step(study, frame), at)
+    return all_pairs(frame, by, controls=controls_of(frame), **options)
 
 
 def report(
@@ -72,6 +113,7 @@ def report(
     out: str | Path | None = None,
     baseline: str | None = None,
     command: str | None = None,
+    choice: Choice = Choice(),
 ) -> list[Path]:
     """Write `report.md`, `report.html` and `report.tex` and return their paths.
 
@@ -79,13 +121,19 @@ def report(
         source: as in `compare`.
         out: the folder to write into; by default the study's folder, or the working directory for a file of scores.
         command: the command that repeats the study, if it is not `poolwise run` of its file.
+        choice: as in `compare`.
     """
-    study, frame = scores(source)
-    findings = _findings(study, frame, baseline, "task_type", "error", None, {})
+    study, read = scores(source, choice)
+    frame = read.frame
+    findings = _findings(study, read, baseline, "task_type", _missing(None, source), None, {})
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
         return render(info, frame, findings, out or Path.cwd())
-    known = {**study_info(study), "layers": layer_attention(study), "losses": losses(study)}
+    known = {
+        **study_info(study),
+        "layers": layout.layer_attention(study, trials(study) if started(study) else ()),
+        "losses": losses(study),
+    }
     return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
 
 
@@ -97,9 +145,10 @@ def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:
 
 
 def _findings(
-    study: Study | None, frame: pl.DataFrame, baseline: str | None, by: str, missing: str, base: str | None,
+    study: Study | None, read: Scores, baseline: str | None, by: str, missing: str, base: str | None,
     run_effect: dict[str, Any],
 ) -> Findings:  # fmt: skip
+    frame = read.frame
     names = robustness.bases(frame)
     if base is not None:
         frame = robustness.chosen(frame, base)
@@ -107,7 +156,8 @@ def _findings(
     means = robustness.pooled(frame, names) if pooled else frame
     if study is None:
         controls = controls_of(means)
-        findings = Findings.of(compare_scores(means, baseline, by, controls=controls, missing=missing, **run_effect))
+        compared = compare_scores(means, baseline, by, controls=controls, missing=missing, **run_effect)
+        findings = Findings.of(compared, notes=(*read.notes, *compared.notes))
     else:
         one_of_several = base is not None and len(names) > 1
         findings = _study_findings(study, means, baseline, by, missing, one_of_several, run_effect)
@@ -202,8 +252,8 @@ def compare_items(
     Raises:
         StatisticsError, DataError, CheckpointError: the scores do not support a comparison.
     """
-    study, frame = scores(source)
-    frame = robustness.chosen(frame, base)
+    study, read = scores(source)
+    frame = robustness.chosen(read.frame, base)
     if study is not None:
         frame = looks.last_step(study, frame)
         baseline = baseline or study.baseline
@@ -211,43 +261,6 @@ def compare_items(
         frame, task, design=design, baseline=baseline, metric=metric, missing=missing, controls=controls_of(frame),
         seed=seed,
     )  # fmt: skip
-
-
-def compare_runs(
-    runs: Sequence[str | Path],
-    qrels: str | Path,
-    *,
-    metric: str = "ndcg_at_10",
-    task: str | None = None,
-    design: str | None = None,
-    baseline: str | None = None,
-    seed: int = 0,
-) -> tuple[Paired, ...]:
-    """Compare TREC runs query by query, the first one being the baseline; files are read as in `readers.read_trec`.
-
-    As in pytrec_eval, only queries that a run contains are evaluated: a judged query that one run lacks is left out of
-    all. The note lists such queries and the difference that a score of 0 for them (trec_eval's `-c`) would make.
-    """
-    name = task or Path(qrels).stem
-    frame = readers.read_trec(runs, qrels, metric, name)
-    return compare_on_items(frame, name, design=design, baseline=baseline, missing="drop", seed=seed)
-
-
-def layer_attention(study: Study) -> dict[str, Any]:
-    """The attention of finished trials over layers: the number of `texts`, and `runs`: design -> seed -> (L,) shares.
-
-    Only trials of designs that attend to layers have it; designs on several base models are listed separately.
-    """
-    shares: dict[str, dict[int, list[float]]] = {}
-    texts = 0
-    for row in trials(study) if started(study) else ():
-        path = layout.trial(study.folder, row["name"]) / layout.LAYERS
-        if row["role"] == "design" and path.exists():
-            content = records.read(path, records.LayerShares, "`poolwise run` computes it again")
-            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            shares.setdefault(name, {})[row["seed"]] = content.attention
-            texts = content.texts
-    return {"texts": texts, "runs": shares}
 
 
 def study_info(study: Study) -> dict[str, Any]:
@@ -318,7 +331,7 @@ def evaluate(
         model = load_release(model, base, release, dtype=dtype or "auto")
     elif isinstance(model, (str, Path)):
         lexical = str(model) in LEXICAL
-        model = model if lexical else _trial_in(Path(model))
+        model = model if lexical else layout.trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
@@ -335,21 +348,6 @@ def evaluate(
         if ours:
             ours.max_seq_length = before
     return [{name: row[name] for name in ("task", "task_type", "split", "subset", "metric", "score")} for row in rows]
-
-
-def _trial_in(model: Path) -> Path:
-    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
-    if not (model / layout.STUDY).is_file():
-        return model
-    study, _ = _study_in(model)
-    rows = [row for row in trials(study) if row["role"] == "design"]
-    folders = [layout.trial(study.folder, row["name"]) for row in rows if row["state"] == "done"]
-    if len(folders) != 1:
-        which = (
-            f"give one of them:{''.join(f'{chr(10)}  - {folder}' for folder in folders)}" if folders else "run it first"
-        )
-        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
-    return folders[0]
 
 
 def export_design(
@@ -420,7 +418,7 @@ def layers(
     from poolwise.model import checkpoint
     from poolwise.scoring.layers import inspect
 
-    study, only = _study_in(source)
+    study, only = layout.study_in(source)
     wanted = {"label": design, "seed": seed, "base": base, "name": only}
     rows = [row for row in trials(study) if row["role"] == "design"]
     rows = [row for row in rows if all(value is None or row[key] == value for key, value in wanted.items())]
@@ -437,19 +435,6 @@ def layers(
         named = {"design": row["label"], "seed": row["seed"], "base": row["base"]}
         runs.append({**named, **content, "own": _design_scores(study, row["id"])})
     return {"study": study.name, "runs": runs}
-
-
-def _study_in(source: Study | str | Path) -> tuple[Study, str | None]:
-    """The study that `source` names, and the name of a trial if it names one."""
-    if isinstance(source, Study):
-        return source, None
-    path = Path(source)
-    if path.suffix == ".toml":
-        return Study.load(path), None
-    for folder, only in ((path, None), (layout.study_of(path.resolve()), path.name)):
-        if (folder / layout.STUDY).is_file():
-            return layout.open_folder(folder), only
-    raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 
 def _design_scores(study: Study, trial_id: str) -> list[dict[str, Any]]:

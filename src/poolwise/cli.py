@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from poolwise.errors import PoolwiseError, StudyError, printable, redact
+from poolwise.files import check_place
 
 app = typer.Typer(
     name="poolwise",
@@ -30,6 +33,20 @@ Source = Annotated[
 Sources = Annotated[
     list[str],
     typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
+]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this split of published scores; repeat for more (default: each task's evaluation split)."),
+]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this subset, such as a language; repeat for more (default: all, averaged)."),
+]
+Benchmark = Annotated[
+    str | None, typer.Option(help="Keep the tasks, splits and subsets of a benchmark, such as 'MTEB(eng, v2)'.")
+]
+Revisions = Annotated[
+    str, typer.Option(help="Of several revisions of a model in mteb results: newest, or runs (each is a run).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
 Dtype = Annotated[
@@ -103,14 +120,14 @@ def init(
 @app.command()
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study; show its factors, sizes, cost, trials, negatives and the smallest reachable p."""
-    from poolwise.screen import show_check, stdout_to_stderr
+    from poolwise.screen import show_check
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
     _quiet()
     from poolwise.runs.check import check as check_study
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         preview = check_study(loaded)
     print(json.dumps(preview, indent=1)) if as_json else show_check(preview)
 
@@ -182,7 +199,10 @@ def compare(
     sources: Sources,
     baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
     by: Annotated[str, typer.Option(help="Column that groups the tasks, or `all`.")] = "task_type",
-    missing: Annotated[str, typer.Option(help="error, or drop: leave out tasks that a design lacks.")] = "error",
+    missing: Annotated[
+        str | None,
+        typer.Option(help="error, or drop: leave out tasks that a design lacks (default: drop for mteb results)."),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Compare on the items of this task.")] = None,
     qrels: Annotated[Path | None, typer.Option(help="Judgements of TREC runs, to compare them query by query.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the items; ndcg_at_10 for runs by default.")] = None,
@@ -190,22 +210,42 @@ def compare(
     run_sd: Annotated[float | None, typer.Option(help="Sd of a run's effect, from another study, in points.")] = None,
     run_df: Annotated[float | None, typer.Option(help="Degrees of freedom behind --run-sd.")] = None,
     base: Annotated[str | None, typer.Option(help="Show only this base model, in a study of several.")] = None,
+    split: Split = None,
+    subset: Subset = None,
+    benchmark: Benchmark = None,
+    revisions: Revisions = "newest",
+    pairs: Annotated[bool, typer.Option("--all-pairs", help="Compare every two designs; Holm over all pairs.")] = False,
+    leaderboard: Annotated[
+        bool, typer.Option("--leaderboard", help="Rank the designs, with rank intervals and groups not told apart.")
+    ] = False,
+    details: Annotated[bool, typer.Option("--details", help="List every case behind the notes.")] = False,
     as_json: Json = False,
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
     if task or qrels:
         names = {"task": task, "design": design, "baseline": baseline}
-        _compare_items(sources, as_json, missing, qrels, metric, base, **names)
+        _compare_items(sources, as_json, missing or "error", qrels, metric, base, **names)
         return
     if metric or design:
         raise PoolwiseError("--metric and --design compare items: name their task with --task")
+    choice = _choice(split, subset, benchmark, revisions)
+    if pairs or leaderboard:
+        if baseline or run_sd is not None or run_df is not None:
+            raise PoolwiseError("--all-pairs and --leaderboard have no baseline and take no run effect from elsewhere")
+        from poolwise.api import compare_pairs
+        from poolwise.screen import show_pairs
+
+        every = compare_pairs(_only(sources), by=by, missing=missing, base=base, choice=choice)
+        print(json.dumps(every.to_json(), indent=1)) if as_json else show_pairs(every, leaderboard, details)
+        return
     from poolwise.api import compare as compare_source
     from poolwise.screen import show_findings
 
     findings = compare_source(
-        _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base
+        _only(sources), baseline=baseline, by=by, missing=missing, run_sd=run_sd, run_df=run_df, base=base,
+        choice=choice,
     )  # fmt: skip
-    print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings)
+    print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings, details)
 
 
 @app.command()
@@ -213,12 +253,17 @@ def report(
     source: Source,
     to: Annotated[Path | None, typer.Option(help="Folder to write into; for a study, its own by default.")] = None,
     baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
+    split: Split = None,
+    subset: Subset = None,
+    benchmark: Benchmark = None,
+    revisions: Revisions = "newest",
 ) -> None:
     """Write the report as Markdown, as LaTeX and as one HTML file."""
     from poolwise.api import report as write_report
 
-    _check_place(to)
-    for path in write_report(source, out=to, baseline=baseline):
+    check_place(to)
+    choice = _choice(split, subset, benchmark, revisions)
+    for path in write_report(source, out=to, baseline=baseline, choice=choice):
         print(path.resolve())
 
 
@@ -239,9 +284,9 @@ def evaluate(
     """Score a model on mteb tasks or your own data."""
     _quiet()
     from poolwise.api import evaluate as score
-    from poolwise.screen import show_scores, stdout_to_stderr
+    from poolwise.screen import show_scores
 
-    with stdout_to_stderr():  # what libraries print must not mix with the JSON
+    with _stdout_to_stderr():  # what libraries print must not mix with the JSON
         rows = score(
             model, tasks, batch_size=batch_size, dtype=dtype, template=template and template.replace("\\n", "\n"),
             max_length=max_length, release=release, base=base, note=lambda line: _say(f"note: {line}"),
@@ -263,13 +308,13 @@ def ab(
     as_json: Json = False,
 ) -> None:
     """Switch or stay: compare models on your own data; the first is the one in use."""
-    _check_place(to)
+    check_place(to)
     _quiet()
     from poolwise.reports.ab import render
     from poolwise.runs.ab import ab as compare_models
-    from poolwise.screen import show_ab, stdout_to_stderr
+    from poolwise.screen import show_ab
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
     place = to or Path(result["data"]).parent / f"{result['name']}-ab"
     paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
@@ -286,9 +331,9 @@ def probe(
     _quiet()
     from poolwise.model.attention import verdict
     from poolwise.model.base import load_base
-    from poolwise.screen import show_probe, stdout_to_stderr
+    from poolwise.screen import show_probe
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         result = verdict(load_base(model))
     print(json.dumps(result, indent=1)) if as_json else show_probe(model, result)
 
@@ -307,7 +352,7 @@ def export(
 
     loaded = Study.load(study)
     exported = loaded.design(design)
-    _check_place(to, force, "exists and is not empty")
+    check_place(to, force, "exists and is not empty")
     _quiet()
     from poolwise.api import export_design
     from poolwise.encoding.fast import MASKED
@@ -332,13 +377,12 @@ def encode(
     force: Force = False,
 ) -> None:
     """Encode a file of texts into a NumPy file, one row for each text, in order."""
-    _check_place(to, force, "exists")
+    check_place(to, force, "exists")
     _quiet()
     from poolwise.encoding.encode import encode_file
-    from poolwise.screen import stdout_to_stderr
 
     side = {True: "query", False: "document", None: None}[query]
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, dtype=dtype, say=_say)
     print(path)
 
@@ -393,11 +437,11 @@ def layers(
     """
     if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
         raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
-    _check_place(to)
+    check_place(to)
     _quiet()
-    from poolwise.screen import show_layers, stdout_to_stderr
+    from poolwise.screen import show_layers
 
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         if run is None or untuned:
             from poolwise.data.tasks import resolve_tasks
             from poolwise.scoring.layers import untuned as view_untuned
@@ -415,7 +459,10 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds, three mechanisms.")] = False,
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),
 ) -> None:
-    """Run a whole study on the built-in model and tasks, offline, from training to a report."""
+    """Run a whole study on the built-in model and tasks, offline, from training to a report; then report a real one.
+
+    The second report, smollm2.html, is made from the stored scores of a study on SmolLM2-135M.
+    """
     from poolwise.runs.engine import start_server
     from poolwise.study.starters import demo_study
 
@@ -434,6 +481,21 @@ def demo(
     show_end(study_info(loaded), compare_source(loaded))
     for path in write_report(loaded, out=to, command=f"poolwise demo{' --quick' if quick else ''}"):
         print(path)
+    from poolwise.demo import smollm2_study
+
+    print(_one_page(smollm2_study(), to / "smollm2.html"))
+
+
+def _one_page(study_file: Path, path: Path) -> Path:
+    """The HTML report of a stored study, as a file of that name."""
+    from tempfile import TemporaryDirectory
+
+    from poolwise.api import report as write_report
+    from poolwise.files import write_atomic
+
+    with TemporaryDirectory() as place:
+        pages = {page.suffix: page for page in write_report(str(study_file), out=place)}
+        return write_atomic(path, pages[".html"].read_bytes())
 
 
 def _compare_items(
@@ -456,21 +518,16 @@ def _compare_items(
     print(json.dumps(to_json(lines), indent=1)) if as_json else show_paired(lines)
 
 
+def _choice(split: list[str] | None, subset: list[str] | None, benchmark: str | None, revisions: str) -> Any:
+    from poolwise.verdicts.mteb_files import Choice
+
+    return Choice(tuple(subset or ()), tuple(split or ()), benchmark, revisions)
+
+
 def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
-
-
-def _check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
-    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
-    if to is None:
-        return
-    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
-        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
-    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
-    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
-        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
 
 
 def _say(line: str) -> None:
@@ -491,3 +548,17 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to stderr, at the level of file descriptors."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from poolwise.errors import DataError
+from poolwise.errors import DataError, PoolwiseError
 
 CONNECT_SECONDS = 5.0
 """How long to wait for the Hub to accept a connection."""
@@ -244,6 +244,17 @@ def _check_depth(content: Any) -> None:
         elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
             digits = int(abs(value).bit_length() * math.log10(2)) + 1
             raise ValueError(f"an integer of about {digits:,} digits; at most {MOST_DIGITS} are read")
+
+
+def check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
+    """Refuse a --to that cannot be written, or that is taken, before any work is done for it."""
+    if to is None:
+        return
+    if not force and (to.is_file() or (to.is_dir() and any(to.iterdir()))):
+        raise PoolwiseError(f"--to {to} {taken}; give another name, or --force to replace it")
+    parent = next(place for place in (to, *to.absolute().parents) if place.exists())
+    if not (parent.is_dir() or parent == to) or not os.access(parent, os.W_OK):
+        raise PoolwiseError(f"--to {to}: {parent} cannot be written to; name another path")
 
 
 def flush_folder(folder: Path) -> None:

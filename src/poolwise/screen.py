@@ -6,10 +6,8 @@ Every table is a `reports.tables.Table`, printed in aligned columns that are nev
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,8 @@ from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import (
-    advice,
     count,
-    interval,
     magnitude,
-    points,
-    probability,
-    recommended,
     summary,
 )
 from poolwise.runs import layout
@@ -39,6 +32,8 @@ from poolwise.runs.run import run, shared_work
 from poolwise.study.study import Study
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.items import Paired
+from poolwise.verdicts.leaderboard import Pairs
+from poolwise.verdicts.table import Note
 
 PIPE_WIDTH = 140
 WIDEST_STATE = 11  # letters of the widest cell of the grid, so that the live table does not change its width
@@ -326,17 +321,8 @@ def show_scores(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_paired(pairs: Sequence[Paired]) -> None:
     """Print `poolwise compare --task` or `--qrels`: differences in points, each with its scope and its note."""
-    body = tuple(
-        (
-            pair.task, pair.metric, pair.design, pair.baseline, points(pair.difference, sign=True),
-            interval(pair.ci_low, pair.ci_high), f"{pair.n:,}", probability(pair.p_value), probability(pair.p_holm),
-            pair.test,
-        )
-        for pair in pairs
-    )  # fmt: skip
-    columns = ("task", "metric", "design", "baseline", "difference", "95 % interval", "n", "p", "Holm p", "test")
     console = terminal()
-    print_table(console, Table("", columns, (("", body),), text=4))
+    print_table(console, secondary.paired(pairs))
     for pair in pairs:
         text = f"{pair.design}, {pair.test}: {pair.scope}."
         console.print(Text(f"{text} {pair.note}." if pair.note else text, "dim"))
@@ -365,6 +351,8 @@ def show_probe(name: str, probe: Mapping[str, Any]) -> None:
     """Print the result of `poolwise probe`: whether the model supports each mode, and which token moves which."""
     console = terminal()
     console.print(f"{name}: {probe['model']}, {probe['backend']}, {probe['dtype']}; as loaded: {probe['declared']}")
+    if probe["layers"]:
+        console.print(probe["layers"], markup=False)
     for mode, result in probe["modes"].items():
         console.print(f"\n{mode}: {'yes' if result['ok'] else 'NO'}", style="green" if result["ok"] else "red")
         if result["reason"]:
@@ -377,8 +365,29 @@ def show_probe(name: str, probe: Mapping[str, Any]) -> None:
             console.print("   ".join(cells), highlight=False)
 
 
-def show_findings(findings: Findings) -> None:
-    """Print a comparison: warnings, the answer, recommendations, the tables, sentences on other analyses, notes."""
+def show_pairs(pairs: Pairs, leaderboard: bool, details: bool = False) -> None:
+    """Print every pair of designs, or their leaderboard; with `details` the cases behind each note."""
+    console = terminal()
+    print_table(console, secondary.leaderboard(pairs) if leaderboard else secondary.all_pairs(pairs))
+    print_notes(console, pairs.notes, details)
+
+
+def print_notes(console: Console, notes: Sequence[str], details: bool) -> None:
+    """A line for each note, and with `details` the cases behind it."""
+    hidden = False
+    for note in notes:
+        console.print(Text(note, "yellow"))
+        cases = note.cases if isinstance(note, Note) else ()
+        hidden = hidden or (bool(cases) and not details)
+        for case in cases if details else ():
+            console.print(Text(f"  - {case}", "dim"), soft_wrap=True)
+    if hidden:
+        console.print(Text("--details lists every case behind these notes.", "dim"))
+
+
+def show_findings(findings: Findings, details: bool = False) -> None:
+    """Print a comparison: warnings, the answer, recommendations, the tables, sentences on other analyses, notes; with
+    `details` the cases behind each note."""
     console = terminal()
     for warning in (*pages.warnings(findings), *analyses.alarms(findings)):
         console.print(Text(warning, "bold yellow"))
@@ -389,8 +398,8 @@ def show_findings(findings: Findings) -> None:
     for contrast in findings.overall:
         console.print(Text(secondary.overall_sentence(findings, contrast)))
     groups: dict[str, list[str]] = {}
-    for recommendation in recommended(findings):
-        groups.setdefault(advice(findings, recommendation), []).append(recommendation.group)
+    for recommendation in secondary.recommended(findings):
+        groups.setdefault(secondary.advice(findings, recommendation), []).append(recommendation.group)
     for text, names in groups.items():
         console.print(Text.assemble((f"{', '.join(names)}: ", "bold"), text))
     factors = findings.factorial
@@ -416,8 +425,8 @@ def show_findings(findings: Findings) -> None:
         *analyses.control_sentences(findings),
     ):
         console.print(Text(sentence))
-    for note in (*findings.notes, *(findings.budgets.notes if findings.budgets else ()), *findings.excluded):
-        console.print(Text(note, "yellow"))
+    budgets = findings.budgets.notes if findings.budgets else ()
+    print_notes(console, (*findings.notes, *budgets, *findings.excluded), details)
 
 
 def show_end(info: Mapping[str, Any], findings: Findings) -> None:
@@ -440,17 +449,3 @@ def show_end(info: Mapping[str, Any], findings: Findings) -> None:
     for note in (*findings.notes, *findings.excluded):
         console.print(Text(note, "yellow"))
     console.print()
-
-
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """Send what libraries print to stderr, at the level of file descriptors."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

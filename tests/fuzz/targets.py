@@ -156,7 +156,7 @@ def study_record(folder: Path, data: bytes) -> None:
     write(folder / layout.STUDY, data)
     with contextlib.suppress(PoolwiseError):
         layout.guard(study_at(folder))
-    api._study_in(folder)
+    layout.study_in(folder)
 
 
 def trials_record(folder: Path, data: bytes) -> None:
@@ -193,7 +193,7 @@ def trial_records(folder: Path, data: bytes) -> None:
     runner.shared_work(study)
     for record in (records.Ladder, records.Trained):
         records.find(trial / layout.LADDER, record)
-    api.layer_attention(study)
+    layout.layer_attention(study, runner.trials(study))
 
 
 def run_file(folder: Path, data: bytes) -> None:

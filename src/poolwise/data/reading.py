@@ -43,7 +43,7 @@ MANY_HIGH_BYTES = 0.3
 """Share of bytes above 127 beyond which a line is in no Western European encoding."""
 
 
-class _UnreadableError(Exception):
+class UnreadableError(Exception):
     """What ends the reading of a file: the place and the reason."""
 
     def __init__(self, place: str, reason: str):
@@ -77,7 +77,7 @@ def read_records(file: Path, mistakes: Mistakes, choose: Choose) -> Iterator[Pla
     readers = {"jsonl": _jsonl, "parquet": _parquet}
     try:
         yield from readers[kind](file, mistakes, columns) if kind in readers else _delimited(file, mistakes, columns)
-    except _UnreadableError as error:
+    except UnreadableError as error:
         mistakes.add(error.place, str(error))
     note_unread(list(columns.unread), mistakes)
 
@@ -115,18 +115,18 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
             while line := stream.readline(MOST_BYTES + 1):
                 number += 1
                 if len(line) > MOST_BYTES:
-                    raise _UnreadableError(f"line {number}", f"longer than {MOST_BYTES:,} bytes; split it")
+                    raise UnreadableError(f"line {number}", f"longer than {MOST_BYTES:,} bytes; split it")
                 if number == 1 and b"\0" in line:
-                    raise _UnreadableError("line 1", _not_utf8(line))
+                    raise UnreadableError("line 1", _not_utf8(line))
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
-                    raise _UnreadableError(f"line {number}", _not_utf8(line)) from None
+                    raise UnreadableError(f"line {number}", _not_utf8(line)) from None
                 yield f"line {number}", text
     except (OSError, EOFError, zlib.error) as error:
         # a file that is cut short still gives its first lines; the reader must not take them for the whole
         after = f" after line {number}" if number else ""
-        raise _UnreadableError("", f"cannot be read{after}: {getattr(error, 'strerror', None) or error}") from error
+        raise UnreadableError("", f"cannot be read{after}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _not_utf8(line: bytes) -> str:
@@ -184,17 +184,17 @@ _DOUBLED = 'put a cell with a quotation mark in quotes and write the mark twice:
 
 def _header(file: Path, columns: _Columns) -> tuple[str, list[str]]:
     """The delimiter under which the header has the needed columns, and the header."""
-    refused: list[tuple[int, _UnreadableError]] = []
+    refused: list[tuple[int, UnreadableError]] = []
     for delimiter in DELIMITERS[file_format(file) or ""]:
         header: list[str] = []
         try:
             _, header = next(_cells(file, delimiter), ("", []))
             columns.of(header)
             return delimiter, header
-        except _UnreadableError as error:
+        except UnreadableError as error:
             refused.append((0, error))
         except ValueError as error:
-            refused.append((len(header), _UnreadableError("", str(error))))
+            refused.append((len(header), UnreadableError("", str(error))))
     raise max(refused, key=lambda pair: pair[0])[1]  # under the delimiter that makes the most columns
 
 
@@ -209,7 +209,7 @@ def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
             if cells:
                 yield place, cells
     except csv.Error as error:
-        raise _UnreadableError(f"line {end + 1}", f"badly quoted ({error}); {_DOUBLED}") from None
+        raise UnreadableError(f"line {end + 1}", f"badly quoted ({error}); {_DOUBLED}") from None
 
 
 def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
@@ -217,13 +217,13 @@ def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Plac
         names = _parquet_names(file)
         chosen = columns.of(names)
     except ValueError as error:
-        raise _UnreadableError("", str(error)) from error
+        raise UnreadableError("", str(error)) from error
     number = 0
     for batch in _parquet_batches(file, list(chosen)):
         try:
             rows = batch.to_pylist()
         except Exception as error:  # such as a date before year 1, which Python cannot represent
-            raise _UnreadableError("", f"cannot be read as Parquet after row {number}: {_first_line(error)}") from error
+            raise UnreadableError("", f"cannot be read as Parquet after row {number}: {_first_line(error)}") from error
         for row in rows:
             number += 1
             yield f"row {number}", row
@@ -236,17 +236,17 @@ def read_table(file: Path) -> Any:
     try:
         names = _parquet_names(file)
         if len(names) > MOST_COLUMNS:
-            raise _UnreadableError("", f"{len(names):,} columns; at most {MOST_COLUMNS:,} are read")
+            raise UnreadableError("", f"{len(names):,} columns; at most {MOST_COLUMNS:,} are read")
         batches = list(_parquet_batches(file, names))
         if not batches:
-            raise _UnreadableError("", "holds no row")
+            raise UnreadableError("", "holds no row")
         return pyarrow.Table.from_batches(batches)
-    except _UnreadableError as error:
+    except UnreadableError as error:
         raise DataError(f"{file}: {error}") from error
 
 
 def _parquet_names(file: Path) -> list[str]:
-    """The names of the columns. Raises _UnreadableError for a file that is damaged, or too large once decoded."""
+    """The names of the columns. Raises UnreadableError for a file that is damaged, or too large once decoded."""
     import pyarrow.parquet
 
     try:
@@ -255,16 +255,16 @@ def _parquet_names(file: Path) -> list[str]:
             declared = sum(found.row_group(number).total_byte_size for number in range(found.num_row_groups))
             allowed = _allowed(file)
             if declared > allowed or found.num_rows > allowed // 100:
-                raise _UnreadableError("", _too_large(file, allowed))
+                raise UnreadableError("", _too_large(file, allowed))
             return list(stream.schema_arrow.names)
-    except _UnreadableError:
+    except UnreadableError:
         raise
     except Exception as error:  # whatever pyarrow raises for a damaged file
-        raise _UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
+        raise UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
 
 
 def _parquet_batches(file: Path, names: list[str]) -> Iterator[Any]:
-    """The rows of a file, `BATCH_ROWS` at a time, valid and with plain texts. Raises _UnreadableError.
+    """The rows of a file, `BATCH_ROWS` at a time, valid and with plain texts. Raises UnreadableError.
 
     Texts are decoded as dictionaries first: repeated a million times, one text of a megabyte takes no more than that
     until it is known whether all of it is allowed.
@@ -289,14 +289,14 @@ def _parquet_batches(file: Path, names: list[str]) -> Iterator[Any]:
                     else:
                         decoded += array.nbytes
                     if decoded > allowed:
-                        raise _UnreadableError("", _too_large(file, allowed))
+                        raise UnreadableError("", _too_large(file, allowed))
                     is_text = pyarrow.types.is_dictionary(array.type) and array.type.value_type == pyarrow.string()
                     arrays.append(array.dictionary_decode() if is_text else array)
                 yield pyarrow.RecordBatch.from_arrays(arrays, names=batch.schema.names)
-    except _UnreadableError:
+    except UnreadableError:
         raise
     except Exception as error:
-        raise _UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
+        raise UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
 
 
 def _allowed(file: Path) -> int:
@@ -375,5 +375,5 @@ def _plain(file: Path, field: str, mistakes: Mistakes) -> Iterator[Placed]:
     try:
         for place, line in read_lines(file):
             yield place, {field: line.rstrip("\r\n")}
-    except _UnreadableError as error:
+    except UnreadableError as error:
         mistakes.add(error.place, str(error))

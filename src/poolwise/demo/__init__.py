@@ -2,6 +2,7 @@
 
     from poolwise import demo
     demo.nano_path()              # a model folder: a 3.8M-parameter causal LM
+    demo.smollm2_study()          # a published study on a real model, with its scores
     demo.training_pairs(seed=0)   # [{"query", "positive", "negatives": [...], "mechanism"}]
     demo.task_names()             # ["demo/overlap-sts", ...]
     demo.task_data("demo/roles-retrieval")
@@ -21,7 +22,7 @@ from poolwise.demo import mechanisms as forms
 from poolwise.demo.mechanisms import MECHANISMS
 from poolwise.errors import TaskError, suggest
 
-__all__ = ["MECHANISMS", "nano_path", "predictions", "task_data", "task_names", "training_pairs"]
+__all__ = ["MECHANISMS", "nano_path", "predictions", "smollm2_study", "task_data", "task_names", "training_pairs"]
 
 PREFIX = "demo/"
 PAIRS_PER_MECHANISM = 400
@@ -30,6 +31,11 @@ PAIRS_PER_MECHANISM = 400
 def nano_path() -> Path:
     """Folder of the built-in base model (weights, tokenizer, card)."""
     return Path(__file__).parent / "nano"
+
+
+def smollm2_study() -> Path:
+    """The study file of the published study on SmolLM2-135M; its scores lie beside it, as in a run folder."""
+    return Path(__file__).parent / "smollm2" / "study.toml"
 
 
 def training_pairs(seed: int = 0) -> list[dict[str, Any]]:

@@ -275,26 +275,36 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return np.asarray(found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12))
 
 
+def lengths(vectors: np.ndarray) -> np.ndarray:
+    """(N,) the length of each vector, block by block; 1 for a vector of zeros."""
+    blocks = [vectors[start : start + DOCUMENTS] for start in range(0, len(vectors), DOCUMENTS)]
+    found = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks])
+    return np.where(found > 0, found, 1).astype(np.float32)
+
+
 def search(
-    queries: np.ndarray, documents: np.ndarray, depth: int, rank: np.ndarray, cosine: bool = True
+    queries: np.ndarray, documents: np.ndarray, depth: int, rank: np.ndarray, norms: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `depth` best documents of each query and their scores, (Q, depth) each, by exact search in blocks.
 
     Args:
         queries (Q, D), documents (N, D): fp32; documents may be memory-mapped.
         rank: (N,) decides between equal scores, the lowest first.
-        cosine: else the dot product. Cosines are rounded to six decimals, below which they are noise of fp32 that
-            depends on the block, so that equal documents have equal scores.
+        norms: (N,) `lengths` of the documents, for the cosine; None: the dot product. Cosines are rounded to six
+            decimals, below which they are noise of fp32 that depends on the block, so that equal documents have equal
+            scores.
     """
     depth = min(depth, len(documents))
     places, scores = np.zeros((len(queries), depth), np.int64), np.zeros((len(queries), depth), np.float32)
     for low in range(0, len(queries), QUERIES):
-        asked = unit(queries[low : low + QUERIES]) if cosine else np.asarray(queries[low : low + QUERIES])
+        asked = np.asarray(queries[low : low + QUERIES])
+        asked = asked if norms is None else unit(asked)
         best: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0, np.int64), np.zeros(0, np.float32))] * len(asked)
         for start in range(0, len(documents), DOCUMENTS):
             block = documents[start : start + DOCUMENTS]
-            found = asked @ (unit(block) if cosine else np.asarray(block)).T
-            found = np.round(found, 6) if cosine else found
+            found = asked @ np.asarray(block).T
+            if norms is not None:
+                found = np.round(found / norms[start : start + len(block)], 6)
             here = np.arange(start, start + len(block))
             for row, (old, old_scores) in enumerate(best):
                 best[row] = top(np.append(old, here), np.append(old_scores, found[row]), depth, rank)

@@ -28,7 +28,7 @@ from starlette.responses import Response
 from poolwise.encoding.encode import SIDES, prompt_of
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.rows import cut
-from poolwise.model.checkpoint import trained_widths
+from poolwise.model.encoder import trained_widths
 
 MAX_BYTES = 4 << 20
 """Largest body of a request. A larger one is answered with 413, as are more than `MAX_TEXTS` texts."""
@@ -286,10 +286,10 @@ class Batcher:
         return len(some) < 16 or cut_off > 0 or some[3:] != again[len(again) - len(some) + 3 :]
 
 
-async def answered(batcher: Batcher, asked: Asked, leaving: Awaitable[Any]) -> tuple[np.ndarray, int]:
-    """The vectors (N, D) and tokens of a request. If its client leaves, which ends `leaving`, it leaves the queue."""
+async def answered(batcher: Batcher, asked: Asked, left: Callable[[], Awaitable[Any]]) -> tuple[np.ndarray, int]:
+    """The vectors (N, D) and tokens of a request. If its client leaves, which ends `left()`, it leaves the queue."""
     job = batcher.submit(asked.items, asked.side)
-    future, gone = asyncio.wrap_future(job), asyncio.ensure_future(leaving)
+    future, gone = asyncio.wrap_future(job), asyncio.ensure_future(left())
     try:
         await asyncio.wait({future, gone}, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if future.done():

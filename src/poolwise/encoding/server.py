@@ -54,7 +54,7 @@ HEAD_SECONDS, BODY_SECONDS, REFUSED_SECONDS, IDLE_SECONDS, STALLED_SECONDS = 10,
 DRAIN_SECONDS, LAST_SECONDS = 8.0, 1
 """At SIGTERM: for requests in flight, and then for connections to close."""
 QUIET_SECONDS = 0.5
-"""At SIGTERM: for which open connections are still answered, with 503, so that none is reset while it sends."""
+"""At SIGTERM: in which open connections are answered with 503, so that none is reset while it sends."""
 TOKEN = "POOLWISE_TOKEN"
 """Environment variable with the key that clients must send."""
 TOO_LARGE = f"the body is larger than {MAX_BYTES} bytes: send fewer texts at a time"
@@ -92,33 +92,31 @@ class Gate:
                     message.setdefault("headers", []).append((b"connection", b"close"))
             await send(message)
 
-        admitted = reserved = 0
+        admitted, reserved, body = 0, 0, bytearray()
         try:
-            body = bytearray()
-            try:
-                headers = heads(scope)
-                refused = self._refused(scope, headers)
-                admitted = int(refused is None)
-                self.active += admitted
-                if refused is None or b"expect" not in headers:  # else the client waits for an answer before it sends
-                    async for chunk in chunks(receive, keep=refused is None):
-                        if refused is None and self.bytes + len(chunk) > BODIES:
-                            refused = RequestError(429, "too many large requests are waiting; try again later")
-                        if refused is None:
-                            body += chunk
-                            reserved, self.bytes = reserved + len(chunk), self.bytes + len(chunk)
-                if refused is not None:
-                    raise refused
-                await self.app(scope, replay(bytes(body), receive), watched)
-            except RequestError as error:
-                await error.response(close=error.status in (400, 408, 413, 503))(scope, receive, watched)
-            except GoneError:
-                pass
-            except Exception as error:
-                log.error("a request could not be answered: %s", described(error))
-                if status == 499:
-                    failed = RequestError(500, "the request could not be answered")
-                    await failed.response()(scope, receive, watched)
+            headers = heads(scope)
+            refused = self._refused(scope, headers)
+            admitted = int(refused is None)
+            self.active += admitted
+            if refused is None or b"expect" not in headers:  # else the client waits for an answer before it sends
+                async for chunk in chunks(receive, keep=refused is None):
+                    if refused is None and self.bytes + len(chunk) > BODIES:
+                        refused = RequestError(429, "too many large requests are waiting; try again later")
+                    if refused is None:
+                        body += chunk
+                        reserved, self.bytes = reserved + len(chunk), self.bytes + len(chunk)
+            if refused is not None:
+                raise refused
+            await self.app(scope, replay(bytes(body), receive), watched)
+        except RequestError as error:
+            await error.response(close=error.status in (400, 408, 413, 503))(scope, receive, watched)
+        except GoneError:
+            pass
+        except Exception as error:
+            log.error("a request could not be answered: %s", described(error))
+            if status == 499:
+                failed = RequestError(500, "the request could not be answered")
+                await failed.response()(scope, receive, watched)
         finally:
             self.active -= admitted
             self.bytes -= reserved
@@ -156,10 +154,9 @@ class Gate:
         if b"origin" in headers:
             names.append(headers[b"origin"].decode("latin-1"))
         for name in names:
-            try:
-                host = urlsplit(name).hostname or name.removeprefix("//")
-            except ValueError:
-                host = name.removeprefix("//")
+            host = name.removeprefix("//")
+            with contextlib.suppress(ValueError):
+                host = urlsplit(name).hostname or host
             if host.lower() not in self.hosts:
                 return host
         return None
@@ -299,7 +296,7 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     async def embeddings(request: Request) -> Response:
         """Embeddings of texts, or of the model's own token ids."""
         asked = checked(await request.body(), names, batcher)
-        vectors, tokens = await answered(batcher, asked, request.receive())
+        vectors, tokens = await answered(batcher, asked, request.receive)
         metrics.texts.inc(len(vectors))
         metrics.tokens.inc(tokens)
         return Response(asked.answer(vectors, tokens, names[0]), media_type="application/json")
@@ -312,10 +309,9 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     @app.get(MODELS + "/{name:path}", responses={**others, 404: {"description": "Another model"}})
     async def model(name: str) -> Any:
         """The model of this name."""
-        for each in models:
-            if each["id"] == name:
-                return each
-        raise RequestError(404, f"model {name[:60]!r} is not served here; {names[0]!r} is", "model")
+        if name not in names:
+            raise RequestError(404, f"model {name[:60]!r} is not served here; {names[0]!r} is", "model")
+        return models[names.index(name)]
 
     @app.get(HEALTH, responses=others)
     async def health() -> Any:
@@ -332,26 +328,28 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server of one model. `run` serves until `should_exit` is set or a signal comes."""
+    """uvicorn's server of one model. `run` serves until `should_exit` or a signal."""
 
-    def __init__(
-        self, batcher: Batcher, names: Sequence[str], bound: socket.socket, token: str | None, hosts: Any
-    ) -> None:
+    def __init__(self, batcher: Batcher, names: Sequence[str], bound: socket.socket, **keys: Any) -> None:
         self.batcher, self.bound, self.port = batcher, bound, int(bound.getsockname()[1])
+        self.announce: Callable[[], None] = lambda: None  # called when it listens
         self.metrics = Metrics(batcher, lambda: len(self.server_state.connections))
-        self.gate = Gate(create_app(batcher, names, self.metrics), self.metrics, token, hosts)
+        self.gate = Gate(create_app(batcher, names, self.metrics), self.metrics, **keys)
         self.gate.connections = lambda: len(self.server_state.connections)
-        settings: dict[str, Any] = {"ws": "none", "lifespan": "off", "loop": "asyncio", "access_log": False}
-        quiet: dict[str, Any] = {"log_config": None, "server_header": False, "proxy_headers": False}
-        times = {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": LAST_SECONDS}
-        super().__init__(uvicorn.Config(self.gate, http=Connection, **settings, **quiet, **times))
+        settings: dict[str, Any] = {"ws": "none", "lifespan": "off", "loop": "asyncio", "log_config": None}
+        settings |= {"access_log": False, "server_header": False, "proxy_headers": False}
+        settings |= {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": LAST_SECONDS}
+        super().__init__(uvicorn.Config(self.gate, http=Connection, **settings))
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `Gate` logs, without any text
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until `should_exit`."""
+    def run(self, sockets: Any = None) -> None:
         super().run([self.bound])
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self.announce()
+
+    async def shutdown(self, sockets: Any = None) -> None:
         """Refuse new connections and requests, answer those in flight, close the rest: within ten seconds."""
         self.gate.draining = True
         end = time.monotonic() + DRAIN_SECONDS
@@ -412,7 +410,7 @@ def serving(
     with bound:  # it listens only when the model is loaded
         batcher = Batcher(open_model(model, dtype))
         try:
-            yield Server(batcher, [*names] or [str(model)], bound, token, (*LOOPBACK, host, *hosts))
+            yield Server(batcher, [*names] or [str(model)], bound, token=token, hosts=(*LOOPBACK, host, *hosts))
         finally:
             batcher.close()
 
@@ -439,7 +437,8 @@ def serve(
     try:
         with serving(model, host, port, dtype, names=names, token=token, hosts=hosts) as server:
             place = f"http://{host}:{server.port}{ROUTE}"
-            say(f"{model} ({server.batcher.width} numbers a text): {place}; Ctrl-C stops")
+            line = f"{model} ({server.batcher.width} numbers a text): {place}; Ctrl-C stops"
+            server.announce = lambda: say(line)
             if token is None and host not in LOOPBACK:
                 say(f"note: anyone who reaches {host} can use it; set {TOKEN} to a key that clients must send")
             for note in server.batcher.fast.notes:

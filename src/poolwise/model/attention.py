@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -123,6 +124,30 @@ def sliding_window(model: nn.Module) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
+def partial_layers(model: nn.Module, longest: int | None = None) -> str | None:
+    """What an attention mode means for a base in which not every layer attends to all tokens; None if all do.
+
+    longest: tokens of the longest text; a window of that many is as good as none.
+    transformers turns a sliding window into a symmetric one; what is no attention (LFM2's convolutions, the recurrences
+    of Qwen3-Next) reads earlier tokens only in every mode. The probe sees that some layer mixes both ways, not which.
+    """
+    config = base_model(model).config.get_text_config()
+    kinds, window = Counter(getattr(config, "layer_types", None) or ()), sliding_window(model)
+    if not kinds and window is not None:
+        kinds = Counter({"sliding_attention": config.num_hidden_layers})
+    local = kinds.pop("sliding_attention", 0) + kinds.pop("chunked_attention", 0)
+    whole = kinds.pop("full_attention", 0)
+    if longest and window and longest <= window:
+        whole, local = whole + local, 0
+    if not local and not kinds:
+        return None
+    parts = [f"{whole} attend to all tokens"]
+    if local:
+        parts.append(f"{local} to {window} tokens at most (bidirectional: to either side)")
+    parts += [f"{n} ({kind}) read earlier tokens only, whatever the mode" for kind, n in sorted(kinds.items())]
+    return f"Of {whole + local + kinds.total()} layers {'; '.join(parts)}."
+
+
 def influence(model: nn.Module, padding: str = "none", length: int = SHOWN_LENGTH) -> Tensor:
     """The influence matrix (T, T) fp32 on CPU: [i, j] is the largest change of state i when token j changes.
 
@@ -152,7 +177,7 @@ def verify(model: nn.Module, mode: str) -> None:
 def verdict(model: nn.Module) -> dict[str, Any]:
     """What `poolwise probe` prints: causal and bidirectional attention tried on `model`, whose own mode is restored.
 
-    Keys: model, backend, dtype, declared, modes; modes[mode] has ok, reason (None if ok) and
+    Keys: model, backend, dtype, declared, layers (`partial_layers`), modes; modes[mode] has ok, reason (None if ok) and
     influence[padding], the (T, T) matrix as lists.
     """
     answer: dict[str, Any] = {
@@ -160,6 +185,7 @@ def verdict(model: nn.Module) -> dict[str, Any]:
         "backend": backend(model),
         "dtype": str(_embeddings(model).dtype).removeprefix("torch."),
         "declared": get_attention(model),
+        "layers": partial_layers(model),
         "modes": {},
     }
     with restored_attention(model):

@@ -17,8 +17,8 @@ from sentence_transformers.base.modules import Module, Normalize
 from transformers import PreTrainedModel
 
 from poolwise.errors import ModelError
-from poolwise.files import cached_if_unreachable
-from poolwise.model.attention import check_window, verify
+from poolwise.files import cached_if_unreachable, read_any_json, write_any_json
+from poolwise.model.attention import MODES, check_window, verify
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import (
     base_identity,
@@ -211,3 +211,80 @@ def _adapt(backbone: Backbone, recipe: Recipe, seed: int) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     backbone.model = cast(PreTrainedModel, adapted)
+
+
+BOOLEANS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""Mode of sentence-transformers' `Pooling` -> the boolean that stood for it before its version 5.4."""
+
+
+def write_old_forms(folder: Path, mode: str, width: int, length: int) -> None:
+    """Rewrite the settings of a standard export in the forms that older readers require and new ones still accept.
+
+    Text Embeddings Inference requires the booleans of the pooling and `max_seq_length`. vLLM before its pull request
+    54533 finds the pooling by its old class path, takes the first setting that is true for its mode, and otherwise
+    serves the last token without a warning. sentence-transformers before 5.4 knows none of the new names.
+    """
+    modules = _read_json(folder / "modules.json")
+    for module in modules:
+        module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
+    write_any_json(folder / "modules.json", modules)
+    booleans = {name: key == mode for key, name in BOOLEANS.items()}
+    # `include_prompt` comes last: it is true as well, and vLLM would take it for the mode
+    pooling = {"word_embedding_dimension": width, **booleans, "pooling_mode": mode, "include_prompt": True}
+    write_any_json(folder / modules[1]["path"] / "config.json", pooling)
+    write_any_json(folder / modules[2]["path"] / "config.json", {})
+    limit = length or _read_json(folder / "tokenizer_config.json").get("model_max_length")
+    write_any_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+
+
+def write_settings(encoder: SentenceTransformer, folder: Path) -> None:
+    """Add to the settings of an export what other readers look for under other names.
+
+    Attention: transformers reads `is_causal`; Text Embeddings Inference reads it for Qwen2 alone and
+    `use_bidirectional_attention` for Qwen3, Llama, Mistral and Gemma3. Positions: `rope_theta` before transformers 5.
+    Tokenizer: its class has another name since transformers 5. Widths: those trained by `recipe.matryoshka`.
+    """
+    backbone = cast(Backbone, encoder[0])
+    config = _read_json(folder / "config.json")
+    if backbone.attention in MODES and _takes_flag(backbone.model.config):
+        config["is_causal"] = backbone.attention == "causal"
+        config["use_bidirectional_attention"] = backbone.attention == "bidirectional"
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    write_any_json(folder / "config.json", config)
+    tokenizer = _read_json(folder / "tokenizer_config.json")
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_any_json(folder / "tokenizer_config.json", tokenizer)
+    if widths := trained_widths(encoder):
+        path = folder / "config_sentence_transformers.json"
+        write_any_json(path, {**_read_json(path), "matryoshka_dims": list(widths)})
+
+
+def _takes_flag(config: Any) -> bool:
+    """Whether `use_bidirectional_attention` changes nothing for transformers beyond what `is_causal` does.
+
+    Where the configuration declares it, it may take words (Gemma 4), and it narrows sliding windows (Gemma 3).
+    """
+    declared = str(getattr(type(config), "__annotations__", {}).get("use_bidirectional_attention", "bool"))
+    windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    native = hasattr(type(config), "use_bidirectional_attention")
+    return "bool" in declared and not (native and windowed)
+
+
+def trained_widths(encoder: SentenceTransformer) -> tuple[int, ...]:
+    """The widths below the full one at which a prefix of an embedding was trained to be usable, ascending."""
+    recipe = getattr(encoder, "poolwise", {"recipe": {}})["recipe"]
+    return tuple(sorted(recipe.get("matryoshka", ()) or getattr(encoder, "matryoshka_dims", ())))
+
+
+def _read_json(path: Path) -> Any:
+    return read_any_json(path)

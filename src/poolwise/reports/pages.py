@@ -19,7 +19,6 @@ from poolwise.reports import analyses, plots, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.words import (
     FEW_DESIGNS,
-    advice,
     answer,
     count,
     group_words,
@@ -29,7 +28,6 @@ from poolwise.reports.words import (
     number,
     outcome,
     points,
-    recommended,
     sentences,
     strongest,
     summary,
@@ -79,7 +77,8 @@ def at_a_glance(findings: Findings) -> tables.Table:
         row = strongest(findings, group)
         shown, word = row.verdict or row, outcome(findings, row)
         price = f"× {number(costs[row.design] / own)}" if own and row.design in costs else "–"
-        winner = row.design if word == "better" else "equal" if word == "equivalent" else "no winner"
+        words = {"better": row.design, "equivalent": "equal", "withheld": "withheld"} if row.verdict else {}
+        winner = words.get(word, "no winner")  # single runs have none, whatever their checkpoints show
         span = interval(shown.ci_low, shown.ci_high)
         return (
             group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _to_settle(findings, row),
@@ -90,7 +89,7 @@ def at_a_glance(findings: Findings) -> tables.Table:
         "Tasks",
         "Winner",
         f"Largest gap to {base}",
-        f"{findings.percent} % interval",
+        "Interval" if findings.interim else f"{findings.percent} % interval",
         "Encoding",
         "To settle it",
     )
@@ -127,7 +126,8 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
     """The table of means with what needs no training: TF-IDF, BM25 and the untuned designs, where they have scores on
     all tasks of a group."""
     names = [name for name, role in findings.roles if role in ("reference", "untuned")]
-    cells = {name: tuple(_reference_mean(findings, group, name) for group in findings.groups) for name in names}
+    arms = {name: [findings.whole_arm(group, name) for group in findings.groups] for name in names}
+    cells = {name: tuple(points(arm.mean) if arm else "–" for arm in found) for name, found in arms.items()}
     cells = {name: found for name, found in cells.items() if set(found) != {"–"}}
     (_, rows), *_ = means.sections
     if means.columns[0] == "Design":
@@ -136,14 +136,6 @@ def with_references(means: tables.Table, findings: Findings) -> tables.Table:
         columns = (*means.columns, *cells)
         rows = tuple((*row, *(found[place] for found in cells.values())) for place, row in enumerate(rows))
     return replace(means, columns=columns, sections=(("", rows),))
-
-
-def _reference_mean(findings: Findings, group: str, name: str) -> str:
-    try:
-        arm = findings.arm(group, name)
-    except KeyError:
-        return "–"
-    return points(arm.mean) if len(arm.tasks) == len(findings.arm(group, findings.baseline).tasks) else "–"
 
 
 def layers_page(view: Mapping[str, Any]) -> str:
@@ -222,8 +214,9 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
     """The methods paragraph of a paper: which estimator, which family, which scope."""
     family = f"Holm's correction over the {count(findings.family, 'contrast')} with {findings.baseline}"
     wilcoxon = (
-        "exact two-sided Wilcoxon signed-rank tests over tasks on seed-averaged scores, with the Hodges–Lehmann "
-        f"estimate, its exact {findings.percent} % interval and the matched-pairs rank-biserial correlation"
+        "exact two-sided Wilcoxon signed-rank tests over sources of tasks on seed-averaged scores, with the "
+        f"Hodges–Lehmann estimate, its exact {findings.percent} % interval and the matched-pairs rank-biserial "
+        "correlation"
     )
     start = opening(info, findings)
     if findings.interim:
@@ -273,7 +266,7 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
     predictions, layers = info.get("predictions"), info.get("layers") or {}
     shares = layers.get("runs", {})
     factors = findings.factorial
-    recommendations = {choice.group: advice(findings, choice) for choice in recommended(findings)}
+    recommendations = {choice.group: secondary.advice(findings, choice) for choice in secondary.recommended(findings)}
     predicted = analyses.prediction_sentences(findings, predictions)
     answers = [
         {
@@ -360,9 +353,14 @@ def _templates() -> Environment:
         """A cell of an HTML table: the ± part and the mark of a mean get their own elements."""
         text = str(escape(cell))
         text = re.sub(r"±(\S+)$", r'<span class="pm">±\1</span>', text)
-        names = {"▲": "above the baseline", "▼": "below the baseline", "≈": "equivalent to the baseline"}
+        names = {
+            "▲": "above the baseline",
+            "▼": "below the baseline",
+            "≈": "equivalent to the baseline",
+            "△": "withheld",
+        }
         return Markup(
-            re.sub(r"^([▲▼≈]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
+            re.sub(r"^([▲▼≈△]) ", lambda m: f'<span class="m" title="{names[m[1]]}">{m[1]}</span> ', text)
         )  # escaped above
 
     def glue(text: str) -> str:
@@ -379,7 +377,7 @@ def _templates() -> Environment:
         special = dict.fromkeys("&%$#_{}", r"\%s")
         special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
         special |= {"−": "$-$", "±": r"$\pm$", "∞": r"$\infty$", "×": r"$\times$", "≈": r"$\approx$", "<": "$<$"}
-        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$"}
+        special |= {">": "$>$", "▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "△": r"$\triangle$"}
         return "".join(special.get(letter, letter).replace("%s", letter) for letter in str(text))
 
     environment = Environment(

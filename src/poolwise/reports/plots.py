@@ -2,7 +2,7 @@
 
 A panel is about 340 px wide, so that a wide page sets panels side by side and a narrow one below each other, and text
 keeps its size. Colours are CSS variables of the page (light, dark, print). Every meaning of a colour is also a shape:
-filled circle better, filled square worse, diamond equivalent, hollow circle inconclusive.
+filled circle better, filled square worse, diamond equivalent, hollow triangle withheld, hollow circle inconclusive.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Pixels: width of a panel, height of a row, margins above and below the axes and to their right, width of a letter.
 WIDTH, ROW, TOP, AXIS, RIGHT, LETTER = 340, 24, 8, 38, 14, 6.6
 LABEL_LETTERS = 21
+TENFOLD = 10
 # matplotlib knows no CSS variables: it draws in placeholder colours, which `_inline` replaces.
 INK, MUTED, RULE, BETTER, WORSE, BAND, PAPER = (f"#0{i}0{i}0{i}" for i in range(1, 8))
 VARIABLES = {
@@ -35,6 +36,7 @@ MARKS = {  # marker, size, edge, face
     "better": ("o", 7, BETTER, BETTER),
     "worse": ("s", 6.4, WORSE, WORSE),
     "equivalent": ("D", 6, INK, PAPER),
+    "withheld": ("^", 7, INK, PAPER),
     "inconclusive": ("o", 6.6, MUTED, PAPER),
     "untested": ("o", 6.6, MUTED, PAPER),
 }
@@ -85,14 +87,19 @@ def forest(comparison: Comparison) -> list[Panel]:
 def intervals(
     groups: Sequence[tuple[str, Sequence[Interval]]], axis: str, title: str, above: bool = False
 ) -> list[Panel]:
-    """A panel with the intervals of each group, all on one scale; labels at the left, or `above` their row."""
-    every = [row for _, rows in groups for row in rows]
-    ends = [100 * end for row in every for end in (row.low, row.middle, row.high) if end is not None]
-    limits = focused([100 * row.middle for row in every], ends)
-    panels = []
-    for group, rows in groups:
+    """A panel with the intervals of each group; labels at the left, or `above` their row.
 
-        def draw(axes: Axes, rows: Sequence[Interval] = rows) -> None:
+    All panels have one scale, unless the scales of two groups would differ tenfold.
+    """
+    own = [_scale(rows) for _, rows in groups]
+    reach = [max(-low, high) for low, high in own]
+    shared = not reach or max(reach) < TENFOLD * min(reach)
+    scales = [_scale([row for _, rows in groups for row in rows])] * len(groups) if shared else own
+    axis = axis if shared else f"{axis} (own scale)"
+    panels = []
+    for (group, rows), limits in zip(groups, scales, strict=True):
+
+        def draw(axes: Axes, rows: Sequence[Interval] = rows, limits: tuple[float, float] = limits) -> None:
             axes.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
             for place, row in enumerate(rows):
                 _draw_interval(axes, place, row, limits)
@@ -101,6 +108,11 @@ def intervals(
         alt = f"{title}, {group}: {axis}: {'; '.join(parts)}."
         panels.append(_panel(group, alt, [row.label for row in rows], limits, draw, axis, True, above))
     return panels
+
+
+def _scale(rows: Sequence[Interval]) -> tuple[float, float]:
+    ends = [100 * end for row in rows for end in (row.low, row.middle, row.high) if end is not None]
+    return focused([100 * row.middle for row in rows], ends)
 
 
 def task_dots(comparison: Comparison) -> list[Panel]:
@@ -133,15 +145,23 @@ def task_dots(comparison: Comparison) -> list[Panel]:
 
 
 def run_strip(comparison: Comparison) -> list[Panel]:
-    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale."""
+    """Mean score of each run, a dot for each seed, a bar at the mean of the design; each group has its own scale.
+
+    What needs no training (TF-IDF, BM25) is a cross in a row of its own, where it has scores on all tasks of the group.
+    """
     panels = []
+    lexical = [name for name, role in comparison.roles if role == "reference"]
     for group in comparison.groups:
         means = {name: 100 * comparison.arm(group, name).run_means for name in comparison.designs}
+        means |= {name: 100 * arm.run_means for name in lexical if (arm := comparison.whole_arm(group, name))}
         limits = padded([float(value) for values in means.values() for value in values])
 
         def draw(axes: Axes, means: dict[str, Any] = means) -> None:
-            for place, values in enumerate(means.values()):
-                _dots(axes, place, values)
+            for place, (name, values) in enumerate(means.items()):
+                if name in lexical:
+                    axes.plot(list(values), [place], "x", color=MUTED, markersize=6, markeredgewidth=1.6)
+                else:
+                    _dots(axes, place, values)
 
         parts = [f"{name} {', '.join(number(float(value)) for value in values)}" for name, values in means.items()]
         alt = f"Runs, {group}: mean score of each seed: {'; '.join(parts)}."

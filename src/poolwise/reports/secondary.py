@@ -1,5 +1,7 @@
-"""Secondary analyses as tables and pictures: the overall contrast, single runs under a run effect from another study,
-designs at equal cost, and the front of quality over cost."""
+"""What follows from the contrasts, in words, tables and pictures: the choice of a design, the overall contrast, single
+runs under a run effect from another study, all pairs and the leaderboard, items of one data set, designs at equal cost,
+and the front of quality over cost.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,89 @@ from poolwise.reports.words import (
     detectable_words,
     group_words,
     interval,
+    listing,
     magnitude,
     number,
+    outcome,
     points,
     probability,
+    sample_words,
     verdict_claim,
 )
+from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Overall
+from poolwise.verdicts.contrasts import Overall, Row
 from poolwise.verdicts.costs import PRICED_TOKENS, TOLERANCE, TRAINING, Budget, Point
-from poolwise.verdicts.findings import Findings
+from poolwise.verdicts.findings import BASELINE, BETTER, LEXICAL, Findings, Recommendation
+from poolwise.verdicts.items import Paired
+from poolwise.verdicts.leaderboard import Pairs, Place, word_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def recommended(findings: Findings) -> tuple[Recommendation, ...]:
+    """The recommendations to print; none if the summary states that exploratory verdicts carry none."""
+    return () if findings.exploratory else findings.recommendations
+
+
+def advice(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Which design to use for a group, why, and how far to trust that."""
+    base, design = comparison.baseline, recommendation.design
+    if recommendation.reference:
+        return (
+            f"No recommendation: every design scores below {recommendation.reference} "
+            f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
+            "design)."
+        )
+    if design is None:
+        speaks = _nothing_speaks if recommendation.judged else _unjudged
+        return f"No choice from this: {speaks(comparison, recommendation)}."
+    others = listing([name for name in comparison.designs if name not in (base, *LEXICAL)] or ["none"])
+    if recommendation.basis == BETTER:
+        several = len(comparison.designs) > 2
+        why = f"the best of the designs that score above {base} after Holm" if several else f"which scores above {base}"
+        text = f"Recommended: {design}, {why}."
+    elif recommendation.basis == BASELINE:
+        text = f"Recommended: {base}, as {others} {'is' if ' ' not in others else 'are'} shown to score below it."
+    else:
+        cheapest = "the cheapest to encode of those not shown to be worse"
+        text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
+    if recommendation.basis == BETTER and recommendation.relative_cost:
+        text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
+    if recommendation.stays is not None:
+        same = round(recommendation.stays * recommendation.folds)
+        text += (
+            f" Leaving out one source at a time gives the same choice in {same} of {recommendation.folds} folds; "
+            f"expected regret {points(recommendation.expected_regret)} points."
+        )
+    return text
+
+
+def _nothing_speaks(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Why no design is chosen: none is better, and none costs less."""
+    shown = f"no design is shown to score above {comparison.baseline}"
+    if recommendation.as_cheap:
+        return f"{shown}, and {listing(recommendation.as_cheap)} cost the same to encode, the others more"
+    known = "none costs less to encode" if getattr(comparison, "costs", ()) else "costs are unknown"
+    return f"{shown}, and {known}"
+
+
+def _unjudged(comparison: Comparison, recommendation: Recommendation) -> str:
+    """Why a group has no verdicts on designs to choose by, and what its checkpoints are good for."""
+    if comparison.exploratory:
+        return "its verdicts are exploratory"
+    rows = [row for row in comparison.rows if row.group == recommendation.group]
+    if any(row.single for row in rows):
+        words = {row.design: outcome(comparison, row) for row in rows}
+        above, below = ([name for name in words if words[name] == word] for word in ("better", "worse"))
+        claims = [f"{listing(above)} scored above {comparison.baseline}"] if above else []
+        claims += [f"{comparison.baseline} above {listing(below)}" if above else
+                   f"{comparison.baseline} scored above {listing(below)}"] if below else []  # fmt: skip
+        deploy = f"; if you deploy these very checkpoints, {' and '.join(claims)}" if claims else ""
+        return f"its designs were run once{deploy}"
+    sources = comparison.arm(recommendation.group, comparison.baseline).by_source.shape[1]
+    return f"a verdict takes {FEW_SOURCES} sources of tasks, and here {'is' if sources == 1 else 'are'} {sources}"
 
 
 def overall_sentence(comparison: Comparison, overall: Overall) -> str:
@@ -75,14 +147,15 @@ def paper_terms(comparison: Comparison) -> Table | None:
     means, a star where the Wilcoxon test over tasks has p < .05, two-sided and uncorrected. None without such a test.
     """
     groups = [group for group in comparison.groups if not comparison.of_items(group)]
-    tested = [row for row in comparison.rows if row.p_value is not None and row.group in groups]
+    tested = [row for row in comparison.rows if row.group in groups and row.tasks > 1 and not comparison.interim]
     if not tested:
         return None
 
     def cell(group: str, design: str) -> str:
-        row, base = comparison.row(group, design), comparison.arm(group, comparison.baseline).mean
-        star = "*" if row.p_value is not None and row.p_value < PAPER_ALPHA else ""
-        return number(comparison.arm(group, design).mean - base, 4, True) + star
+        arm, base = comparison.arm(group, design), comparison.arm(group, comparison.baseline)
+        p = comparison.p_over_tasks(group, design)
+        star = "*" if len(arm.tasks) > 1 and not comparison.interim and p < PAPER_ALPHA else ""
+        return number(arm.mean - base.mean, 4, True) + star
 
     first = [number(comparison.arm(group, comparison.baseline).mean, 4) for group in groups]
     body = ((comparison.baseline, *first), *((d, *(cell(g, d) for g in groups)) for d in comparison.designs[1:]))
@@ -125,6 +198,67 @@ def given(comparison: Comparison) -> Table | None:
     )
     columns = ("Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Verdict")
     return Table("Designs, given a run effect", columns, body, note)
+
+
+def all_pairs(pairs: Pairs) -> Table:
+    """Every contrast of every two designs."""
+    designs = pairs.scope == "designs"
+
+    def cells(row: Row) -> Cells:
+        shown = row.verdict or row
+        return (
+            row.design, row.baseline, points(shown.difference, 2, True), interval(shown.ci_low, shown.ci_high),
+            probability(shown.p_value), probability(shown.p_holm), word_of(row, pairs.alpha),
+        )  # fmt: skip
+
+    body = sections(pairs.groups, lambda group: [cells(row) for row in pairs.rows if row.group == group])
+    claim = "for runs and tasks like these" if designs else "seeds averaged: the claims are about these checkpoints"
+    note = (
+        f"Points, design − against, tasks of a source averaged, {claim}; Holm over all {count(pairs.family, 'pair')}."
+    )
+    columns = ("Design", "Against", "Difference", "95 % interval", "p", "p Holm", "Verdict")
+    return Table("All pairs", columns, body, note, 2)
+
+
+def leaderboard(pairs: Pairs) -> Table:
+    """The designs of each group in order, with their rank intervals and the groups that are not told apart."""
+
+    def cells(place: Place) -> Cells:
+        ranks = str(place.rank_low) if place.rank_low == place.rank_high else f"{place.rank_low} to {place.rank_high}"
+        return place.design, points(place.mean), str(place.runs), ranks, place.tied
+
+    def heading(group: str) -> str:
+        rows = [row for row in pairs.rows if row.group == group]
+        apart = sum(word_of(row, pairs.alpha) in ("better", "worse") for row in rows)
+        smallest = "" if rows[0].verdict else f"; smallest reachable p {probability(rows[0].min_reachable_p)}"
+        told = f"{apart} of {count(len(rows), 'pair')} told apart"
+        return f"{group} · {sample_words(rows[0].tasks, rows[0].n)}; {told}{smallest}"
+
+    body = sections(
+        pairs.groups, lambda group: [cells(place) for place in pairs.places if place.group == group], heading
+    )
+    note = (
+        "In the order of the means over sources, ×100. Rank: 1 + the designs shown to score above it, to the number of "
+        "designs less those shown to score below it. Neighbours that share a letter are not told apart. "
+        f"Holm over all {count(pairs.family, 'pair')}, "
+        + ("for runs and tasks like these." if pairs.scope == "designs" else "about these checkpoints.")
+    )
+    return Table("Leaderboard", ("Design", "Mean", "Runs", "Rank", "Tied"), body, note)
+
+
+def paired(pairs: Sequence[Paired]) -> Table:
+    """Comparisons of items: the scores of both systems and their difference in points."""
+    body = tuple(
+        (
+            pair.task, pair.metric, pair.design, pair.baseline, points(pair.score), points(pair.baseline_score),
+            points(pair.difference, sign=True), interval(pair.ci_low, pair.ci_high), f"{pair.n:,}",
+            probability(pair.p_value), probability(pair.p_holm), pair.test,
+        )
+        for pair in pairs
+    )  # fmt: skip
+    columns = ("task", "metric", "design", "baseline", "score", "baseline's", "difference", "95 % interval", "n", "p",
+               "Holm p", "test")  # fmt: skip
+    return Table("", columns, (("", body),), text=4)
 
 
 def equal_cost(findings: Findings) -> Table | None:

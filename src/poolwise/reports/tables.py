@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poolwise.reports.words import (
+    KNOWN_RUN_EFFECTS,
+    chance,
     count,
     detectable_words,
     group_words,
@@ -22,8 +24,9 @@ from poolwise.reports.words import (
     probability,
     sample_words,
 )
+from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.contrasts import Row, Verdict
 from poolwise.verdicts.controls import RUNGS
 from poolwise.verdicts.costs import PRICED_TOKENS
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 Cells = tuple[str, ...]
 
-MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "inconclusive": "", "untested": ""}
+MARKS = {"better": "▲", "worse": "▼", "equivalent": "≈", "withheld": "△", "inconclusive": "", "untested": ""}
 COST_COLUMNS = {  # key of a cost row -> heading
     "attention": "Attention",
     "pooling": "Pooling",
@@ -90,9 +93,14 @@ def means(comparison: Comparison) -> Table:
     note = "Mean over tasks, ×100."
     if any(runs > 1 for runs in comparison.seeds.values()):
         note = "Mean over tasks, ×100; ± is the sd of the runs."
+    arms = [comparison.arm(group, comparison.baseline) for group in comparison.groups]
+    if any(arm.unit == "task" and arm.by_source.shape[1] < len(arm.tasks) for arm in arms):
+        note += " Differences below average the tasks of a source first, so they are not those of these means."
     if starred:
         note += f" ▲ above, ▼ below {comparison.baseline} after Holm"
         equivalent = f", ≈ equivalent within ±{points(comparison.margin, 1)}."
+        if any(row.verdict and row.verdict.verdict == "withheld" for row in comparison.rows):
+            equivalent = f"{equivalent[:-1]}, △ withheld for lack of sources."
         note += equivalent if comparison.scope == "designs" else " (checkpoints only)."
     heads = []
     for group in comparison.groups:
@@ -137,6 +145,7 @@ def own_tasks(comparison: Comparison) -> Table | None:
 def verdicts(comparison: Comparison) -> Table | None:
     """Contrasts of designs: random runs × random tasks, Holm over the family; None if there is no verdict."""
     judged = [(row, row.verdict) for row in comparison.rows if row.verdict]
+    new = any(verdict.better_on_new is not None for _, verdict in judged)
 
     def heading(group: str) -> str:
         first = next(v for row, v in judged if row.group == group)
@@ -148,7 +157,8 @@ def verdicts(comparison: Comparison) -> Table | None:
         lambda group: [
             (
                 row.design, points(v.difference, 2, True), interval(v.ci_low, v.ci_high), probability(v.p_value),
-                probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable), v.verdict,
+                probability(v.p_holm), points(v.run_sd), detectable_words(v.detectable),
+                *(_new_task(v) if new else ()), v.verdict,
             )
             for row, v in judged
             if row.group == group
@@ -163,28 +173,42 @@ def verdicts(comparison: Comparison) -> Table | None:
     for row, verdict in judged:
         if verdict.note:
             unpooled.setdefault(verdict.note, []).append(f"{row.design} ({row.group})")
+    further, held = "", ""
+    if new:
+        further = (
+            " One new task: the interval for the difference on a single further task, and the chance that it is above "
+            f"{points(comparison.margin, 1)} points."
+        )
+    if any(verdict.verdict == "withheld" for _, verdict in judged):
+        held = f" Withheld: would be a verdict, but takes {FEW_SOURCES} sources of tasks."
     notes = "".join(f" Run variance not pooled, as {why}: {', '.join(who)}." for why, who in unpooled.items())
     note = (
         f"Points against {comparison.baseline}, for runs and {units} like these; Holm over "
         f"{count(comparison.family, 'contrast')}. Run effect: sd of one run. Detectable: the true difference that is "
         f"detected with 80 % power at Holm's first step. Equivalent: {comparison.inner_percent} % interval inside "
-        f"±{points(comparison.margin, 1)}.{notes}"
+        f"±{points(comparison.margin, 1)}.{further}{held}{notes}"
     )
     columns = (
         "Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Run effect", "Detectable",
-        "Verdict",
+        *(("One new task", f">{points(comparison.margin, 1)}") if new else ()), "Verdict",
     )  # fmt: skip
     return Table("Differences between designs", columns, body, note)
 
 
+def _new_task(verdict: Verdict) -> Cells:
+    if verdict.better_on_new is None:
+        return "–", "–"
+    return interval(verdict.new_task_low, verdict.new_task_high), chance(verdict.better_on_new)
+
+
 def checkpoints(comparison: Comparison) -> Table | None:
-    """Contrasts of checkpoints: exact Wilcoxon test over tasks on seed means, the usual test of the field; while runs
-    are missing only differences and wins/ties/losses."""
+    """Contrasts of checkpoints: exact Wilcoxon test over sources on seed means; while runs are missing only differences
+    and wins/ties/losses."""
     tested = {row.group for row in comparison.rows if row.p_value is not None}
     groups = [
         group for group in comparison.groups if comparison.interim or group in tested or not comparison.of_items(group)
     ]
-    tipping = any(row.tipping_run_sd is not None for row in comparison.rows)
+    tipping = any(row.single and row.p_value is not None for row in comparison.rows)
 
     def cells(row: Row) -> Cells:
         difference, counts = points(row.difference, 2, True), f"{row.wins}/{row.ties}/{row.losses}"
@@ -202,7 +226,8 @@ def checkpoints(comparison: Comparison) -> Table | None:
         first = next(row for row in comparison.rows if row.group == group)
         if comparison.of_items(group):
             return f"{group} · {count(first.n, comparison.arm(group, first.design).unit)}"
-        return f"{group} · {count(first.n, 'task')}, smallest reachable p {probability(first.min_reachable_p)}"
+        sample = sample_words(first.tasks, first.n)
+        return f"{group} · {sample}, smallest reachable p {probability(first.min_reachable_p)}"
 
     body = sections(groups, lambda group: [cells(row) for row in comparison.rows if row.group == group], heading)
     if not body:
@@ -210,10 +235,11 @@ def checkpoints(comparison: Comparison) -> Table | None:
     start = f"Points against {comparison.baseline}"
     own = any(map(comparison.of_own_task, groups))
     if comparison.interim:
-        note = f"{start} (Hodges–Lehmann over tasks), seeds averaged; nothing is tested yet."
+        note = f"{start} (Hodges–Lehmann over sources), seeds averaged; nothing is tested yet."
         return Table("Differences so far", ("Design", "Difference", "W/T/L"), body, note)
     note = (
-        f"{start}; seeds averaged, tasks as the sample: the claims are about these checkpoints. Hodges–Lehmann "
+        f"{start}; seeds and the tasks of a source averaged, sources as the sample: the claims are about these "
+        "checkpoints. Hodges–Lehmann "
         f"difference with exact interval, exact Wilcoxon p, Holm over {count(len(comparison.rows), 'contrast')}, "
         "matched-pairs rank-biserial effect size, wins/ties/losses."
     )
@@ -222,7 +248,10 @@ def checkpoints(comparison: Comparison) -> Table | None:
     columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if tipping:
         columns.append("Tipping point")
-        note += " Tipping point: the largest run effect at which the mean difference would still hold."
+        note += (
+            " Tipping point: the largest run effect at which the mean difference would still hold after Holm, – where "
+            f"it does not hold anyway. Runs of one design are known to vary by {KNOWN_RUN_EFFECTS}."
+        )
     return Table("Differences between checkpoints", tuple(columns), body, note)
 
 

@@ -19,8 +19,10 @@ from poolwise.verdicts.comparison import Comparison
 from poolwise.verdicts.contrasts import Given, Row, Verdict
 from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
-from poolwise.verdicts.findings import BASELINE, BELOW, BETTER, LEXICAL, NONE, Findings, Recommendation
+from poolwise.verdicts.findings import BELOW, Findings
 
+KNOWN_RUN_EFFECTS = ".1 to 2 points (1.4 on STS for SmolLM2-135M)"
+"""What one run's effect on a mean over tasks has been measured to be, as its standard deviation."""
 FEW_DESIGNS = 8
 """Up to this many designs are named; of more, the summary gives only how many of them differ on each group."""
 
@@ -117,7 +119,8 @@ def detectable_words(value: float) -> str:
 
 
 def outcome(comparison: Comparison, row: Row) -> str:
-    """`better`, `worse`, `equivalent`, `inconclusive` or `untested`; of the checkpoints if there is no verdict."""
+    """`better`, `worse`, `equivalent`, `withheld`, `inconclusive` or `untested`; of the checkpoints if there is no
+    verdict."""
     if row.verdict:
         return row.verdict.verdict
     if row.p_holm is None:
@@ -136,51 +139,6 @@ def strongest(comparison: Comparison, group: str) -> Row:
     return max(rows, key=lambda row: abs((row.verdict or row).difference))
 
 
-def advice(comparison: Comparison, recommendation: Recommendation) -> str:
-    """Which design to use for a group, why, and how far to trust that."""
-    base, design = comparison.baseline, recommendation.design
-    if recommendation.basis == NONE:
-        return f"No choice from this: {_nothing_speaks(comparison, recommendation)}."
-    if design is None:
-        return (
-            f"No recommendation: every design scores below {recommendation.reference} "
-            f"({points(recommendation.reference_score, 1)} against {points(recommendation.best_score, 1)} for the best "
-            "design)."
-        )
-    cheapest = "the cheapest to encode of those not shown to be worse"
-    others = listing([name for name in comparison.designs if name not in (base, *LEXICAL)] or ["none"])
-    if not recommendation.judged:
-        why = f"as the checkpoints of {others} score below it" if recommendation.basis == BASELINE else cheapest
-        return f"No verdict on designs is possible here; without evidence, the choice is {design}, {why}."
-    if recommendation.basis == BETTER:
-        several = len(comparison.designs) > 2
-        why = f"the best of the designs that score above {base} after Holm" if several else f"which scores above {base}"
-        text = f"Recommended: {design}, {why}."
-    elif recommendation.basis == BASELINE:
-        text = f"Recommended: {base}, as {others} {'is' if ' ' not in others else 'are'} shown to score below it."
-    else:
-        text = f"Recommended: {design}, {cheapest}, as no design is shown to score above {base}."
-    if recommendation.basis == BETTER and recommendation.relative_cost:
-        text += f" It encodes at {number(recommendation.relative_cost)} × the cost of {base}."
-    if recommendation.stays is not None:
-        same = round(recommendation.stays * recommendation.folds)
-        text += (
-            f" Leaving out one source at a time gives the same choice in {same} of {recommendation.folds} folds; "
-            f"expected regret {points(recommendation.expected_regret)} points."
-        )
-    return text
-
-
-def _nothing_speaks(comparison: Comparison, recommendation: Recommendation) -> str:
-    """Why no design is chosen: none is better, and none costs less."""
-    shown = f"no design is shown to score above {comparison.baseline}"
-    shown = shown if recommendation.judged else "no verdict on designs is possible here"
-    if recommendation.as_cheap:
-        return f"{shown}, and {listing(recommendation.as_cheap)} cost the same to encode, the others more"
-    known = "none costs less to encode" if getattr(comparison, "costs", ()) else "costs are unknown"
-    return f"{shown}, and {known}"
-
-
 def sentences(findings: Findings, base: str | None = None) -> list[str]:
     """One sentence for each contrast of the family, in the order of `findings.rows`.
 
@@ -189,7 +147,8 @@ def sentences(findings: Findings, base: str | None = None) -> list[str]:
     costs = encode_flops(findings.costs)
     prices = {design: cost / costs[findings.baseline] for design, cost in costs.items() if findings.baseline in costs}
     return [
-        f"{answer(findings, row, base)}{_power(findings, row)}{_price(row, prices.get(row.design))}"
+        f"{answer(findings, row, base)}{_power(findings, row)}{new_task_words(findings, row)}"
+        f"{_price(row, prices.get(row.design))}"
         for row in findings.rows
     ]
 
@@ -201,8 +160,8 @@ def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
     if comparison.interim:
         return (
             f"{where}, {row.design} is {above_or_below(row.difference, 1)} {row.baseline} so far "
-            f"({count(row.n, unit)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). Runs are missing, so "
-            "nothing is tested."
+            f"({sample_words(row.tasks, row.n, unit)}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}{tail}). "
+            "Runs are missing, so nothing is tested."
         )
     if row.verdict:
         return f"{where}, {_design_claim(comparison, row, row.verdict, tail)}"
@@ -212,11 +171,12 @@ def answer(comparison: Comparison, row: Row, base: str | None = None) -> str:
             "and no verdict on designs is possible."
         )
     if row.p_value is None:
-        task = comparison.arm(row.group, row.design).tasks[0]
+        arm = comparison.arm(row.group, row.design)
         seeds = count(min(comparison.seeds[row.design], comparison.seeds[row.baseline]), "seed")
+        what = f"task, {arm.tasks[0]}" if row.tasks == 1 else f"source, {arm.sources[0]}"
         return (
-            f"{where}, there is one task, {task}: {row.design} scores {above_or_below(row.difference, 2)} "
-            f"{row.baseline} ({seeds}{tail}). A single task leaves nothing to test over tasks."
+            f"{where}, there is one {what}: {row.design} scores {above_or_below(row.difference, 2)} "
+            f"{row.baseline} ({seeds}{tail}). A single {what.partition(',')[0]} leaves nothing to test over tasks."
         )
     given = f" {_given_claim(comparison, row, row.given)}" if row.given else ""
     return f"{where}, {_checkpoint_claim(comparison, row, tail)}{given}"
@@ -240,7 +200,38 @@ def verdict_claim(comparison: Comparison, pair: tuple[str, str], verdict: Verdic
             f"{design} and {baseline} are equivalent within ±{points(comparison.margin, 1)} points "
             f"({comparison.inner_percent} % interval {inner}; {context})."
         )
+    if verdict.verdict == "withheld":
+        return (
+            f"{design} against {baseline}: {points(verdict.difference, digits, True)} points ({span}; {context}), Holm "
+            f"p {probability(verdict.p_holm)}, {withheld_words(verdict)}."
+        )
     return f"{design} against {baseline} is inconclusive: differences from {span} points are compatible ({context})."
+
+
+def withheld_words(verdict: Verdict | Given) -> str:
+    """`withheld: 4 sources, a verdict takes 5; add one source of such tasks`."""
+    more = "one more source" if verdict.missing_sources == 1 else f"{verdict.missing_sources} more sources"
+    have = count(verdict.sources, "source")
+    return f"withheld: {have}, a verdict takes {FEW_SOURCES}; add tasks of this kind from {more}"
+
+
+def new_task_words(comparison: Comparison, row: Row) -> str:
+    """What to expect on one further task; only beside a verdict on designs over tasks."""
+    verdict = row.verdict
+    if verdict is None or verdict.better_on_new is None:
+        return ""
+    digits = decimals(verdict.new_task_low, verdict.new_task_high)
+    span = interval(verdict.new_task_low, verdict.new_task_high, digits)
+    return (
+        f" On one further task like these, expect {span} points; better by more than {points(comparison.margin, 1)} "
+        f"with a chance of {chance(verdict.better_on_new)}."
+    )
+
+
+def chance(share: float) -> str:
+    """`62 %`, `<1 %`, `>99 %`."""
+    percent = 100 * share
+    return "<1 %" if percent < 1 else ">99 %" if percent > 99 else f"{percent:.0f} %"
 
 
 def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str) -> str:
@@ -254,14 +245,9 @@ def _design_claim(comparison: Comparison, row: Row, verdict: Verdict, tail: str)
 
 def _power(comparison: Comparison, row: Row) -> str:
     """For an inconclusive verdict, what this study could have detected and what it would need."""
-    verdict, text = row.verdict, ""
+    verdict = row.verdict
     if verdict is None or verdict.verdict != "inconclusive":
         return ""
-    if verdict.ci_low > 0 or verdict.ci_high < 0:
-        text = (
-            f" The interval excludes 0, but not after Holm over {comparison.family} contrasts "
-            f"(p {probability(verdict.p_holm)})."
-        )
     units = count(2, comparison.arm(row.group, row.design).unit).removeprefix("2 ")
     needed = f"more {units}, as no number of seeds up to 50 would be enough"
     if verdict.settle_low is not None:
@@ -269,9 +255,16 @@ def _power(comparison: Comparison, row: Row) -> str:
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
         needed = count(fewest, "seed") if fewest == most else needed
     power = f"A true difference of {points(verdict.detectable, 1)} points would be detected with 80 % power"
-    if verdict.detectable >= 1:
-        power = "No true difference would be detected with 80 % power"
-    return f"{text} {power}; one of {points(comparison.margin, 1)} points would need {needed}."
+    power = "No true difference would be detected with 80 % power" if verdict.detectable >= 1 else power
+    power = f"{_not_after_holm(verdict, comparison.family)} {power}"
+    return f"{power}; one of {points(comparison.margin, 1)} points would need {needed}."
+
+
+def _not_after_holm(result: Row | Verdict, family: int) -> str:
+    """Why an interval may exclude 0 beside an inconclusive contrast; never by a correction over one contrast."""
+    if family == 1 or result.ci_low is None or result.ci_high is None or result.ci_low <= 0 <= result.ci_high:
+        return ""
+    return f" The interval excludes 0, but not after Holm over {family} contrasts (p {probability(result.p_holm)})."
 
 
 def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
@@ -283,7 +276,7 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
     effect = "" if row.effect_size is None else f", rank-biserial {number(row.effect_size)}"
     estimate = "Hodges–Lehmann" if unit == "task" else "mean"
     context = (
-        f"{count(row.n, unit)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
+        f"{sample_words(row.tasks, row.n, unit)}, {seeds}; wins/ties/losses {row.wins}/{row.ties}/{row.losses}; "
         f"Holm p {probability(row.p_holm)}{effect}{tail}"
     )
     why = f"These are checkpoints, not designs: {'one run each' if max(runs) == 1 else 'too few runs or sources'}."
@@ -291,15 +284,18 @@ def _checkpoint_claim(comparison: Comparison, row: Row, tail: str) -> str:
         claim = f"the checkpoint of {row.design} scores {above_or_below(row.difference, digits)} that of {row.baseline}"
         tipping = ""
         if row.tipping_run_sd:
-            tipping = f" It would hold up to a run effect of {points(row.tipping_run_sd)} points."
+            tipping = (
+                f" It would hold up to a run effect of {points(row.tipping_run_sd)} points; runs of one design are "
+                f"known to vary by {KNOWN_RUN_EFFECTS}."
+            )
         elif row.tipping_run_sd is not None:
             tipping = " The difference of the means would not hold even without a run effect."
         return f"{claim} ({estimate}, {comparison.percent} % interval {span}; {context}). {why}{tipping}"
-    compatible = f"{count(row.n, unit)} rule out no size of difference"
+    compatible = f"{count(row.n, 'source' if unit == 'task' else unit)} rule out no size of difference"
     if span != "unbounded":
         compatible = f"differences from {span} points are compatible"
     pair = f"the checkpoint of {row.design} against that of {row.baseline}"
-    return f"{pair} is inconclusive: {compatible} ({context}). {why}"
+    return f"{pair} is inconclusive: {compatible} ({context}).{_not_after_holm(row, len(comparison.rows))} {why}"
 
 
 def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
@@ -309,6 +305,8 @@ def _given_claim(comparison: Comparison, row: Row, given: Given) -> str:
     df = "known exactly" if given.run_df == float("inf") else f"{given.run_df:g} df"
     start = f"Given a run effect of {points(given.run_sd)} points from another study ({df})"
     sample = f"{count(given.sources, 'source')}, 1 seed each; Holm p {probability(given.p_holm)}"
+    if given.verdict == "withheld":
+        return f"{start}, {points(given.difference, digits, True)} points ({span}; {sample}), {withheld_words(given)}."
     if given.verdict == "inconclusive":
         return f"{start}, the designs are inconclusive: differences from {span} points are compatible ({sample})."
     return (
@@ -362,11 +360,14 @@ def _differences(findings: Findings) -> str:
     where = f"on any of {count(len(groups), noun)}" if len(groups) > 1 else f"on {group_words(tested[0][0].group)}"
     where += " that can be tested" if 1 < len(groups) < len(findings.groups) else ""
     nobody = f"{findings.designs[1]} is not" if len(findings.designs) == 2 else "No design is"
-    open_ones = sum(word == "inconclusive" for _, word in tested)
+    open_ones = sum(word in ("inconclusive", "withheld") for _, word in tested)
+    held = [row for row, word in tested if word == "withheld"]
     sentences = []
     if open_ones == len(tested):
-        contrasts = f"all {len(tested)} contrasts are" if len(tested) > 1 else "the only contrast is"
-        sentences.append(f"{nobody} shown to differ from {base} {where}: {contrasts} inconclusive.")
+        named = {1: "the only contrast is", 2: "both contrasts are"}
+        contrasts = named.get(len(tested), f"all {len(tested)} contrasts are")
+        why = "inconclusive" if not held else "inconclusive or withheld" if len(held) < len(tested) else "withheld"
+        sentences.append(f"{nobody} shown to differ from {base} {where}: {contrasts} {why}.")
     for word, claim in (("better", "Above"), ("worse", "Below"), ("equivalent", "Equivalent to")):
         rows = [row for row, known in tested if known == word]
         if rows:
@@ -374,16 +375,15 @@ def _differences(findings: Findings) -> str:
         elif word == "better" and open_ones < len(tested):
             sentences.append(f"{nobody} shown to score above {base} {where}.")
     if 0 < open_ones < len(tested):
-        sentences.append(f"{open_ones} of {len(tested)} contrasts {'is' if open_ones == 1 else 'are'} inconclusive.")
+        unsure = open_ones - len(held)
+        if unsure:
+            sentences.append(f"{unsure} of {len(tested)} contrasts {'is' if unsure == 1 else 'are'} inconclusive.")
+    if held:
+        sentences.append(f"Withheld for lack of sources: {_who(findings, held, noun)}.")
     if findings.exploratory and findings.recommendations:
         sentences.append("Exploratory verdicts carry no recommendation.")
     start = "Exploratory: " if findings.exploratory else "Checkpoints only: " if findings.scope != "designs" else ""
     return start + " ".join(sentences)
-
-
-def recommended(findings: Findings) -> tuple[Recommendation, ...]:
-    """The recommendations to print; none if the summary states that exploratory verdicts carry none."""
-    return () if findings.exploratory else findings.recommendations
 
 
 def _who(comparison: Comparison, rows: Sequence[Row], noun: str) -> str:

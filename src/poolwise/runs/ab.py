@@ -19,7 +19,7 @@ import numpy as np
 from poolwise import stats
 from poolwise.data.own_tasks import MTEB_TYPES, Reader
 from poolwise.data.survey import FOLDS, SearchData, TextData
-from poolwise.encoding.encode import finite, keep_vectors, latency, open_encoder, prompt_of, search, unit
+from poolwise.encoding.encode import finite, keep_vectors, latency, lengths, open_encoder, prompt_of, search, unit
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, suggest
 from poolwise.runs import layout
@@ -174,11 +174,12 @@ class _Search(_Work):
             digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
             asked = self.keep(model, identity, lambda: texts, len(texts), digest, "query", "queries")
             cosine = str(getattr(model.given, "similarity_fn_name", "cosine")) != "dot"
-            places, found = search(asked.vectors, kept.vectors, depth, data.rank, cosine)
+            norms = lengths(kept.vectors) if cosine else None
+            places, found = search(asked.vectors, kept.vectors, depth, data.rank, norms)
 
             def ask(text: str) -> None:
                 vector = model.encode([text], prompt_of(model, None, "query"), side="query")
-                search(vector, kept.vectors, 10, data.rank, cosine)
+                search(vector, kept.vectors, 10, data.rank, norms)
 
             def encode(text: str) -> None:
                 model.encode([text], prompt_of(model, None, "document"), side="document")
@@ -397,8 +398,9 @@ def _mean(data: DataSet, label: str, seed: int) -> dict[str, Any]:
     """The mean over runs with its 95 % interval over items, and the score of each run."""
     values = data.per_item(label)
     whole = stats.paired_bootstrap(np.zeros(values.shape[1]), values.mean(axis=0), np.random.default_rng(seed))
+    low = -1.0 if data.metric == "cosine_spearman" else 0.0  # the interval of few pairs may exceed what is possible
     return {
-        "mean": float(values.mean()), "ci_low": whole.ci_low, "ci_high": whole.ci_high,
+        "mean": float(values.mean()), "ci_low": max(low, whole.ci_low), "ci_high": min(1.0, whole.ci_high),
         "runs": values.mean(axis=1).tolist(),
     }  # fmt: skip
 

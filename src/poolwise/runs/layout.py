@@ -30,6 +30,7 @@ Parquet files contain their own checksum (`files.seal`); `study.records` has the
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,33 @@ def study_of(trial: Path) -> Path:
 def in_trials(study: Path, name: str) -> list[Path]:
     """The files called `name` in the folders of a study's trials, sorted by trial."""
     return sorted((study / "trials").glob(f"*/{name}"))
+
+
+def study_in(source: Study | str | Path) -> tuple[Study, str | None]:
+    """The study that `source` names, and the name of a trial if it names one."""
+    if isinstance(source, Study):
+        return source, None
+    path = Path(source)
+    if path.suffix == ".toml":
+        return Study.load(path), None
+    for folder, only in ((path, None), (study_of(path.resolve()), path.name)):
+        if (folder / STUDY).is_file():
+            return open_folder(folder), only
+    raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
+
+
+def trial_in(model: Path) -> Path:
+    """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
+    if not (model / STUDY).is_file():
+        return model
+    rows = records.read(model / TRIALS, records.Trials, "`poolwise run` writes it again").trials
+    designs = [trial(model, row.name) for row in rows if row.role == "design"]
+    folders = [folder for folder in designs if (folder / DONE).exists()]
+    if len(folders) != 1:
+        each = "".join(f"\n  - {folder}" for folder in folders)
+        which = f"give one of them:{each}" if folders else "run it first"
+        raise CheckpointError(f"{model} is the run folder of a study with {len(folders)} trained designs; {which}")
+    return folders[0]
 
 
 def arm(study: Path, name: str, setting: str) -> Path:
@@ -295,3 +323,21 @@ def guard(study: Study) -> None:
     if problems:
         problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
         raise StudyError(problems, f"the study changed under the run in {study.folder}")
+
+
+def layer_attention(study: Study, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The attention of finished trials over layers: the number of `texts`, and `runs`: design -> seed -> (L,) shares.
+
+    rows: the trials. Only those of designs that attend to layers have it; designs on several base models are listed
+    separately.
+    """
+    shares: dict[str, dict[int, list[float]]] = {}
+    texts = 0
+    for row in rows:
+        path = trial(study.folder, row["name"]) / LAYERS
+        if row["role"] == "design" and path.exists():
+            content = records.read(path, records.LayerShares, "`poolwise run` computes it again")
+            name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
+            shares.setdefault(name, {})[row["seed"]] = content.attention
+            texts = content.texts
+    return {"texts": texts, "runs": shares}

@@ -21,7 +21,7 @@ from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
 from poolwise.files import read_json, safe_name, write_json
-from poolwise.model.attention import check_window, set_attention, verify
+from poolwise.model.attention import check_window, partial_layers, set_attention, verify
 from poolwise.model.base import (
     base_identity,
     base_path,
@@ -81,7 +81,8 @@ def check_base(study: Study, path: str, config: Any) -> list[str]:
             names = _names(study.designs, mode)
             raise AttentionError(f"recipe.base_model = {recipe.base_model!r} cannot carry {names}: {error}") from error
     layout, reason = choose(model, study.designs, recipe.max_length)
-    return [f"Training batches are {layout}, not packed, which is slower: {reason}."] if reason else []
+    slower = f"Training batches are {layout}, not packed, which is slower: {reason}." if reason else None
+    return [note for note in (partial_layers(model, recipe.max_length), slower) if note]
 
 
 def _names(designs: Sequence[Design], mode: str) -> str:

@@ -13,6 +13,7 @@ from poolwise.stats.crossed import (
     crossed_overall,
     equivalence,
     minimum_detectable_effect,
+    one_new_task,
     one_seed,
     seeds_to_settle,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "mcnemar",
     "min_reachable_p",
     "minimum_detectable_effect",
+    "one_new_task",
     "one_seed",
     "paired_bootstrap",
     "paired_permutation",

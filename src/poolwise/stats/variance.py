@@ -25,19 +25,30 @@ from scipy.special import fdtrc, fdtri, gammaincinv, ndtr
 from poolwise.stats.exact import Array
 
 POOLED = "pooled over the study"
+SHARED = "the compared designs, with a share of the study"
 TWO_ARMS = "two arms"
 OWN_ARMS = "the compared designs"
 NOISIER = "the runs of a compared design vary more than those of the study's other designs"
+UNSTABLE_LENDERS = "the runs of every other design vary more than those of the compared ones"
 OTHER_SEEDS = "the designs of the study have different numbers of seeds"
 NO_RUN_VARIANCE = "no design of the study varies between its runs"
 
-# Level of the F test that keeps a design with an unusually large run variance out of the pool. It is lenient on
-# purpose: pooling wrongly makes p too small, not pooling only costs power.
-GUARD_LEVEL = 0.1
+# Degrees of freedom of a design's own runs, over all groups of tasks, from which the F test below can be relied on.
+# Three runs in one group have two: a design that varies three times as much as the others passes as one of them in a
+# third of studies, so that its own runs must decide.
+MEASURED_DF = 4
 
-# Grid points of the null distribution for (runs, tasks, error), and for (runs of either arm, tasks, error).
-GRID_POOLED = (48, 48, 8)
-GRID_ARMS = (20, 20, 20, 4)
+# Levels of the F test that sets aside a design whose runs vary more than the others'. For a compared design the test is
+# lenient, more so while its runs are few: pooling it wrongly makes p too small. For a lender it is strict: leaving out
+# the largest of several equal variances makes p too small, keeping an unstable lender only costs power.
+ARM_LEVEL, FEW_RUNS_LEVEL, LENDER_LEVEL = 0.05, 0.15, 0.02
+
+# What the other designs contribute to the run variance of a compared design whose runs are few: as much as this many
+# degrees of freedom of its own. More gives power, and false alarms if that design is less stable (results/type1.md).
+SHARE_DF = 1.0
+
+# Grid points of the null distribution by the number of run components: (runs …, tasks, error).
+GRIDS = {1: (48, 48, 8), 2: (20, 20, 20, 4), 3: (6, 10, 10, 14, 3)}
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ def null_distribution(estimates: MeanSquares) -> Null:
     m = estimates.truncated()
     components = (*m.runs, m.tasks, m.error)
     dfs = (*m.run_dfs, m.task_df, m.error_df)
-    points = GRID_POOLED if len(m.runs) == 1 else GRID_ARMS
+    points = GRIDS[len(m.runs)]
     draws = [ms * chi_square_over_df(df, count) for ms, df, count in zip(components, dfs, points, strict=True)]
     *runs, tasks, error = np.meshgrid(*draws, indexing="ij", sparse=True)
     run = sum(runs[1:], start=runs[0])
@@ -172,30 +183,143 @@ def null_distribution(estimates: MeanSquares) -> Null:
 
 
 def contrast_mean_squares(
-    arms: Sequence[Array], coefficients: Sequence[float], others: Sequence[Array], types: TaskTypes
-) -> tuple[MeanSquares, str, str]:
-    """Mean squares of a contrast, pooled over the study if that is sound, otherwise from the compared arms.
+    arms: Sequence[Array],
+    coefficients: Sequence[float],
+    others: Sequence[Array],
+    types: TaskTypes,
+    elsewhere: Array | None = None,
+    pooled: bool = False,
+) -> tuple[MeanSquares, str, str, int]:
+    """Mean squares of a contrast, with as much of the study's run variance as is sound.
+
+    Designs whose runs vary more than those of the rest (`unstable`) lend nothing, and a compared one keeps its own run
+    variance. The stable designs are pooled if each is measured by `MEASURED_DF` or more; otherwise a compared design's
+    own runs decide, and the others count as `SHARE_DF`.
 
     Args:
         arms: one (seeds_k, tasks) array per compared design.
         coefficients: one per arm; the contrast is their weighted sum of design means.
         others: the study's further designs, (seeds_k, tasks) each.
+        elsewhere: (groups, designs) `run_mean_square` of the same designs, arms first, in other groups of tasks.
+        pooled: pool the stable designs however few their runs are.
 
     Returns:
-        The mean squares, their scope (`POOLED`, `TWO_ARMS`, `OWN_ARMS`) and why the other designs were not pooled.
+        The mean squares, their scope (`POOLED`, `SHARED`, `TWO_ARMS`, `OWN_ARMS`), why the other designs were not
+        pooled, and the number of designs whose runs are in the run variance.
     """
-    designs, note = [*arms, *others], ""
-    if len(designs) > 2:
-        runs = np.array([run_mean_square(x, types) for x in designs])
-        if len({len(x) for x in designs}) > 1:
-            note = OTHER_SEEDS
-        elif not runs.any():
-            note = NO_RUN_VARIANCE
-        elif _noisier(runs, len(arms), len(arms[0])):
-            note = NOISIER
+    own = own_mean_squares(arms, coefficients, types), TWO_ARMS if len(arms) == 2 else OWN_ARMS
+    designs = [*arms, *others]
+    if len(designs) < 3:
+        return *own, "", len(arms)
+    if len({len(x) for x in designs}) > 1:
+        return *own, OTHER_SEEDS, len(arms)
+    runs = np.array([[run_mean_square(x, types) for x in designs]])
+    if not runs.any():
+        return *own, NO_RUN_VARIANCE, len(arms)
+    if elsewhere is not None and len(elsewhere):
+        runs = np.vstack([runs, elsewhere])
+    seeds = len(arms[0])
+    measured = pooled or len(runs) * (seeds - 1) >= MEASURED_DF
+    noisy, ratios = unstable(runs, seeds, len(arms))
+    lenders = [x for x, out in zip(others, noisy[len(arms) :], strict=True) if not out]
+    note = NOISIER if noisy[: len(arms)].any() else ""
+    if (others and not lenders) or (note and len(arms) > 2):
+        return *own, note or UNSTABLE_LENDERS, len(arms)
+    if not note and (measured or len(arms) > 2):
+        study = np.stack([*arms, *lenders])
+        return study_mean_squares(study, [*coefficients, *[0.0] * len(lenders)], types), POOLED, "", len(study)
+    if noisy[: len(arms)].all() and len(runs) == 1:
+        return *own, note, len(arms)
+    known = ratios[: len(arms)] if len(runs) > 1 else None
+    squares = shared_mean_squares(arms, coefficients, lenders, noisy[: len(arms)], types, measured, known, len(runs))
+    return squares, SHARED, note, 2 + len(lenders)
+
+
+def unstable(runs: Array, seeds: int, compared: int) -> tuple[NDArray[np.bool_], Array]:
+    """Which designs have runs that vary more than those of the rest, and by how much.
+
+    The most conspicuous design (F test, `ARM_LEVEL` and `LENDER_LEVEL`) is set aside in turn; two are always kept.
+
+    Args:
+        runs: (groups, designs) run mean squares; groups of tasks may differ in scale.
+        seeds: runs of each design.
+        compared: number of compared designs, which come first.
+
+    Returns:
+        (designs,) whether a design is set aside, and its mean square over that of the designs that are not, on average
+        over the groups.
+    """
+    scale = runs.mean(axis=1, keepdims=True)
+    relative = (runs / np.where(scale > 0, scale, 1.0)).mean(axis=0)
+    df = float(len(runs) * (seeds - 1))
+    levels = np.full(runs.shape[1], LENDER_LEVEL)
+    levels[:compared] = ARM_LEVEL if df >= MEASURED_DF else FEW_RUNS_LEVEL
+    kept = np.arange(runs.shape[1])
+    while kept.size > 2:
+        rest = (relative[kept].sum() - relative[kept]) / (kept.size - 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            p = np.nan_to_num(fdtrc(df, (kept.size - 1) * df, relative[kept] / rest)) / levels[kept]
+        if p.min() >= 1:
+            break
+        kept = np.delete(kept, p.argmin())
+    out = np.ones(runs.shape[1], dtype=bool)
+    out[kept] = False
+    typical = float(relative[kept].mean())
+    return out, relative / typical if typical > 0 else np.full_like(relative, np.inf)
+
+
+def shared_mean_squares(
+    arms: Sequence[Array],
+    coefficients: Sequence[float],
+    lenders: Sequence[Array],
+    noisy: NDArray[np.bool_],
+    types: TaskTypes,
+    measured: bool,
+    ratios: Array | None,
+    groups: int,
+) -> MeanSquares:
+    """Mean squares of two compared designs whose own runs decide, as far as the other designs may not.
+
+    A stable design has its deviations from the mean run of the stable designs, seed by seed, as in
+    `study_mean_squares`: with `measured` they are pooled with those of the lenders, otherwise the lenders count as
+    `SHARE_DF` beside the design's own seeds − 1. An unstable design has its own variance over runs, or, if larger, that
+    of the stable designs times its ratio over all `groups` (`ratios`; None with a single group).
+    """
+    study = np.stack([*arms, *lenders])
+    seeds = study.shape[1]
+    stable = np.array([*~noisy, *[True] * len(lenders)])
+    count = int(stable.sum())
+    deviations = _centred(_centred((study @ types.task_weights)[stable], 0), 1)
+    # Deviations of `count` designs from their mean have (count - 1) / count of the variance, and are correlated.
+    factor = count / (count - 1) if count > 1 else 1.0
+    squares = factor * (deviations**2).sum(axis=1) / (seeds - 1) / types.squared
+    own_df = (seeds - 1) / (1 + (count - 1) ** -2) if count > 1 else float(seeds - 1)
+    total_df = (count - 1.0) * (seeds - 1)
+    scale = float(sum(c**2 for c in coefficients)) / seeds
+    parts: list[tuple[float, float, float]] = []  # of the run variance: mean square, share, degrees of freedom
+    lent, weight = 0.0, 1.0 if measured else SHARE_DF / (SHARE_DF + seeds - 1)
+    for i, arm in enumerate(arms):
+        share = coefficients[i] ** 2 / seeds / scale
+        if stable[i]:
+            lent += share * weight
+            if not measured:
+                parts.append((float(squares[int(stable[:i].sum())]), share * (1 - weight), own_df))
+        elif ratios is None or count < 2:
+            parts.append((run_mean_square(arm, types), share, seeds - 1.0))
         else:
-            return study_mean_squares(np.stack(designs), [*coefficients, *[0.0] * len(others)], types), POOLED, ""
-    return own_mean_squares(arms, coefficients, types), TWO_ARMS if len(arms) == 2 else OWN_ARMS, note
+            # A ratio of two mean squares is as uncertain as both together.
+            df = 1 / (1 / (groups * (seeds - 1)) + 1 / total_df)
+            parts.append((max(run_mean_square(arm, types), float(ratios[i] * squares.mean())), share, df))
+    if lent:
+        pool = squares if measured else squares[-len(lenders) :]
+        left = total_df if measured else max(total_df - own_df * (count - len(lenders)), 1.0)
+        parts.insert(0, (float(pool.mean()), lent, left))  # first, so that the compared designs share one grid
+    runs, shares, dfs = (tuple(column) for column in zip(*((ms * w, w, df) for ms, w, df in parts), strict=True))
+    error, error_df = _interaction(study, types)
+    tasks, task_df = _task_mean_square(list(arms), coefficients, types, scale)
+    return MeanSquares(
+        runs, shares, dfs, satterthwaite(runs, dfs)[1], tasks, task_df, error, error_df, scale * types.squared
+    )
 
 
 def own_mean_squares(arms: Sequence[Array], coefficients: Sequence[float], types: TaskTypes) -> MeanSquares:
@@ -236,12 +360,7 @@ def study_mean_squares(study: Array, coefficients: Sequence[float], types: TaskT
     scale = float(sum(c**2 for c in coefficients)) / seeds
     means = _centred(_centred(study @ types.task_weights, 0), 1)
     runs = float((means**2).sum()) / types.squared / run_df
-    residuals = _centred(_centred(study, 1), 0)
-    squares, dfs = [], []
-    for columns in types.columns:
-        dfs.append(run_df * (len(columns) - 1))
-        squares.append(float((_centred(residuals[:, :, columns], 2) ** 2).sum()) / dfs[-1])
-    error, error_df = types.combine(squares, dfs)
+    error, error_df = _interaction(study, types)
     tasks, task_df = _task_mean_square(list(study), coefficients, types, scale)
     return MeanSquares((runs,), (1.0,), (run_df,), run_df, tasks, task_df, error, error_df, scale * types.squared)
 
@@ -266,12 +385,15 @@ def chi_square_over_df(df: float, points: int) -> Array:
     return quantiles
 
 
-def _noisier(runs: Array, compared: int, seeds: int) -> bool:
-    """Whether one of the first `compared` run mean squares is too large to be pooled with the others (F test)."""
-    dfs = (seeds - 1, (len(runs) - 1) * (seeds - 1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = [runs[i] / np.delete(runs, i).mean() for i in range(compared)]
-    return bool(compared * fdtrc(*dfs, ratios).min() < GUARD_LEVEL)
+def _interaction(study: Array, types: TaskTypes) -> tuple[float, float]:
+    """Mean square of the noise, (designs, seeds, tasks) less all effects of two factors, and its degrees of freedom."""
+    run_df = (study.shape[0] - 1) * (study.shape[1] - 1)
+    residuals = _centred(_centred(study, 1), 0)
+    squares, dfs = [], []
+    for columns in types.columns:
+        dfs.append(float(run_df * (len(columns) - 1)))
+        squares.append(float((_centred(residuals[:, :, columns], 2) ** 2).sum()) / dfs[-1])
+    return types.combine(squares, dfs)
 
 
 def _task_mean_square(

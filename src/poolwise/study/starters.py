@@ -148,7 +148,7 @@ target = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 )
 
 TEMPLATES = {
-    "paper": paper_study("paper-mistral-7b"),
+    "paper": paper_study("paper-mistral-7b").replace('name = "paper-mistral-7b"', 'name = "paper"'),
     "demo": f"""\
 # The built-in model and tasks: runs offline in minutes and shows how designs differ on planted mechanisms.
 name = "demo"

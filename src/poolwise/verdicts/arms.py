@@ -36,7 +36,7 @@ from poolwise import stats
 from poolwise.demo import PREFIX
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.resample import average_precision_parts, spearman_parts
-from poolwise.verdicts.table import LISTED, first_few, main_scores
+from poolwise.verdicts.table import LISTED, Note, first_few, main_scores
 
 if TYPE_CHECKING:
     import polars as pl
@@ -133,8 +133,8 @@ def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
 
 def arms(
     frame: pl.DataFrame, family: Sequence[str], others: Sequence[str], by: str, missing: str
-) -> tuple[dict[str, dict[str, Arm]], list[str]]:
-    """Arms of each group and design, and a sentence for each score that was left out.
+) -> tuple[dict[str, dict[str, Arm]], list[Note]]:
+    """Arms of each group and design, and notes on the scores that were left out.
 
     Args:
         family: designs that must have a score in the same cells (task × split × subset).
@@ -155,6 +155,8 @@ def arms(
     _check_metrics(scores)
     _check_steps(ours)
     cells, excluded = _complete_cells(ours, missing)
+    if lost := sorted(set(ours["group"]) - set(ours.join(cells, on=CELL, how="semi", nulls_equal=True)["group"])):
+        excluded.append(Note(f"Nothing is left to compare of: {', '.join(lost)}."))
     runs = scores.group_by("design").agg(pl.col("seed").n_unique().alias("_runs"))
     scores = scores.join(cells, on=CELL, nulls_equal=True).join(runs, on="design")
     scores = scores.filter(pl.len().over("design", "task") == pl.col("_cells") * pl.col("_runs"))
@@ -220,8 +222,8 @@ def _check_steps(scores: pl.DataFrame) -> None:
         )
 
 
-def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, list[str]]:
-    """Cells that every run has, with their number in each task (`_cells`), and a sentence for each that is left out."""
+def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, list[Note]]:
+    """Cells that every run has, with their number in each task (`_cells`), and notes on those that are left out."""
     import polars as pl
 
     if missing not in ("error", "drop"):
@@ -229,7 +231,7 @@ def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, l
         raise StatisticsError(f"missing={missing!r} is unknown; allowed: error, drop{hint}")
     runs, cells = scores.select("design", "seed").unique(), scores.select(CELL).unique()
     gaps = runs.join(cells, how="cross").join(scores, on=["design", "seed", *CELL], how="anti", nulls_equal=True)
-    excluded = []
+    missed: dict[str, list[str]] = {}
     if not gaps.is_empty():
         gaps = gaps.sort("task", "split", "subset", "design", "seed")
         names = [f"{design} seed {seed} on {_cell(*cell)}" for design, seed, *cell in gaps.iter_rows()]
@@ -240,10 +242,25 @@ def _complete_cells(scores: pl.DataFrame, missing: str) -> tuple[pl.DataFrame, l
             )
         for cell, part in gaps.partition_by(*CELL, as_dict=True, maintain_order=True).items():
             who = first_few([f"{design} seed {seed}" for design, seed in part.select("design", "seed").iter_rows()])
-            excluded.append(f"{_cell(*cell)} is left out of every design: no score of {who}.")
+            missed.setdefault(str(cell[0]), []).append(f"{_cell(*cell)}: no score of {who}")
     kept = cells.join(gaps, on=CELL, how="anti", nulls_equal=True)
     if kept.is_empty():
         raise StatisticsError("no task has a score in every run; leave out the designs that lack most of them")
+    sizes = dict(cells.group_by("task").len().iter_rows())
+    left = dict(
+        kept.group_by("task").agg(pl.concat_str("split", "subset", separator=" ", ignore_nulls=True)).iter_rows()
+    )
+    whole = {task: names for task, names in missed.items() if task not in left}
+    reduced = {task: names for task, names in missed.items() if task in left}
+    excluded = []
+    if whole:
+        count = f"{len(whole)} of {len(sizes)} tasks ({first_few([*whole])})"
+        text = f"Left out of every design, as a run has no score: {count}."
+        excluded.append(Note(text, [case for names in whole.values() for case in names]))
+    if reduced:
+        named = [f"{task} ({len(left[task])} of {sizes[task]}: {first_few(sorted(left[task]))})" for task in reduced]
+        text = f"Compared on the splits and subsets that every run has: {first_few(named)}."
+        excluded.append(Note(text, [case for names in reduced.values() for case in names]))
     return kept.with_columns(pl.len().over("task").alias("_cells")), excluded
 
 

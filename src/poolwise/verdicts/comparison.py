@@ -1,12 +1,14 @@
 """Contrasts of designs with a baseline, one for each group of tasks, at the two scopes that scores can support.
 
-- Scope checkpoints: seeds are averaged, tasks are the sample. Exact Wilcoxon signed-rank test, Hodges–Lehmann
-  difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like these. With one run
-  per design this is all there is, besides the tipping point: the largest run effect at which the result would hold.
+- Scope checkpoints: seeds are averaged, sources of tasks are the sample. Exact Wilcoxon signed-rank test,
+  Hodges–Lehmann difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like
+  these. With one run per design this is all there is, besides the tipping point: the largest run effect at which the
+  result would hold.
 - Own tasks are compared over their items (`verdicts.arms`); with one run per design, by Student's t over items.
-- Scope designs: two or more runs on either side. Random runs × random tasks (`poolwise.stats.crossed`), tasks of one
-  source averaged first. The claim is about the designs, for runs and tasks like these; only this scope carries a
-  verdict.
+- Scope designs: two or more runs on either side. Random runs × random sources (`poolwise.stats.crossed`). The claim is
+  about the designs, for runs and tasks like these; only this scope carries a verdict.
+
+At both scopes the tasks of one source are averaged first, as they are not independent.
 
 There is one family, declared before looking: contrasts against the baseline × groups, plus the overall contrasts if
 task types have declared weights; Holm's correction spans all of it. Controls (A/A arm, broken arm, dilution ladder,
@@ -22,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.verdicts.arms import Arm, arms, natural
 from poolwise.verdicts.contrasts import (
@@ -31,10 +34,12 @@ from poolwise.verdicts.contrasts import (
     contrast,
     corrected,
     overall,
+    run_squares,
     thin_groups,
+    tipped,
     usable_weights,
 )
-from poolwise.verdicts.table import roles_of, with_origins
+from poolwise.verdicts.table import Note, early_only, roles_of, with_origins, without_copies
 
 if TYPE_CHECKING:
     import polars as pl
@@ -62,7 +67,7 @@ class Comparison:
     alpha: float
     margin: float
     notes: tuple[str, ...]
-    excluded: tuple[str, ...]
+    excluded: tuple[Note, ...]
     roles: tuple[tuple[str, str], ...] = ()
     interim: str = ""
     exploratory: str = ""
@@ -119,13 +124,17 @@ class Comparison:
         who = "Every design was" if len(single) == len(self.designs) else f"{', '.join(single)}: each was"
         return (
             f"One run only. {who} trained once, so a difference may be due to chance in a single run, and no verdict "
-            "on designs is possible: these results are about the checkpoints. Run two seeds or more (the default is "
-            "three)."
+            "on designs is possible: these results are about the checkpoints. Designs take two runs each, better three."
         )
 
     def row(self, group: str, design: str) -> Row:
         """The contrast of `design` in `group`, controls included."""
         return next(row for row in (*self.rows, *self.control_rows) if (row.group, row.design) == (group, design))
+
+    def p_over_tasks(self, group: str, design: str) -> float:
+        """Exact two-sided Wilcoxon p of design − baseline over the tasks of a group, seeds averaged, as in arXiv
+        2409.02727: the sample is tasks, although some of them share their texts."""
+        return stats.signed_rank(self.arm(group, design).task_means - self.arm(group, self.baseline).task_means)
 
     def arm(self, group: str, design: str) -> Arm:
         """The scores of `design` in `group`; KeyError if it has none (a control that was not evaluated there)."""
@@ -133,6 +142,11 @@ class Comparison:
             if (arm.group, arm.design) == (group, design):
                 return arm
         raise KeyError((group, design))
+
+    def whole_arm(self, group: str, design: str) -> Arm | None:
+        """The scores of `design` in `group`; None unless it was scored on all tasks of the group."""
+        found = next((arm for arm in self.arms if (arm.group, arm.design) == (group, design)), None)
+        return found if found and len(found.tasks) == len(self.arm(group, self.baseline).tasks) else None
 
 
 def compare(
@@ -190,8 +204,11 @@ def compare(
         hint = suggest(baseline, family)
         raise StatisticsError(f"baseline {baseline!r} {why}; the designs are {', '.join(family)}{hint}")
     designs = [baseline, *(name for name in listed if name in family and name != baseline)]
+    early = early_only(frame)
+    frame, copies = without_copies(frame)
     frame, shared_origins = with_origins(frame)
     groups, excluded = arms(frame, designs, outside, by, missing)
+    squares = run_squares(groups, designs)
     weights, weight_notes = usable_weights(groups, designs, by, type_weights, interim)
     contrasts = len(groups) * (len(designs) - 1) + (len(designs) - 1 if weights else 0)
     rules = Rules(margin, alpha, contrasts, bool(interim), run_sd, run_df)
@@ -200,7 +217,7 @@ def compare(
         base = group_arms[baseline]
         for design in designs[1:]:
             lent = [group_arms[name] for name in designs if name not in (baseline, design)]
-            rows.append(contrast(base, group_arms[design], lent, rules))
+            rows.append(contrast(base, group_arms[design], lent, rules, squares))
         for arm in (group_arms[name] for name in outside if name in group_arms):
             shared = [task for task in base.tasks if task in arm.tasks]
             control_rows.append(contrast(base.on(shared), arm, (), replace(rules, family=1, run_sd=None)))
@@ -209,7 +226,9 @@ def compare(
             "a run effect from another study is for designs that were run once, on tasks from two or more sources; "
             "with two or more runs per design it is measured here, so leave out --run-sd and --run-df"
         )
-    overalls = [overall(groups, baseline, design, designs, weights, rules) for design in designs[1:] if weights]
+    overalls = [
+        overall(groups, baseline, design, designs, weights, rules, squares) for design in designs[1:] if weights
+    ]
     tested, weighted = corrected(rows, overalls, alpha)
     return Comparison(
         baseline=baseline,
@@ -217,14 +236,14 @@ def compare(
         designs=tuple(designs),
         control_designs=tuple(outside),
         groups=tuple(groups),
-        rows=tested,
+        rows=tipped(tested, groups, alpha),
         control_rows=tuple(control_rows),
         overall=weighted,
         arms=tuple(arm for group_arms in groups.values() for arm in group_arms.values()),
         alpha=alpha,
         margin=margin,
-        notes=(*notes, *shared_origins, *weight_notes, *thin_groups(groups, baseline)),
-        excluded=tuple(excluded),
+        notes=(*notes, *copies, *shared_origins, *weight_notes, *thin_groups(groups, baseline)),
+        excluded=(*early, *excluded),
         roles=roles_of(frame),
         interim=interim,
         exploratory=exploratory,

@@ -9,10 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poolwise import stats
 from poolwise.stats.crossed import Crossed
+from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
+
+Elsewhere = Mapping[str, Mapping[str, float]]
+"""Group -> design -> how much its runs vary there (`stats.variance.run_mean_square`)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Rules:
     `margin`: half-width of the equivalence region (0–1). `alpha`: level of each test (.03 at each of two declared
     looks). `family`: the number of contrasts that Holm's correction spans. `interim`: runs are missing, so nothing is
     tested. `run_sd`, `run_df`: the run effect (0–1) from another study and its degrees of freedom, for designs that
-    were run once.
+    were run once. `cautious`: as in `stats.crossed`.
     """
 
     margin: float
@@ -31,6 +36,7 @@ class Rules:
     interim: bool = False
     run_sd: float | None = None
     run_df: float = float("inf")
+    cautious: bool = False
 
     @property
     def level(self) -> float:
@@ -54,7 +60,10 @@ class Verdict:
     difference that these runs and tasks detect with 80 % power after correction for the family (its first step).
     `settle_low` to `settle_high` seeds per design would detect a difference of the margin, if that is open: a range,
     as the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
-    `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; `none` for controls.
+    `new_task_low/high` is the interval for the difference on one further task like these, `better_on_new` the chance
+    that it exceeds the margin; None for a mechanism, whose columns are items.
+    `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; withheld if it would be one of the first
+    three but there are `missing_sources` too few sources to trust it; `none` for controls.
     """
 
     seeds: int
@@ -76,6 +85,10 @@ class Verdict:
     p_equivalence: float
     settle_low: int | None = None
     settle_high: int | None = None
+    new_task_low: float | None = None
+    new_task_high: float | None = None
+    better_on_new: float | None = None
+    missing_sources: int = 0
     p_holm: float | None = None
     verdict: str = "none"
 
@@ -84,6 +97,7 @@ class Verdict:
 class Given:
     """The contrast of two designs from single runs, given the run effect of another study: the sd `run_sd` of one run's
     effect on a mean over such tasks, with `run_df` degrees of freedom (scores 0–1; tasks of one source averaged first).
+    `verdict` and `missing_sources` as in `Verdict`.
     """
 
     run_sd: float
@@ -94,6 +108,7 @@ class Given:
     ci_low: float
     ci_high: float
     p_value: float
+    missing_sources: int = 0
     p_holm: float | None = None
     verdict: str = "inconclusive"
 
@@ -112,12 +127,13 @@ class Overall:
 class Row:
     """One contrast of one group (scope: checkpoints), with the verdict on designs if the runs allow one.
 
-    `difference` is design − baseline (Hodges–Lehmann over `n` tasks, seeds averaged); unbounded ends are None.
-    `p_value`, `p_holm` and `effect_size` are None if there is only one task, or if runs are still missing. On an own
-    task `n` counts items, and single runs are compared by the mean difference and Student's t over them.
-    `tipping_run_sd`, with one run on either side: the largest run effect at which the difference would still be
-    significant; 0 if there is none.
-    `given`, with one run on either side: the contrast of the designs under a run effect from another study.
+    `difference` is design − baseline (Hodges–Lehmann over `n` sources, the tasks of a source and seeds averaged);
+    unbounded ends are None. `wins`, `ties` and `losses` are sources too, `tasks` is the number of tasks. On an own task
+    `n` counts items, and single runs are compared by the mean difference and Student's t over them.
+    `p_value`, `p_holm` and `effect_size` are None if there is only one source, or if runs are still missing.
+    `single`: one run on either side. Then `tipping_run_sd` is the largest run effect at which the mean difference would
+    still be significant at the step of Holm's correction at which the row is; None if the row is not significant.
+    `given`: the contrast of the designs under a run effect from another study.
     """
 
     group: str
@@ -134,26 +150,28 @@ class Row:
     ties: int
     losses: int
     min_reachable_p: float
+    tasks: int
+    single: bool = False
     tipping_run_sd: float | None = None
     verdict: Verdict | None = None
     given: Given | None = None
 
 
-def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
+def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: Elsewhere | None = None) -> Row:
     """One design against the baseline on the same tasks, at both scopes; `corrected` adds Holm's p and the word.
 
-    lent: further designs of the group, whose runs help to estimate the run effect.
+    lent: further designs of the group, whose runs help to estimate the run effect. elsewhere: how much the runs of the
+    designs vary in other groups.
     """
-    differences = arm.task_means - base.task_means
+    differences = _over_sources(base, arm)
     n = len(differences)
     # Rank tests over items do not keep their level (docs/compare.md), so items have no ranked contrast.
     ranked = arm.unit == "task"
     tested = ranked and n > 1 and not rules.interim
-    alone = len(base.seeds) == len(arm.seeds) == 1
-    single = tested and alone
+    single = len(base.seeds) == len(arm.seeds) == 1
     difference, ci_low, ci_high = arm.mean - base.mean, None, None
     over_items = None
-    if arm.unit not in ("task", "item") and alone and n > 1 and not rules.interim:
+    if arm.unit not in ("task", "item") and single and n > 1 and not rules.interim:
         over_items = stats.one_seed(differences, 0, level=rules.level)
         ci_low, ci_high = over_items.ci_low, over_items.ci_high
     if ranked:
@@ -168,21 +186,50 @@ def contrast(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Row:
         p_holm=None,
         effect_size=stats.rank_biserial(differences) if tested else None,
         wins=counts.wins, ties=counts.ties, losses=counts.losses,
-        min_reachable_p=stats.min_reachable_p(n),
-        tipping_run_sd=(over_items or stats.one_seed(differences, 0, level=rules.level)).tipping_run_sd
-        if single or over_items
-        else None,
-        verdict=None if rules.interim else _verdict(base, arm, lent, rules),
-        given=_given(base, arm, rules) if single else None,
+        min_reachable_p=stats.min_reachable_p(n), tasks=len(arm.whole().tasks), single=single,
+        verdict=None if rules.interim else _verdict(base, arm, lent, rules, elsewhere),
+        given=_given(base, arm, rules) if single and tested else None,
     )  # fmt: skip
 
 
-def _verdict(base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules) -> Verdict | None:
+def _over_sources(base: Arm, arm: Arm) -> NDArray[np.float64]:
+    """(sources,) design − baseline, seeds and the tasks of a source averaged; of a mechanism one for each item."""
+    if arm.unit == "item":
+        return arm.task_means - base.task_means
+    return np.asarray(arm.by_source.mean(axis=0) - base.by_source.mean(axis=0))
+
+
+def run_squares(groups: Mapping[str, Mapping[str, Arm]], designs: Sequence[str]) -> Elsewhere:
+    """Group -> design -> its run mean square, for the groups in which all designs have the same seeds, two or more."""
+    found: dict[str, dict[str, float]] = {}
+    for group, arms in groups.items():
+        mine = [arms[name] for name in designs]
+        if len({arm.seeds for arm in mine}) == 1 and len(mine[0].seeds) > 1:
+            types = TaskTypes.one(mine[0].by_source.shape[1])
+            found[group] = {arm.design: run_mean_square(arm.by_source, types) for arm in mine}
+    return found
+
+
+def elsewhere_of(squares: Elsewhere | None, group: str, designs: Sequence[str]) -> NDArray[np.float64] | None:
+    """(groups, designs) run mean squares in the other groups than `group`; None if there are none."""
+    rows = [[by[name] for name in designs] for other, by in (squares or {}).items() if other != group]
+    rows = [row for row in rows if any(row)]
+    return np.array(rows) if rows else None
+
+
+def _verdict(
+    base: Arm, arm: Arm, lent: Sequence[Arm], rules: Rules, elsewhere: Elsewhere | None = None
+) -> Verdict | None:
     """The contrast of the designs; None with one run on either side, or with tasks from one source."""
     if min(len(base.seeds), len(arm.seeds)) < 2 or len(set(base.sources)) < 2:
         return None
-    pool = [x.by_source for x in lent if base.seeds == arm.seeds == x.seeds]
-    result = stats.crossed(base.by_source, arm.by_source, pool=pool, level=rules.level)
+    lenders = [x for x in lent if base.seeds == arm.seeds == x.seeds]
+    names = [base.design, arm.design, *(x.design for x in lenders)]
+    known = elsewhere_of(elsewhere, arm.group, names) if lenders else None
+    pool = [x.by_source for x in lenders]
+    result = stats.crossed(
+        base.by_source, arm.by_source, pool=pool, level=rules.level, elsewhere=known, cautious=rules.cautious
+    )
     return _described(result, base, arm, len(arm.whole().tasks), rules)
 
 
@@ -195,6 +242,7 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
     same = stats.equivalence(result, rules.margin, alpha=rules.alpha)
     settled = result.p_value <= rules.strictest or same.equivalent
     fewest, most = (None, None) if settled else stats.seeds_to_settle(strictest, rules.margin)
+    new = None if arm.unit != "task" else stats.one_new_task(result, rules.margin)
     return Verdict(
         seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
         difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
@@ -203,6 +251,8 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
         detectable=stats.minimum_detectable_effect(strictest),
         equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,
         settle_low=fewest, settle_high=most,
+        new_task_low=new.low if new else None, new_task_high=new.high if new else None,
+        better_on_new=new.chance if new else None,
     )  # fmt: skip
 
 
@@ -220,7 +270,7 @@ def _given(base: Arm, arm: Arm, rules: Rules) -> Given | None:
 
 def overall(
     groups: Mapping[str, Mapping[str, Arm]], baseline: str, design: str, lent: Sequence[str],
-    weights: Mapping[str, float], rules: Rules,
+    weights: Mapping[str, float], rules: Rules, elsewhere: Elsewhere,
 ) -> Overall:  # fmt: skip
     """The contrast over all weighted task types: types are fixed, the sources within a type are random.
 
@@ -235,8 +285,10 @@ def overall(
     }
     base, arm = groups[kinds[0]][baseline], groups[kinds[0]][design]
     types = [kind for kind in kinds for _ in range(groups[kind][baseline].by_source.shape[1])]
-    pool = [joined[name] for name in lent if base.seeds == arm.seeds == groups[kinds[0]][name].seeds]
-    result = stats.crossed_overall(joined[baseline], joined[design], types, weights, pool, rules.level)
+    lenders = [name for name in lent if base.seeds == arm.seeds == groups[kinds[0]][name].seeds]
+    pool = [joined[name] for name in lenders]
+    known = elsewhere_of(elsewhere, "", [baseline, design, *lenders]) if lenders else None
+    result = stats.crossed_overall(joined[baseline], joined[design], types, weights, pool, rules.level, known)
     total = sum(weights[kind] for kind in kinds)
     tasks = sum(len(groups[kind][baseline].tasks) for kind in kinds)
     return Overall(
@@ -248,7 +300,7 @@ def overall(
 def corrected(
     rows: Sequence[Row], overalls: Sequence[Overall], alpha: float
 ) -> tuple[tuple[Row, ...], tuple[Overall, ...]]:
-    """Holm over the family, separately at each scope, and the word of each verdict (withheld below `FEW_SOURCES`).
+    """Holm over the family, separately at each scope, and the word of each verdict.
 
     Overall contrasts belong to the family of the designs.
     """
@@ -263,9 +315,9 @@ def corrected(
         if verdict:
             verdict = _worded(verdict, p_designs, alpha)
         if given:
-            word = "better" if given.difference > 0 else "worse"
-            significant = p_given <= alpha and given.sources >= FEW_SOURCES
-            given = replace(given, p_holm=p_given, verdict=word if significant else "inconclusive")
+            word = ("better" if given.difference > 0 else "worse") if p_given <= alpha else "inconclusive"
+            word, lacking = withheld(word, given.sources)
+            given = replace(given, p_holm=p_given, verdict=word, missing_sources=lacking)
         p_checkpoints = None if row.p_value is None else p_checkpoints
         done.append(replace(row, p_holm=p_checkpoints, verdict=verdict, given=given))
     last = [
@@ -279,9 +331,31 @@ def _worded(verdict: Verdict, p_holm: float, alpha: float) -> Verdict:
     word = "equivalent" if verdict.p_equivalence <= alpha else "inconclusive"
     if p_holm <= alpha:
         word = "better" if verdict.difference > 0 else "worse"
-    if verdict.sources < FEW_SOURCES:
-        word = "inconclusive"
-    return replace(verdict, p_holm=p_holm, verdict=word)
+    word, lacking = withheld(word, verdict.sources)
+    return replace(verdict, p_holm=p_holm, verdict=word, missing_sources=lacking)
+
+
+def withheld(word: str, sources: int) -> tuple[str, int]:
+    """(word, sources that are missing): below `FEW_SOURCES` every verdict but inconclusive is withheld."""
+    lacking = max(FEW_SOURCES - sources, 0) if word != "inconclusive" else 0
+    return ("withheld" if lacking else word), lacking
+
+
+def tipped(
+    rows: Sequence[Row], groups: Mapping[str, Mapping[str, Arm]], alpha: float
+) -> tuple[Row, ...]:  # fmt: skip
+    """The rows with the tipping point of each significant contrast of single runs, at its own step of Holm."""
+    p = np.array([np.inf if row.p_value is None else row.p_value for row in rows])
+    place = np.argsort(np.argsort(p, kind="stable"), kind="stable")
+    done = []
+    for row, rank in zip(rows, place.tolist(), strict=True):
+        if row.single and row.p_holm is not None and row.p_holm <= alpha:
+            arms = groups[row.group]
+            differences = _over_sources(arms[row.baseline], arms[row.design])
+            level = 1 - alpha / (len(rows) - rank)
+            row = replace(row, tipping_run_sd=stats.one_seed(differences, 0, level=level).tipping_run_sd)
+        done.append(row)
+    return tuple(done)
 
 
 def thin_groups(groups: Mapping[str, Mapping[str, Arm]], baseline: str) -> list[str]:
@@ -294,7 +368,10 @@ def thin_groups(groups: Mapping[str, Mapping[str, Arm]], baseline: str) -> list[
            if 1 < sources.get(b.group, 0) < FEW_SOURCES and len(b.seeds) > 1]  # fmt: skip
     notes = []
     if one:
-        notes.append(f"{', '.join(one)}: all tasks come from one source, so there is no verdict on designs over tasks.")
+        notes.append(
+            f"{', '.join(one)}: all tasks come from one source, so nothing can be tested over sources; the difference "
+            "is that of this one."
+        )
     if few:
         notes.append(
             f"{', '.join(few)}: so few sources measure the spread over tasks badly, and p-values far below .05 come "

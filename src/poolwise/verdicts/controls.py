@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from poolwise import stats
 from poolwise.stats.crossed import Crossed
+from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
 from poolwise.verdicts.comparison import Comparison
 
@@ -122,8 +124,23 @@ def _as_design(comparison: Comparison, arm: Arm, base: Arm) -> Crossed | None:
     if comparison.interim or min(len(base.seeds), len(arm.seeds)) < 2 or base.by_source.shape[1] < 2:
         return None
     others = [comparison.arm(arm.group, name) for name in comparison.designs[1:]]
-    lent = [x.on(arm.tasks).by_source for x in others if len(x.seeds) == len(base.seeds) == len(arm.seeds)]
-    return stats.crossed(base.by_source, arm.by_source, pool=lent)
+    lenders = [x for x in others if len(x.seeds) == len(base.seeds) == len(arm.seeds)]
+    known = _elsewhere(comparison, arm.group, [base.design, arm.design, *(x.design for x in lenders)])
+    pool = [x.on(arm.tasks).by_source for x in lenders]
+    return stats.crossed(base.by_source, arm.by_source, pool=pool, elsewhere=known)
+
+
+def _elsewhere(comparison: Comparison, group: str, designs: Sequence[str]) -> NDArray[np.float64] | None:
+    """(groups, designs) how much the runs of some designs vary in the other groups, for `stats.crossed`; None if none
+    of these groups has all of them, on the same tasks and with as many runs."""
+    squares = []
+    for other in comparison.groups:
+        arms = [arm for name in designs for arm in comparison.arms if (arm.group, arm.design) == (other, name)]
+        alike = len({(arm.tasks, len(arm.seeds)) for arm in arms}) == 1
+        if other != group and len(arms) == len(designs) and alike:
+            types = TaskTypes.one(arms[0].by_source.shape[1])
+            squares.append([run_mean_square(arm.by_source, types) for arm in arms])
+    return np.array([row for row in squares if any(row)]) if any(map(any, squares)) else None
 
 
 def unsound(baseline: str, bands: Sequence[Band]) -> str:
@@ -166,8 +183,10 @@ def scored(comparison: Comparison, predictions: Mapping[str, Mapping[str, Any]])
         low = high = None
         if min(len(favoured.seeds), len(over.seeds)) > 1 and over.by_source.shape[1] > 1 and not comparison.interim:
             pool = [arms[name] for name in comparison.designs if name not in (favoured.design, over.design)]
-            lent = [arm.by_source for arm in pool if arm.seeds == favoured.seeds == over.seeds]
-            test = stats.crossed(over.by_source, favoured.by_source, pool=lent)
+            lenders = [arm for arm in pool if arm.seeds == favoured.seeds == over.seeds]
+            known = _elsewhere(comparison, group, [over.design, favoured.design, *(x.design for x in lenders)])
+            lent = [arm.by_source for arm in lenders]
+            test = stats.crossed(over.by_source, favoured.by_source, pool=lent, elsewhere=known)
             low, high = test.ci_low, test.ci_high
         outcome = "undecided"
         if low is not None and high is not None and not low <= 0 <= high:
@@ -191,10 +210,12 @@ def rungs(comparison: Comparison) -> tuple[Rung, ...]:
                 results.append(Rung(group, label, target, arm.mean - base.mean))
                 continue
             others = [arms[name] for name in comparison.designs[1:]]
-            lent = [x.on(base.tasks).by_source for x in others if x.seeds == base.seeds]
+            lenders = [x for x in others if x.seeds == base.seeds]
+            lent = [x.on(base.tasks).by_source for x in lenders]
+            known = _elsewhere(comparison, group, [base.design, label, *(x.design for x in lenders)])
             # A rung is scored on the baseline's own runs. Rolling its seeds by one pairs every run with another one,
             # as two designs would be, so that the pooled run variance does not count one design twice.
-            test = stats.crossed(base.by_source, np.roll(arm.by_source, 1, axis=0), pool=lent)
+            test = stats.crossed(base.by_source, np.roll(arm.by_source, 1, axis=0), pool=lent, elsewhere=known)
             p = min(1.0, test.p_value * len(comparison.rows))
             seen = p <= comparison.alpha and test.difference < 0 and base.by_source.shape[1] >= FEW_SOURCES
             results.append(

@@ -18,11 +18,13 @@ from poolwise import stats
 from poolwise.stats.crossed import Crossed
 from poolwise.verdicts.arms import FEW_SOURCES, Arm
 from poolwise.verdicts.comparison import Comparison
-from poolwise.verdicts.contrasts import Row
+from poolwise.verdicts.contrasts import Elsewhere, elsewhere_of, run_squares
 from poolwise.verdicts.controls import Band, BrokenArm, Rung, broken_arms, noise_bands, rungs, smallest_seen, unsound
 from poolwise.verdicts.costs import Budgets, Point, encode_flops, fronts
 from poolwise.verdicts.factors import Factorial, factorial
+from poolwise.verdicts.leaderboard import word_of
 from poolwise.verdicts.robustness import Outcome, Robustness, Winner, outcomes, robustness
+from poolwise.verdicts.table import Note
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,7 +38,7 @@ SAME_COST = 0.005
 """Encode costs that differ by a smaller share are equal: it is far below what a clock would show."""
 JSON_FIELDS = (
     "group", "design", "baseline", "n", "difference", "ci_low", "ci_high", "p_value", "p_holm", "effect_size",
-    "wins", "ties", "losses", "min_reachable_p",
+    "wins", "ties", "losses", "min_reachable_p", "tasks", "tipping_run_sd",
 )  # fmt: skip
 """The fields of one contrast in `poolwise compare --json`."""
 
@@ -47,12 +49,12 @@ class Recommendation:
 
     `basis`: `better` (than the baseline after Holm, and the best of those), `cheapest` (none is better: it costs less
     than every other design not shown to be worse), `baseline` (all others are shown to be worse), `none` (nothing
-    speaks for one design; `design` is None, and `as_cheap` are the least costly if others cost more), `below_reference`
-    (every design scores below `reference`; `design` is None). `judged`: the group carries verdicts on designs; if it is
-    False (or the verdicts are exploratory), nothing could have been shown to be better, and `stays` (the share of
-    `folds` with the same choice) and `expected_regret` (0–1) are None; they are None on an own task too, which is one
-    source.
-    `cost` is the encode cost in FLOPs, `relative_cost` that over the baseline's.
+    speaks for one design, or there are no verdicts on designs; `design` is None, and `as_cheap` are the least costly if
+    others cost more), `below_reference` (every design scores below `reference`; `design` is None). `judged`: the group
+    carries verdicts on designs that are not exploratory. `stays` (the share of `folds` with the same choice) and
+    `expected_regret` (0–1) are given for a design that is better, as that a default stays the default is no evidence;
+    not on an own task, which is one source. `cost` is the encode cost in FLOPs, `relative_cost` that over the
+    baseline's.
     """
 
     group: str
@@ -143,7 +145,7 @@ class Findings(Comparison):
         return unsound(self.baseline, self.bands)
 
     def __repr__(self) -> str:
-        words = [_word(row, self.alpha) for row in self.rows]
+        words = [word_of(row, self.alpha) for row in self.rows]
         known = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
         state = "runs are missing, nothing tested" if self.interim else known
         return f"<Findings: {', '.join(self.designs[1:])} against {self.baseline} on {', '.join(self.groups)}: {state}>"
@@ -159,13 +161,12 @@ class Findings(Comparison):
         rows = []
         for row in self.rows:
             shown, arm = row.verdict or row, self.arm(row.group, row.design)
-            tested = row.verdict is not None or row.p_holm is not None
             rows.append(
                 {
                     "group": row.group, "design": row.design, "baseline": row.baseline, "score": arm.mean,
                     "baseline_score": self.arm(row.group, row.baseline).mean, "difference": shown.difference,
                     "ci_low": shown.ci_low, "ci_high": shown.ci_high, "p_value": shown.p_value, "p_holm": shown.p_holm,
-                    "verdict": _word(row, self.alpha) if tested else "untested",
+                    "verdict": word_of(row, self.alpha),
                     "scope": "designs" if row.verdict else "checkpoints", "unit": arm.unit, "n": len(arm.tasks),
                 }
             )  # fmt: skip
@@ -213,7 +214,13 @@ class Findings(Comparison):
             "base_models": self._bases_to_json(),
             "notes": [text for text in (self.interim, self.exploratory, self.plan, self.banner) if text]
             + [*self.notes, *self.excluded],
+            "cases": {str(note): list(note.cases) for note in self.listed},
         }
+
+    @property
+    def listed(self) -> tuple[Note, ...]:
+        """The notes that have a list of cases behind them."""
+        return tuple(note for note in (*self.notes, *self.excluded) if isinstance(note, Note) and note.cases)
 
     def _controls_to_json(self) -> dict[str, Any]:
         """`noise_bands` of the A/A arms, and the `ladder` with the loss of its first rung that was detected."""
@@ -264,29 +271,21 @@ def _recommend(comparison: Comparison, costs: Mapping[str, float], group: str) -
     if below := _below_reference(comparison, group):
         name, floor, best = below
         return Recommendation(group, None, BELOW, judged, reference=name, reference_score=floor, best_score=best)
-    words = {row.design: _word(row, comparison.alpha) for row in rows}
-    if not judged:  # checkpoints may rule a design out, but they recommend none
-        words = {design: "inconclusive" if word == "better" else word for design, word in words.items()}
-    shifts = {row.design: row.verdict.difference if row.verdict else row.difference for row in rows}
+    if not judged:
+        return Recommendation(group, None, NONE, judged)
+    verdicts = {row.design: row.verdict for row in rows if row.verdict}
+    words = {design: verdict.verdict for design, verdict in verdicts.items()}
+    shifts = {design: verdict.difference for design, verdict in verdicts.items()}
     design, basis, as_cheap = _choose(comparison, costs, words, shifts)
     cost, base_cost = costs.get(design or ""), costs.get(comparison.baseline)
     folds, stays, regret = 0, None, None
-    if judged and not comparison.of_items(group):
+    if basis == BETTER and not comparison.of_items(group):
         folds, stays, regret = _leave_one_source_out(comparison, costs, group, design)
     return Recommendation(
         group, design, basis, judged, as_cheap=as_cheap,
         difference=shifts.get(design or ""), cost=cost, relative_cost=cost / base_cost if cost and base_cost else None,
         folds=folds, stays=stays, expected_regret=regret,
     )  # fmt: skip
-
-
-def _word(row: Row, alpha: float) -> str:
-    """The verdict of a row after Holm; without a verdict on designs, the result for its checkpoints."""
-    if row.verdict:
-        return row.verdict.verdict
-    if row.p_holm is None or row.p_holm > alpha:
-        return "inconclusive"
-    return "better" if row.difference > 0 else "worse"
 
 
 def _choose(
@@ -345,10 +344,11 @@ def _leave_one_source_out(
     elsewhere = [row.verdict.p_value if row.verdict else float("nan") for row in comparison.rows if row.group != group]
     elsewhere += [contrast.verdict.p_value for contrast in comparison.overall]
     designs = comparison.designs[1:]
+    squares = run_squares(_by_group(comparison), comparison.designs)
     same, regrets = 0, []
     for fold in range(means.shape[1]):
         kept = {design: np.delete(array, fold, axis=1) for design, array in scores.items()}
-        results = [_crossed(comparison, arms, kept, design) for design in designs]
+        results = [_crossed(comparison, arms, kept, design, squares) for design in designs]
         p = stats.holm([*(result.p_value for result in results), *elsewhere])[: len(designs)].tolist()
         shifts = {design: result.difference for design, result in zip(designs, results, strict=True)}
         words = {
@@ -361,7 +361,13 @@ def _leave_one_source_out(
     return means.shape[1], same / means.shape[1], float(np.mean(regrets))
 
 
-def _crossed(comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str) -> Crossed:
+def _by_group(comparison: Comparison) -> dict[str, dict[str, Arm]]:
+    return {group: {d: comparison.arm(group, d) for d in comparison.designs} for group in comparison.groups}
+
+
+def _crossed(
+    comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str, np.ndarray], design: str, squares: Elsewhere
+) -> Crossed:
     """The contrast of one fold; designs with the same seeds lend their runs, as in the full comparison."""
     base = comparison.baseline
     pool: Sequence[str] = ()
@@ -369,4 +375,5 @@ def _crossed(comparison: Comparison, arms: Mapping[str, Arm], kept: Mapping[str,
         pool = [
             name for name in comparison.designs if name not in (base, design) and arms[name].seeds == arms[base].seeds
         ]
-    return stats.crossed(kept[base], kept[design], pool=[kept[name] for name in pool])
+    known = elsewhere_of(squares, arms[base].group, [base, design, *pool]) if pool else None
+    return stats.crossed(kept[base], kept[design], pool=[kept[name] for name in pool], elsewhere=known)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,8 +19,17 @@ from scipy.special import ndtri
 from poolwise import stats
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import midranks
-from poolwise.stats.resample import average_precision_parts, correlation, spearman_parts
-from poolwise.verdicts.table import LISTED, NOT_IN_RUN, first_few
+from poolwise.stats.resample import average_precision_function, average_precision_parts, correlation, spearman_parts
+from poolwise.verdicts.table import (
+    LISTED,
+    MEASURED,
+    NOT_IN_RUN,
+    OUTPUT,
+    first_few,
+    item_metric,
+    items_of,
+    last_steps,
+)
 
 if TYPE_CHECKING:
     import polars as pl
@@ -31,26 +40,28 @@ NOUNS = {
     "Retrieval": "queries", "Reranking": "queries", "Classification": "examples", "Clustering": "sets",
     "STS": "pairs", "PairClassification": "pairs",
 }  # fmt: skip
-OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
-MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
+COPIED_ITEMS = 10  # items on which two runs must agree, all of them, for one to be taken for a copy of the other
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Items of one task × split × subset that every run has: `runs` of each design, (runs, items), sorted by item id.
+    """Items of one task × split × subset: `runs` of each design, (runs, items), in the order of `names`.
 
-    `gold` (items,) if the scores are outputs to be scored against it. `lacking` names the items left out because a run
-    lacks them; `with_zeros` is each design's mean with a score of 0 for those.
+    A score is nan where a run lacks the item; `pair` leaves those out. `gold` (items,) if the scores are outputs to be
+    scored against it. `copies` are sentences on runs left out because they repeat another. `lacking` names the items
+    that were left out; `with_zeros` is each design's mean with a score of 0 for those.
     """
 
     task: str
     task_type: str
     metric: str
+    names: tuple[str, ...]
     runs: dict[str, Array]
     seeds: dict[str, tuple[int, ...]]
     gold: Array | None
-    lacking: tuple[str, ...]
-    with_zeros: dict[str, float]
+    copies: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
+    with_zeros: Mapping[str, float] = field(default_factory=dict)
 
     def per_item(self, design: str) -> Array:
         """(runs, items) whose mean over items is each run's score: the scores, or pseudo-values of the statistic."""
@@ -64,53 +75,29 @@ class DataSet:
         """The plural name of the items."""
         return NOUNS.get(self.task_type, "items")
 
+    def pair(self, base: str, other: str) -> DataSet:
+        """The items that every run of two designs has; further designs stay if their runs have all of these.
 
-def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
-    """The item rows of one task at the last step of each run."""
-    import polars as pl
+        Raises:
+            StatisticsError: there is no such item.
+        """
+        both = np.concatenate([self.runs[base], self.runs[other]])
+        shared = ~np.isnan(both).any(axis=0)
+        if not shared.any():
+            parts = [f"{design} seed {seed} has {first_few(self._items(run))}"
+                     for design in (base, other)
+                     for seed, run in zip(self.seeds[design], self.runs[design], strict=True)]  # fmt: skip
+            raise StatisticsError(f"{self.task}: no {self.noun} that all runs have; {'; '.join(parts[:LISTED])}")
+        runs = {name: array[:, shared] for name, array in self.runs.items()}
+        complete = {name: array for name, array in runs.items() if not np.isnan(array).any()}
+        zeros = {name: float(np.nan_to_num(self.runs[name]).mean()) for name in (base, other)}
+        lacking = tuple(name for name, present in zip(self.names, shared, strict=True) if not present)
+        gold = None if self.gold is None else self.gold[shared]
+        names = tuple(name for name, present in zip(self.names, shared, strict=True) if present)
+        return replace(self, names=names, runs=complete, gold=gold, lacking=lacking, with_zeros=zeros)
 
-    items = frame.filter(pl.col("item_id").is_not_null())
-    known = items["task"].unique(maintain_order=True).to_list()
-    if not known:
-        raise StatisticsError("the scores contain no items (rows with an item_id); only main scores can be compared")
-    if task not in known:
-        why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
-        names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
-        raise StatisticsError(f"task {task!r} {why}; tasks with items: {names}{suggest(task, known)}")
-    last = pl.col("step").max().over("design", "seed")
-    return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
-
-
-def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
-    """The step of each design's checkpoints. Raises StatisticsError if runs of a design stopped at different steps."""
-    steps: dict[str, int | None] = {}
-    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
-        if steps.setdefault(design, step) != step:
-            raise StatisticsError(
-                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
-                "them with `poolwise run`, or leave the short ones out"
-            )
-    return steps
-
-
-def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
-    """The metric of the rows to compare: the one asked for, the task's main one, or the only one."""
-    import polars as pl
-
-    kind = rows["task_type"][0]
-    stored = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
-    if wanted is None:
-        main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
-        wanted = next((name for name in main if name in stored), None)
-        wanted = next(iter(stored)) if wanted is None and len(stored) == 1 else wanted
-        if wanted is None:
-            raise StatisticsError(f"{task}: items have several metrics ({', '.join(stored)}); choose one with --metric")
-    if wanted not in {*stored, *stored.values()}:
-        raise StatisticsError(
-            f"metric {wanted!r} does not exist for the items of {task!r}; allowed: {', '.join(stored)}"
-            f"{suggest(wanted, stored)}"
-        )
-    return stored.get(wanted, wanted)
+    def _items(self, run: Array) -> list[str]:
+        return [name for name, score in zip(self.names, run, strict=True) if score == score]
 
 
 def data_sets(rows: pl.DataFrame, task: str, metric: str, missing: str) -> list[DataSet]:
@@ -148,32 +135,37 @@ def _data_set(part: pl.DataFrame, label: str, metric: str, missing: str, expecte
         table[expected.index(run), place] = scores["score"].to_numpy()  # type: ignore[arg-type]
         if gold is not None:
             gold[expected.index(run), place] = scores["gold"].to_numpy()
-    shared = ~np.isnan(table).any(axis=0)
-    lacking = [name for name, present in zip(names, shared, strict=True) if not present]
-    if not shared.any():
-        parts = [
-            f"{design} seed {seed} has {first_few([n for n, x in zip(names, row, strict=True) if x == x])}"
-            for (design, seed), row in zip(expected, table, strict=True)
-        ]
-        raise StatisticsError(f"{label}: no {noun} that all runs have; {'; '.join(parts[:LISTED])}")
-    if lacking and missing == "error":
+    gaps = np.isnan(table).any(axis=0)
+    if gaps.any() and missing == "error":
+        lacking = [name for name, gap in zip(names, gaps, strict=True) if gap]
         raise StatisticsError(
             f"{label}: {len(lacking)} of {len(names)} {noun} lack a score in some run: {first_few(lacking)}. Score "
             'them, or leave them out of every run (missing="drop" in Python, --missing drop on the command line)'
         )
     if gold is not None:
-        gold = gold[:, shared]
-        if (different := np.flatnonzero((gold != gold[0]).any(axis=0))).size:
-            wrong = names[np.flatnonzero(shared)[different[0]]]
-            raise StatisticsError(f"{label}: gold of {wrong!r} differs between runs: they were scored on other data")
+        known = np.nanmax(gold, axis=0)
+        if (different := np.flatnonzero(known != np.nanmin(gold, axis=0))).size:
+            raise StatisticsError(
+                f"{label}: gold of {names[different[0]]!r} differs between runs: they were scored on other data"
+            )
+        gold = known
     designs = dict.fromkeys(design for design, _ in expected)
     places = {name: [i for i, (design, _) in enumerate(expected) if design == name] for name in designs}
+    known = part.select("design", "seed", "model_identity").iter_rows() if "model_identity" in part.columns else ()
+    models = {(design, seed): model for design, seed, model in known}
+    copies = []
+    for name, runs in places.items():
+        first: dict[tuple[bytes, Any], int] = {}
+        for i in runs:
+            first.setdefault((table[i].tobytes(), models.get(expected[i])), i)
+        if len(first) < len(runs) and len(names) >= COPIED_ITEMS:
+            copies.append(f"{len(runs) - len(first)} of {len(runs)} runs of {name} repeat another one exactly")
+            places[name] = list(first.values())
     return DataSet(
-        label, kind, MEASURED[kind] if metric == OUTPUT else metric,
-        {name: table[runs][:, shared] for name, runs in places.items()},
+        label, kind, MEASURED[kind] if metric == OUTPUT else metric, tuple(names),
+        {name: table[runs] for name, runs in places.items()},
         {name: tuple(expected[i][1] for i in runs) for name, runs in places.items()},
-        None if gold is None else gold[0], tuple(lacking),
-        {name: float(np.nan_to_num(table[runs]).mean()) for name, runs in places.items()},
+        gold, tuple(copies),
     )  # fmt: skip
 
 
@@ -186,8 +178,11 @@ class Paired:
     """One system against the baseline on one data set: design − baseline, in scores 0–1, with its 95 % interval.
 
     `n` items were compared. `p_holm`: corrected over all lines of the same scope. `scope`: what the claim is about;
-    `note`: what else must be known to read it. `inner_low/high`: the 90 % interval, which decides on equivalence.
-    `run_se`: the part of the standard error that comes from runs and that more items would not reduce.
+    `note`: what else must be known to read it. `score` and `baseline_score` are the scores of the two on these items.
+    `gaps`: items left out because one of the two lacks them; `difference_with_zeros`: what it would be with a score of
+    0 for those (None without gaps, and for scores that are no mean over items). `inner_low/high`: the 90 % interval,
+    which decides on equivalence. `run_se`: the part of the standard error that comes from runs and that more items
+    would not reduce.
     """
 
     task: str
@@ -203,6 +198,10 @@ class Paired:
     test: str
     scope: str
     note: str
+    score: float
+    baseline_score: float
+    gaps: int = 0
+    difference_with_zeros: float | None = None
     inner_low: float = math.nan
     inner_high: float = math.nan
     run_se: float = 0.0
@@ -239,7 +238,8 @@ def compare_items(
         design: the one to compare; by default all but the baseline and the controls.
         baseline: by default the first design of the table.
         metric: by default the task's main one.
-        missing: `error` refuses items that a run lacks; `drop` leaves them out of every run and notes it.
+        missing: `error` refuses items that a run lacks; `drop` compares each pair of designs on the items that both
+            have, and notes it.
         controls: designs that are not compared unless named.
         seed: of the resampling; the same seed gives the same numbers.
 
@@ -268,7 +268,12 @@ def compare_items(
     rows = rows.filter(pl.col("design").is_in([baseline, *others]))
     steps = last_steps(rows)
     sets = data_sets(rows, task, item_metric(frame, rows, task, metric), missing)
-    lines = [line for data in sets for other in others for line in _contrast(data, baseline, other, steps, seed)]
+    lines = [
+        line
+        for data in sets
+        for other in others
+        for line in _contrast(data.pair(baseline, other), baseline, other, steps, seed)
+    ]
     adjusted = dict.fromkeys(range(len(lines)), math.nan)
     for at_designs in (False, True):
         chosen = [i for i, line in enumerate(lines) if (line.test == CROSSED) == at_designs]
@@ -338,28 +343,43 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     a, b = data.runs[base], data.runs[name]
     n, rng = a.shape[1], np.random.default_rng(seed)
     estimate = _by_mean(data, a, b, rng) if data.gold is None else _by_gold(data, a, b, data.gold, rng)
-    notes = []
+    notes, zeros = list(data.copies), None
     if data.lacking:
         share = f"{len(data.lacking)} of {n + len(data.lacking)} {data.noun}"
-        notes.append(f"left out because some run lacks them: {share} ({first_few(data.lacking)})")
+        notes.append(f"left out because one of the two lacks them: {share} ({first_few(data.lacking)})")
         if data.gold is None:
             zeros = data.with_zeros[name] - data.with_zeros[base]
-            notes.append(f"with a score of 0 for those the difference is {zeros:.4f}")
+            notes.append(
+                f"with a score of 0 for those {name} has {100 * data.with_zeros[name]:.2f}, {base} "
+                f"{100 * data.with_zeros[base]:.2f}, a difference of {100 * zeros:+.2f} points".replace("-", "−")
+            )
     if steps[base] != steps[name]:
         notes.append(f"trained for different numbers of steps: {name} {steps[name]}, {base} {steps[base]}")
     runs = "these two checkpoints"
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
     lines = [(estimate, runs)]
+    scores = (_score(data, b), _score(data, a))
     if min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
         Paired(
             data.task, data.metric, name, base, n, test.difference, test.ci_low, test.ci_high, test.p_value, math.nan,
-            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]), *test.inner, test.run_se,
+            test.test, f"{scope}, {data.noun} like these", "; ".join([*test.notes, *notes]),
+            *scores, len(data.lacking), zeros, *test.inner, test.run_se,
         )
         for test, scope in lines
     ]  # fmt: skip
+
+
+def _score(data: DataSet, runs: Array) -> float:
+    """The score of a design on the items: their mean, or the mean over runs of what is measured against gold."""
+    if data.gold is None:
+        return float(runs.mean())
+    gold, one = data.gold, np.ones((1, runs.shape[1]))
+    if data.task_type == "STS":
+        return float(np.mean([_spearman(run, gold) for run in runs]))
+    return float(np.mean([average_precision_function(run, gold)(one)[0] for run in runs]))
 
 
 def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Estimate:

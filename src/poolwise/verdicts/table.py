@@ -5,7 +5,7 @@
 | `design`, `seed` | what was trained (a design, a model, a system) and which run of it |
 | `task`, `task_type`, `metric`, `score` | what was measured; scores lie in 0–1 (correlations in −1–1) |
 | `step` | optimiser step of the evaluated checkpoint; null if it does not apply |
-| `source` | the data set a task was made from; null: the task is its own source |
+| `source` | the data set a task was made from, on any of its rows; null: the task is its own source |
 | `split`, `subset` | as in mteb; null if a file does not say |
 | `item_id` | query, example or set of a per-item score; null on the main score |
 
@@ -15,9 +15,10 @@ Any further column is provenance and kept as it is. `verdicts.readers` reads thi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import DataError, printable, suggest
+from poolwise.errors import DataError, StatisticsError, printable, suggest
 from poolwise.study.catalogue import origin
 
 if TYPE_CHECKING:
@@ -33,6 +34,29 @@ FORMULA = r"^[=+\-@\t\r]"
 HIDDEN = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]"
 """Control characters, escape among them, and the marks of bidirectional text."""
 LISTED = 5  # number of names or rows that a message lists
+OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
+MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
+"""Task type -> the main metric of outputs that are scored against gold values."""
+COPIES = 3  # scores that two runs must share, all of them equal, to be taken for one run
+
+
+class Note(str):
+    """A sentence on the scores of a comparison (a decision taken, a limit), and the `cases` that it concerns."""
+
+    cases: tuple[str, ...]
+
+    def __new__(cls, text: str, cases: Sequence[str] = ()) -> Note:
+        note = super().__new__(cls, text)
+        note.cases = tuple(cases)
+        return note
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A validated long table, and a note on each decision that was taken while reading it."""
+
+    frame: pl.DataFrame
+    notes: tuple[Note, ...] = ()
 
 
 def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFrame:
@@ -131,7 +155,7 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
     if outside.any() and 1 < (number.filter(number.is_finite().fill_null(False)).median() or 0) <= 100:  # type: ignore[operator]
         scale = "; they look like percentages: divide every score by 100"
     problems.add("score must lie between 0 and 1 (a correlation: −1 and 1)" + scale, outside, "score")
-    for name in ("task_type", "source"):
+    for name in ("task_type", "source"):  # both belong to the task, whatever a single row of it says
         values = typed.group_by("task").agg(pl.col(name).drop_nulls().unique().sort())
         for task, several in values.filter(pl.col(name).list.len() > 1).sort("task").iter_rows():
             listed = ", ".join(map(repr, several))
@@ -140,6 +164,7 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
     repeated = typed.select(pl.struct(key).is_duplicated()).to_series()
     problems.add("the same design, seed, task, split, subset and metric are listed more than once", repeated, "task")
     problems.stop(where)
+    typed = typed.with_columns(pl.col("source").fill_null(pl.col("source").drop_nulls().first().over("task")))
     order = [*REQUIRED[:2], "step", "task", "task_type", "source", "split", "subset", "metric", "score", "item_id"]
     return typed.select([*order, *[name for name in typed.columns if name not in (*order, "_row")]])
 
@@ -190,7 +215,102 @@ def main_scores(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.filter(pl.col("item_id").is_null()).filter(pl.col("step").eq_missing(last))
 
 
-def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+def items_of(frame: pl.DataFrame, task: str) -> pl.DataFrame:
+    """The item rows of one task at the last step of each run."""
+    import polars as pl
+
+    items = frame.filter(pl.col("item_id").is_not_null())
+    known = items["task"].unique(maintain_order=True).to_list()
+    if not known:
+        raise StatisticsError("the scores contain no items (rows with an item_id); only main scores can be compared")
+    if task not in known:
+        why = "has no per-item scores" if task in frame["task"] else "is not in the scores"
+        names = ", ".join(known[:20]) + (" …" if len(known) > 20 else "")
+        raise StatisticsError(f"task {task!r} {why}; tasks with items: {names}{suggest(task, known)}")
+    last = pl.col("step").max().over("design", "seed")
+    return items.filter(pl.col("step").eq_missing(last) & (pl.col("task") == task))
+
+
+def last_steps(rows: pl.DataFrame) -> dict[str, int | None]:
+    """The step of each design's checkpoints. Raises StatisticsError if runs of a design stopped at different steps."""
+    steps: dict[str, int | None] = {}
+    for design, seed, step in rows.select("design", "seed", "step").unique().sort("design", "seed").iter_rows():
+        if steps.setdefault(design, step) != step:
+            raise StatisticsError(
+                f"runs of {design!r} stopped at different steps ({steps[design]}, and {step} with seed {seed}); finish "
+                "them with `poolwise run`, or leave the short ones out"
+            )
+    return steps
+
+
+def item_metric(frame: pl.DataFrame, rows: pl.DataFrame, task: str, wanted: str | None) -> str:
+    """The metric of the rows to compare: the one asked for, the task's main one, or the only one."""
+    import polars as pl
+
+    kind = rows["task_type"][0]
+    stored = {MEASURED.get(kind, OUTPUT) if name == OUTPUT else name: name for name in sorted(rows["metric"].unique())}
+    if wanted is None:
+        main = frame.filter((pl.col("task") == task) & pl.col("item_id").is_null())["metric"].unique().to_list()
+        wanted = next((name for name in main if name in stored), None)
+        wanted = next(iter(stored)) if wanted is None and len(stored) == 1 else wanted
+        if wanted is None:
+            raise StatisticsError(f"{task}: items have several metrics ({', '.join(stored)}); choose one with --metric")
+    if wanted not in {*stored, *stored.values()}:
+        raise StatisticsError(
+            f"metric {wanted!r} does not exist for the items of {task!r}; allowed: {', '.join(stored)}"
+            f"{suggest(wanted, stored)}"
+        )
+    return stored.get(wanted, wanted)
+
+
+def early_only(frame: pl.DataFrame) -> list[Note]:
+    """A note on the tasks that have scores at earlier steps alone, so that they are no part of a comparison."""
+    import polars as pl
+
+    scored = frame.filter(pl.col("item_id").is_null())
+    tasks = sorted(set(scored["task"]) - set(main_scores(scored)["task"]))
+    if not tasks:
+        return []
+    steps = scored.filter(pl.col("task").is_in(tasks)).group_by("task").agg(pl.col("step").max()).sort("task")
+    cases = tuple(f"{task}: step {step}" for task, step in steps.iter_rows())
+    last = max(step for step in scored["step"].to_list() if step is not None)
+    return [Note(f"Left out, not scored at the last step ({last}): {first_few(tasks)}.", cases)]
+
+
+def without_copies(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[Note]]:
+    """The table without runs that repeat another run of their design score by score, and a note on them.
+
+    Copies of one run (a file written three times, one checkpoint under two revisions) would measure a run effect of 0.
+    Two runs are copies if they have the same main scores in the same `COPIES` cells or more, unless `model_identity`
+    shows that they are different models. References are left alone.
+    """
+    import polars as pl
+
+    cells = ["task", "split", "subset", "metric", *(["base"] if "base" in frame.columns else [])]
+    scored = main_scores(frame)
+    if "role" in frame.columns:
+        scored = scored.filter(pl.col("role").is_null() | ~pl.col("role").is_in(["reference", "untuned"]))
+    kept: dict[tuple[str, tuple[Any, ...]], int] = {}
+    copies = list[tuple[str, int, int]]()
+    model = ["model_identity"] if "model_identity" in scored.columns else []
+    runs = scored.select("design", "seed", *cells, *model, "score").sort("design", "seed", *cells)
+    for (design, seed), run in runs.partition_by("design", "seed", as_dict=True, maintain_order=True).items():
+        content = tuple(run.select(*cells, *model, "score").iter_rows())
+        first = kept.setdefault((design, content), seed)
+        if first != seed and len(content) >= COPIES:
+            copies.append((design, seed, first))
+    if not copies:
+        return frame, []
+    dropped = pl.DataFrame(
+        [(design, seed) for design, seed, _ in copies], schema={"design": pl.String, "seed": pl.Int64}, orient="row"
+    )
+    named = ", ".join(dict.fromkeys(design for design, *_ in copies))
+    text = f"Runs with exactly the same scores are copies and count as one run: {len(copies)} left out ({named})."
+    cases = tuple(f"{design}: seed {seed} repeats seed {first}" for design, seed, first in copies)
+    return frame.join(dropped, on=["design", "seed"], how="anti"), [Note(text, cases)]
+
+
+def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[Note]]:
     """The table with the missing sources of official tasks filled in, and a note on the tasks that now share one."""
     import polars as pl
 
@@ -204,8 +324,8 @@ def with_origins(frame: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
         for name in dict.fromkeys(known.values())
         if len(tasks := [task for task in known if known[task] == name]) > 1
     ]
-    note = f"Averaged as one source each, by mteb's task names (a column `source` overrides this): {'; '.join(shared)}."
-    return frame.with_columns(filled), [note] if shared else []
+    text = f"Averaged as one source each, by mteb's task names (a column `source` overrides this): {'; '.join(shared)}."
+    return frame.with_columns(filled), [Note(text)] if shared else []
 
 
 def roles_of(frame: pl.DataFrame) -> tuple[tuple[str, str], ...]:
