@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint mutants bench smollm2 clean
+.PHONY: install demo test lint mutants bench smollm2 fuzz faults clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -39,6 +39,17 @@ mutants: install
 bench: install
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks type1 --quick
+
+# Every reader under altered files: 60 seconds by default; hours with `make fuzz SECONDS=7200 SEED=1`
+SECONDS ?= 60
+SEED ?= 0
+fuzz: install
+	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS) --seed $(SEED) --save fuzz-findings
+
+# Faults in real studies, which must end as the undisturbed one does: about an hour
+FAULTS ?= 200
+faults: install
+	$(BIN)/python tests/faults/run.py --faults $(FAULTS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist

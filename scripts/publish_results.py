@@ -12,7 +12,6 @@ file and the present code name them. The second form changes nothing unless scor
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Any
 import figures
 import pictures
 import polars as pl
-import pyarrow.parquet as pq
 
 from poolwise import api
-from poolwise.files import atomic_path, write_atomic, write_json
+from poolwise.files import write_atomic, write_json
 from poolwise.runs import layout
 from poolwise.runs.prepare import store_costs
+from poolwise.study import records
 from poolwise.study.catalogue import origin
 from poolwise.study.study import Study
 
@@ -58,7 +57,7 @@ def publish(study_file: str | Path, runs: list[str]) -> None:
         if all(list(old.glob(f"scores/*/{name}")) for name in files):  # nothing that is published is missing
             (new / layout.DONE).touch()
         rows.append({**row, "base": row["base"] and study.bases[0], "scores": files})
-    write_json(target / layout.TRIALS, rows)
+    write_json(target / layout.TRIALS, {"trials": rows})
     write_json(target / layout.STUDY, study.model_dump(mode="json"))
     for name in (layout.LOOKS, layout.VERSIONS):
         if (Path(runs[0]) / name).exists():
@@ -79,7 +78,8 @@ def published() -> list[Path]:
 
 
 def _trials(run: Path) -> list[dict[str, Any]]:
-    return list(json.loads((run / layout.TRIALS).read_text(encoding="utf-8")))
+    found = records.read(run / layout.TRIALS, records.Trials, "run the study again")
+    return [row.model_dump() for row in found.trials]
 
 
 def _belongs(study: Study, row: dict[str, Any]) -> bool:
@@ -112,11 +112,10 @@ def _write_scores(frame: pl.DataFrame, path: Path) -> None:
     table = frame.to_arrow()
     numbers = [name for name in ("score", "seconds") if name in frame.columns]
     words = [name for name in frame.columns if name not in numbers]
-    with atomic_path(path) as temporary:
-        pq.write_table(
-            table, temporary, compression="zstd", compression_level=19, use_dictionary=words,
-            column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"), write_page_checksum=True,
-        )  # fmt: skip
+    layout.write_table(
+        path, table, compression_level=19, use_dictionary=words,
+        column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"), write_page_checksum=True,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

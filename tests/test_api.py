@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 
 from poolwise import api
 from poolwise.errors import CheckpointError, DataError
+from poolwise.files import write_json
 from poolwise.runs import layout, looks, run
 from test_looks import declared, scored
 
@@ -87,10 +87,10 @@ def test_the_table_of_a_study_passes_the_same_validation_as_a_csv(tmp_path):
     path = study.folder / layout.RESULTS
     frame = pl.read_parquet(path)
     wrong = pl.when(pl.int_range(pl.len()) == 4).then(83.0).otherwise("score").alias("score")
-    frame.with_columns(wrong).write_parquet(path)
+    layout.write_table(path, frame.with_columns(wrong).to_arrow())
     with pytest.raises(DataError, match=r"results\.parquet.*\n.*score must lie between 0 and 1.*: row 5 \(83\.0\)"):
         api.compare(study)
-    pl.concat([frame, frame[:1]]).write_parquet(path)
+    layout.write_table(path, pl.concat([frame, frame[:1]]).to_arrow())
     with pytest.raises(DataError, match="are listed more than once"):
         api.report(study, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -102,7 +102,7 @@ def test_export_says_why_a_design_failed_and_where_its_log_is(tmp_path):
     folder = layout.trial(study.folder, "m2-s0")
     with pytest.raises(CheckpointError, match="m2 with seed 0 is not trained yet; `poolwise run` continues the study"):
         api.export_design(study, "m2", tmp_path / "model")
-    (folder / layout.FAILED).write_text(json.dumps({"reason": "the loss is NaN at step 7"}))
+    write_json(folder / layout.FAILED, {"reason": "the loss is NaN at step 7"})
     with pytest.raises(CheckpointError) as caught:
         api.export_design(study, "m2", tmp_path / "model")
     assert "m2 with seed 0 failed: the loss is NaN at step 7." in str(caught.value)

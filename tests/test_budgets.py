@@ -12,6 +12,7 @@ import pytest
 from poolwise import api, stats
 from poolwise.pooling.cost import training_flops
 from poolwise.reports import secondary
+from poolwise.runs import layout
 from poolwise.runs.check import check
 from poolwise.runs.prepare import store_costs
 from poolwise.study.recipe import Recipe
@@ -83,7 +84,8 @@ def test_check_and_the_equal_cost_table_count_the_same_training_flops(tmp_path: 
         ],
     }  # fmt: skip
     study = Study.parse(raw)
-    history("m1", "m2").with_columns(role=pl.lit("design")).write_parquet(tmp_path / "results.parquet")
+    frame = history("m1", "m2").with_columns(role=pl.lit("design"))
+    layout.write_table(tmp_path / "results.parquet", frame.to_arrow())
     store_costs(study, study.folder)
     flops = {row["design"]: row["training_flops"] for row in check(study)["designs"]}
     (row,) = api.compare(study).budgets.rows

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from poolwise.errors import CheckpointError
-from poolwise.files import sha256
+from poolwise.files import sha256, write_json
 from poolwise.model import checkpoint
 from poolwise.model.checkpoint import export
 from poolwise.model.encoder import build
@@ -38,7 +38,7 @@ def drop_tensor(folder: Path, file: str) -> None:
     save_file(content, folder / file)
     run = json.loads((folder / "run.json").read_text())
     run["files"][file] = sha256(folder / file)
-    (folder / "run.json").write_text(json.dumps(run))
+    write_json(folder / "run.json", run)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_an_output_that_cannot_be_made(output: str, here: Path, invoke: Invoke) 
 def test_a_folder_where_a_file_belongs(here: Path, invoke: Invoke) -> None:
     (here / "runs" / "tiny" / "study.json").mkdir(parents=True)
     err = refused(invoke, here, "run", write_study(here))
-    assert f"'{here}/runs/tiny/study.json': Is a directory; name another path that can be read and written" in err
+    assert "runs/tiny/study.json is damaged (Is a directory); restore it, or delete it" in err
 
 
 # --- training data that is wrong -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,9 @@ def test_status_warns_of_an_edited_study(
 def test_the_log_of_a_failed_trial_is_named(
     copy: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    damaged = of(copy, "layers") / "training" / "step-6" / "pooling.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    place_of_scores = of(copy, "layers") / "scores" / "step-6"
+    shutil.rmtree(place_of_scores)
+    place_of_scores.touch()  # a file where a folder has to be
     path = write(place, copy.name, ('"./facts"', '"./facts", "./more"'))
     assert poolwise(monkeypatch, "run", str(path), "--workers", "1") == 1
     log = find_log(Study.load(path).folder, of(copy, "layers").name)

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from poolwise import api
-from poolwise.runs.run import guard, trials
+from poolwise.runs import layout
+from poolwise.runs.run import trials
 from poolwise.study.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def test_a_published_study_is_complete(study_file):
     assert not api.compare(study).interim
     if (study.folder / "trials.json").exists():
         assert {row["state"] for row in trials(study)} == {"done"}
-        guard(study)  # raises if the study file is not the one that ran
+        layout.guard(study)  # raises if the study file is not the one that ran
 
 
 @pytest.mark.parametrize("page", figures.pages(), ids=lambda page: str(page.relative_to(ROOT)))

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import TrainingError
+from poolwise.files import write_json
 from poolwise.model import backbone
 from poolwise.model import encoder as building
 from poolwise.model.backbone import FrozenStates
@@ -371,13 +372,13 @@ def test_only_what_is_kept_on_this_base_counts(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     prepared = make(tmp_path)
     trial, place = prepared.trials[0], prepared.study.folder / "trials"
-    record = {"base": trial.spec["base"], "dtype": "bfloat16"}
-    for name, content in (("nothing", record), ("base", {**record, "base": "x"}), ("old", None), ("odd", [])):
+    record = {"base": trial.spec["base"], "dtype": "bfloat16", "device": "cpu"}
+    for name, content in (("nothing", record), ("base", {**record, "base": "x"}), ("old", None), ("odd", {"dtype": 1})):
         (place / name).mkdir(parents=True)
         if name != "nothing":
             (place / name / "training" / "step-2").mkdir(parents=True)
         if content is not None:
-            (place / name / "dtype.json").write_text(json.dumps(content))
+            write_json(place / name / "dtype.json", content)
     model = trials._encoder(trial, prepared)
     (place / trial.name).mkdir()
     trials._record_dtype(model, trial, place / trial.name)

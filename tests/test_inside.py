@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from poolwise import api
 from poolwise.errors import ModelError
+from poolwise.files import write_json
 from poolwise.model.encoder import build
 from poolwise.reports import layers as layers_report
 from poolwise.runs import trial
@@ -91,12 +91,13 @@ def test_a_trial_leaves_it_behind_and_a_report_finds_it(encoder, tmp_path):
     tasks = [SimpleNamespace(texts=lambda: iter(SENTENCES)), SimpleNamespace(texts=lambda: iter(SENTENCES[:2]))]
     raw = {"name": "s", "baseline": "layers", "output": "runs", "designs": [LAYERS.model_dump(exclude={"preset"})]}
     study = Study.parse(raw, base_dir=tmp_path)
-    rows = [{"name": f"layers-s{s}", "label": "layers", "role": "design", "seed": s, "base": "b"} for s in (0, 1)]
+    common = {"label": "layers", "role": "design", "base": "b", "id": "x"}
+    rows = [{"name": f"layers-s{s}", "seed": s, **common} for s in (0, 1)]
     for row in rows:
         place = study.folder / "trials" / row["name"]
         place.mkdir(parents=True)
         trial._look_at_layers(encoder, SimpleNamespace(tasks=tasks), place)
-    (study.folder / "trials.json").write_text(json.dumps(rows))
+    write_json(study.folder / "trials.json", {"trials": rows})
     found = api.layer_attention(study)
     assert found["texts"] == 8
     assert list(found["runs"]) == ["layers"]

@@ -13,6 +13,7 @@ import pytest
 
 from poolwise import api, stats
 from poolwise.errors import CheckpointError, StatisticsError, StudyError
+from poolwise.files import write_json
 from poolwise.reports import pages, tables
 from poolwise.reports.secondary import overall_sentence
 from poolwise.reports.words import sentences, summary
@@ -43,15 +44,15 @@ def scored(study: Study, seeds: int, without: tuple[str, int] | None = None) -> 
     for design in SHIFTS:
         for seed in range(seeds):
             done = (design, seed) != without
-            rows.append({"name": f"{design}-s{seed}", "label": design, "role": "design", "seed": seed, "base": "nano"})
+            name = f"{design}-s{seed}"
+            rows.append({"name": name, "label": design, "role": "design", "seed": seed, "base": "nano", "id": name})
             folder = study.folder / "trials" / rows[-1]["name"]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "done").touch() if done else (folder / "done").unlink(missing_ok=True)
             if not done:
                 frame = frame.filter((pl.col("design") != design) | (pl.col("seed") != seed))
-    (study.folder / "trials.json").write_text(json.dumps(rows))
-    (study.folder / "costs.json").write_text(json.dumps([{"design": name} for name in SHIFTS]))
-    frame.write_parquet(study.folder / "results.parquet")
+    write_json(study.folder / "trials.json", {"trials": rows})
+    layout.write_table(study.folder / "results.parquet", frame.to_arrow())
 
 
 def take(study: Study) -> None:

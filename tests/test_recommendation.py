@@ -10,6 +10,7 @@ import pytest
 
 from poolwise import api, stats
 from poolwise.reports.secondary import advice
+from poolwise.runs import layout
 from poolwise.runs.prepare import store_costs
 from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.study.starters import TEMPLATES
@@ -202,7 +203,7 @@ def test_a_study_brings_its_own_costs_and_factors(tmp_path):
     declared = Study.parse(raw)
     frame = study({design.name: 0.0 for design in declared.designs}, types=KINDS)
     scores = frame.with_columns(pl.lit("design").alias("role"), pl.lit(declared.recipe.steps).alias("step"))
-    scores.write_parquet(tmp_path / "results.parquet")
+    layout.write_table(tmp_path / "results.parquet", scores.to_arrow())
     store_costs(declared, declared.folder)
     c = api.compare(declared)
     costs = {row["design"]: row["encode_flops"] for row in c.costs}

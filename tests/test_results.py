@@ -96,7 +96,7 @@ def test_many_mistakes_of_one_kind_are_counted(tmp_path):
         ("scores.csv", HEADER.encode("utf-16"), "not UTF-8 text; it looks like UTF-16"),
         ("scores.csv.gz", b"no", "cannot be read"),
         ("scores.csv", HEADER.encode() + b"m1,0,A,STS,ap,0.5,extra\n", "not a readable CSV file"),
-        ("scores.parquet", b"PAR1 no", "not a readable PARQUET file"),
+        ("scores.parquet", b"PAR1 no", "cannot be read as Parquet"),
         ("scores.xlsx", b"PK", "unknown file type '.xlsx'; allowed: .csv, .tsv, .parquet"),
     ],
 )

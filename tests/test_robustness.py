@@ -12,10 +12,11 @@ import scipy.stats
 
 from poolwise import api
 from poolwise.errors import StatisticsError, StudyError
-from poolwise.runs import looks
+from poolwise.files import write_json
+from poolwise.runs import layout, looks
 from poolwise.runs.check import check
 from poolwise.runs.prepare import prepare
-from poolwise.runs.run import guard, results, run, trials
+from poolwise.runs.run import results, run, trials
 from poolwise.study.study import Study
 from poolwise.verdicts import robustness
 from poolwise.verdicts.table import table
@@ -172,11 +173,11 @@ def test_base_models_may_be_added_but_not_dropped(tmp_path: Path) -> None:
     recipe = {**STUDY["recipe"], "base_model": "./llama"}  # type: ignore[dict-item]
     one = Study.parse({**STUDY, "base_models": [], "recipe": recipe, "output": str(tmp_path)})
     two = Study.parse({**STUDY, "output": str(tmp_path)})
-    (tmp_path / "study.json").write_text(one.model_dump_json())
-    guard(two)
-    (tmp_path / "study.json").write_text(two.model_dump_json())
+    write_json(tmp_path / "study.json", one.model_dump(mode="json"))
+    layout.guard(two)
+    write_json(tmp_path / "study.json", two.model_dump(mode="json"))
     with pytest.raises(StudyError, match=r"base model was \./qwen2 and is now \./llama"):
-        guard(one)
+        layout.guard(one)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_one_base_of_several_is_exploratory_and_no_look(tmp_path):
     study = Study.parse(raw, base_dir=tmp_path)
     study.folder.mkdir()
     plan = {"planned": [0, 1, 2], "extend_to": 5, "extended": False, "looks": []}
-    (study.folder / "looks.json").write_text(json.dumps(plan))
+    write_json(study.folder / "looks.json", plan)
     random = np.random.default_rng(0)
     rows = [
         {
@@ -213,7 +214,7 @@ def test_one_base_of_several_is_exploratory_and_no_look(tmp_path):
         for base, gain in (("first", 0.05), ("second", -0.05))
         for design in ("m1", "m2") for seed in range(3) for t in range(8)
     ]  # fmt: skip
-    pl.DataFrame(rows, infer_schema_length=None).write_parquet(study.folder / "results.parquet")
+    layout.write_table(study.folder / "results.parquet", pl.DataFrame(rows, infer_schema_length=None).to_arrow())
     alone = api.compare(study, base="first")
     assert alone.exploratory.endswith("by task type over all its base models.")
     assert alone.looks == ()

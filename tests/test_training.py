@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from poolwise.errors import TrainingError
+from poolwise.files import write_json
 from poolwise.model.encoder import build, derived_seed
 from poolwise.runs import layout, train
 from poolwise.runs.prepare import Prepared, prepare
@@ -179,7 +180,7 @@ def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path) -> No
     for step in (8, 10, 12):
         layout.checkpoint(tmp_path, step).mkdir()
         if step != 12:  # half-written
-            (layout.checkpoint(tmp_path, step) / COMPLETE).write_text("1")
+            write_json(layout.checkpoint(tmp_path, step) / COMPLETE, {"seconds": 1.0, "files": {}})
     assert latest_checkpoint(tmp_path) == layout.checkpoint(tmp_path, 10)
     assert sorted(layout.checkpoints(tmp_path)) == [8, 10]
 

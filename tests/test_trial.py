@@ -86,12 +86,12 @@ def test_checkpoints_go_only_after_the_training_is_said_to_be_done(
 def test_disk_full_while_scoring(prepared: prepare.Prepared, tmp_path: Path, monkeypatch: Any) -> None:
     reference = prepared.trials[2]
 
-    def full(table: Any, path: Path, **options: Any) -> None:
-        Path(path).write_bytes(b"PAR1 half")
+    def full(path: Path) -> None:
+        path.write_bytes(b"PAR1 half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("pyarrow.parquet.write_table", full)
+        patch.setattr("poolwise.runs.layout.seal", full)
         with pytest.raises(TrainingError, match="the disk is full"):
             run_trial(reference, prepared, tmp_path / "tfidf")
     assert not [path for path in (tmp_path / "tfidf" / "scores").rglob("*") if path.is_file()]

@@ -11,6 +11,8 @@ import pytest
 
 from poolwise import api
 from poolwise.errors import StudyError
+from poolwise.files import write_json
+from poolwise.runs import layout
 from poolwise.runs import run as runner
 from poolwise.runs import run as search
 from poolwise.runs.check import check
@@ -158,8 +160,8 @@ def test_a_task_of_the_study_under_another_name_is_refused(place: Path) -> None:
 
 def test_tuning_may_be_added_but_not_changed(place: Path, tmp_path: Path) -> None:
     plain = study(place, tuning=None, output=str(tmp_path))
-    (tmp_path / "study.json").write_text(plain.model_dump_json())
-    runner.guard(study(place, output=str(tmp_path)))
-    (tmp_path / "study.json").write_text(study(place, output=str(tmp_path)).model_dump_json())
+    write_json(tmp_path / "study.json", plain.model_dump(mode="json"))
+    layout.guard(study(place, output=str(tmp_path)))
+    write_json(tmp_path / "study.json", study(place, output=str(tmp_path)).model_dump(mode="json"))
     with pytest.raises(StudyError, match="tuning was"):
-        runner.guard(study(place, output=str(tmp_path), tuning={**TUNING, "learning_rate": [1e-3, 1e-4]}))
+        layout.guard(study(place, output=str(tmp_path), tuning={**TUNING, "learning_rate": [1e-3, 1e-4]}))

@@ -36,7 +36,7 @@ def scores(source: Study | str | Path, choice: Choice = Choice()) -> tuple[Study
     """The validated long table of a study (or its file), a CSV or Parquet file, or a folder of mteb results, and notes
     on how it was read; of all but a study the part that `choice` names."""
     if not isinstance(source, Study) and str(source).endswith(".toml"):
-        source = Study.load(source)
+        source = layout.open_study(source)
     if not isinstance(source, Study):
         return None, readers.read(source, choice)
     if choice != Choice():

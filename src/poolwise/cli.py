@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from poolwise.errors import PoolwiseError, StudyError
+from poolwise.errors import PoolwiseError, StudyError, printable, redact
 from poolwise.files import check_place
 
 app = typer.Typer(
@@ -52,6 +53,8 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
 ]
+KEPT = "\n\t"
+"""Control characters that messages may contain; all others come from names and are escaped."""
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
@@ -60,10 +63,12 @@ PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, e
 def main() -> None:
     """Entry point: runs the app and turns a `PoolwiseError` into one clear message."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be no valid text
     try:
         app(prog_name="poolwise")
     except PoolwiseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(printable(str(error), keep=KEPT))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -72,7 +77,7 @@ def main() -> None:
             message = f"{str(error.filename)!r}: {error.strerror}; name another path that can be read and written"
         else:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -175,15 +180,15 @@ def run(
 @app.command()
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
-    from poolwise.runs.run import guard, trials
+    from poolwise.runs import layout
+    from poolwise.runs.run import trials
     from poolwise.screen import show_status
-    from poolwise.study.study import Study
 
-    loaded = Study.load(study)
+    loaded = layout.open_study(study)
     _say(loaded.place)
     rows = trials(loaded)
     try:
-        guard(loaded)
+        layout.guard(loaded)
     except StudyError as error:  # `run` would refuse it; what has run can be shown all the same
         print(f"warning: {error}", file=sys.stderr)
     print(json.dumps(rows, indent=1)) if as_json else show_status(rows)
@@ -526,7 +531,7 @@ def _only(sources: list[str]) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(redact(printable(line, keep=KEPT)), file=sys.stderr, flush=True)
 
 
 def _shard(text: str) -> tuple[int, int]:

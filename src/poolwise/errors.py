@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,13 +154,58 @@ def enumerate_words(words: Iterable[str], more: int = 0) -> str:
 
 def short(value: object, length: int = 60) -> str:
     """`repr(value)` ("null" for None, as in the files it comes from), cut after `length` characters."""
-    text = "null" if value is None else repr(value)
+    try:
+        text = "null" if value is None else repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of thousands of digits
+        text = f"a very long {type(value).__name__}"
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _is_hidden(character: str) -> bool:
+    """Whether a character is not seen but changes what is seen: control and format characters (among them escape and
+    the marks of bidirectional text), lone surrogates, and the separators of lines and paragraphs."""
+    return unicodedata.category(character) in {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with every hidden character written as an escape such as `\\x1b`, apart from those in `keep`.
+
+    This is the only place where names and messages that came from a file are made safe to show.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape", "surrogatepass").decode() if _is_hidden(c) and c not in keep else c for c in text
+    )
+
+
+def name_problem(name: str) -> str:
+    """Why a name cannot be shown as it is ("contains …"), or an empty string if it can."""
+    hidden = next((c for c in name if _is_hidden(c)), None) if not (name.isascii() and name.isprintable()) else None
+    return f"contains the hidden character {printable(hidden)}; remove it" if hidden else ""
+
+
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+
+
+def redact(text: str, environment: bool = True) -> str:
+    """The text without secrets: Hugging Face tokens, and values of environment variables named like secrets."""
+    named = os.environ.items() if environment else ()
+    values = {value for name, value in named if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "[secret]")
+    return _SECRET.sub("[secret]", text)
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` with the nearest allowed word, or an empty string."""
-    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.6)
+    try:
+        word = str(value)[:100]  # matching takes quadratic time
+    except (RecursionError, ValueError):
+        return ""
+    near = difflib.get_close_matches(word, [name for name in allowed if len(name) <= 200], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -206,7 +253,7 @@ def explain(error: ValidationError, models: dict[str, type[BaseModel]]) -> list[
             continue  # the mistakes inside are more precise
         if where == "recipe.lora":
             allowed = 'a table with rank, alpha, dropout, target; false; "full"'
-            line = f"{where} = {item['input']!r}: allowed: {allowed}"
+            line = f"{where} = {short(item['input'], 80)}: allowed: {allowed}"
         else:
             line = _line(item, where, models)
         if line not in lines:
@@ -229,7 +276,7 @@ def _line(item: Any, where: str, models: dict[str, type[BaseModel]]) -> str:
     if kind == "literal_error":
         allowed = context.get("expected", "")
         guess = suggest(value, [word.strip(" '") for word in allowed.replace(" or ", ",").split(",")])
-        return f"{where} = {value!r}: allowed: {allowed}{guess}"
+        return f"{where} = {short(value, 80)}: allowed: {allowed}{guess}"
     if kind == "value_error":
         message = str(context.get("error", item["msg"]))
         return f"{where}: {message}" if where and not message.startswith(where) else message

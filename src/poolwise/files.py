@@ -1,7 +1,10 @@
-"""Files on disk: written whole or not at all, hashed, named; and a Hub that may be out of reach.
+"""Files on disk: written whole or not at all, sealed, hashed, named, read within bounds; a Hub that may be unreachable.
 
 Only this file writes temporary names and renames them. A crash or a full disk leaves the old content, or none; hidden
 `.NAME.*.tmp` entries of a killed process may stay behind and can be deleted.
+
+A sealed file contains its own checksum: the SHA-256 of all its bytes, the digits of the checksum itself taken as zeros.
+So every flipped or lost byte is noticed, those of a Parquet footer and of the checksum included.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import socket
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +33,21 @@ CONNECT_SECONDS = 5.0
 """How long to wait for the Hub to accept a connection."""
 REMEMBERED_SECONDS = 60.0
 """How long an answer is trusted before the Hub is tried again."""
+MOST_BYTES = 32 << 20
+"""Bytes of a JSON text. Parsed, the worst of them take 25 times as much memory."""
+MOST_TOML_BYTES = 1 << 20
+"""Bytes of a TOML file, whose parser takes time that grows with the square of some inputs."""
+MOST_DEPTH = 60
+"""Levels of tables and lists in a JSON or TOML text; beyond some hundreds, printing or comparing a value fails."""
+MOST_DIGITS = 40
+"""Digits of an integer: enough for any identifier, and few enough to be converted to a float."""
+SEAL = "poolwise-sha256:"
+"""What stands before the checksum in a sealed file."""
+BLANK = SEAL + "0" * 64
+"""The seal of a file that is not complete yet."""
+_TOML_QUOTED = re.compile(r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL)
+"""Strings and comments of a TOML text."""
+_SEALED = re.compile(re.escape(SEAL).encode() + rb"([0-9a-f]{64})")
 
 
 @contextlib.contextmanager
@@ -96,11 +117,133 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
     return Path(path)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one. Raises OSError."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a sealed JSON object so that a reader sees the old file or the whole new one. Raises OSError."""
+    text = json.dumps({**content, "checksum": BLANK}, indent=1, ensure_ascii=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+        seal(temporary)
+
+
+def write_any_json(path: Path, content: Any) -> None:
+    """Write JSON for other programs, without a checksum; otherwise as `write_json`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of `write_json`, without its checksum.
+
+    Raises OSError if there is no such file, and ValueError with the reason if it is not what was written.
+    """
+    data = read_bytes(path, MOST_BYTES)
+    if not is_sealed(data):
+        raise ValueError("its checksum differs" if _SEALED.search(data) else "it has no checksum")
+    content = parse_json(data)
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    content.pop("checksum", None)
+    return content
+
+
+def read_any_json(path: Path) -> Any:
+    """The value in a JSON file that another program wrote. Raises OSError or ValueError with the reason."""
+    return parse_json(read_bytes(path, MOST_BYTES))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file. Raises OSError, and ValueError for more than `most` bytes, before they are read."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("it is no regular file")  # reading a pipe may never end
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return data
+
+
+def seal(path: Path) -> None:
+    """Replace the `BLANK` in a file by its checksum. Raises ValueError if there is not exactly one `BLANK`."""
+    data = path.read_bytes()
+    if data.count(BLANK.encode()) != 1 or len(_SEALED.findall(data)) != 1:
+        raise ValueError(f"{path}: no single place for a checksum")
+    with path.open("r+b") as file:
+        file.seek(data.index(BLANK.encode()) + len(SEAL))
+        file.write(hashlib.sha256(data).hexdigest().encode())
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether the content of a file has a checksum and agrees with it."""
+    found = _SEALED.findall(data)
+    if len(found) != 1:
+        return False
+    return hashlib.sha256(data.replace(SEAL.encode() + found[0], BLANK.encode())).hexdigest().encode() == found[0]
+
+
+def parse_json(text: str | bytes, finite: bool = True) -> Any:
+    """The value of a JSON text within the bounds above. Raises ValueError with the reason, in one line.
+
+    finite: refuse NaN and Infinity, which are not JSON but which Python writes.
+    """
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"longer than {MOST_BYTES:,} bytes")
+    try:
+        options: dict[str, Any] = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+        content = json.loads(text, parse_int=_integer, **options)
+    except RecursionError:
+        raise ValueError(f"nested more than {MOST_DEPTH} levels deep") from None
+    # a text with few opening brackets cannot be deep, and most texts of a large file are such
+    opening = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
+    if opening > MOST_DEPTH:
+        _check_depth(content)
+    return content
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The table of a TOML file within the bounds above. Raises ValueError with the reason."""
+    if len(data) > MOST_TOML_BYTES:
+        raise ValueError(f"larger than {MOST_TOML_BYTES:,} bytes")
+    try:
+        text = data.decode("utf-8-sig")
+        # tomllib takes time that grows with the square of the parts of a dotted key
+        if any(line.count(".") > MOST_DEPTH for line in _TOML_QUOTED.sub("", text).splitlines()):
+            raise ValueError(f"a key of more than {MOST_DEPTH} parts")
+        content = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except RecursionError:
+        raise ValueError(f"nested more than {MOST_DEPTH} levels deep") from None
+    _check_depth(content)
+    return content
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits):,} digits; at most {MOST_DIGITS} are read")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_constant(digits)
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON value")
+
+
+def _check_depth(content: Any) -> None:
+    """Raises ValueError for values nested too deeply or integers that are too long, without recursion."""
+    left = [(content, 1)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, dict | list):
+            if depth > MOST_DEPTH:
+                raise ValueError(f"nested more than {MOST_DEPTH} levels deep")
+            left += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, int) and abs(value) >= 10**MOST_DIGITS:
+            digits = int(abs(value).bit_length() * math.log10(2)) + 1
+            raise ValueError(f"an integer of about {digits:,} digits; at most {MOST_DIGITS} are read")
 
 
 def check_place(to: Path | None, force: bool = True, taken: str = "") -> None:
@@ -141,6 +284,11 @@ def sha256(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file below a folder, by its relative path."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def safe_name(name: str) -> str:

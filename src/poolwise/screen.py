@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from poolwise.errors import printable, redact
 from poolwise.files import write_atomic
 from poolwise.reports import ab as ab_report
 from poolwise.reports import analyses, pages, secondary, tables
@@ -93,6 +94,7 @@ class Grid:
         self.details: dict[str, dict[str, Any]] = {}
         self.started = time.monotonic()
         self.skipped = 0
+        self.warnings: list[str] = []
 
     def follow(self, event: Event) -> None:
         """Update the grid with one event of the engine."""
@@ -115,6 +117,8 @@ class Grid:
             self.states[content], self.share[content] = "done", 1.0
         elif kind == "failed":
             self.states[content[0]], self.share[content[0]] = "failed", 1.0
+        elif kind == "warning":
+            self.warnings.append(f"{content[0]}: {content[1]}")
 
     def line(self) -> str:
         """Trials done, time elapsed, time left, and how many trials run on each device."""
@@ -196,8 +200,10 @@ def run_with_grid(
     except KeyboardInterrupt:
         console.print("stopped; finished work is kept, run the same command to continue", soft_wrap=True)
         raise SystemExit(130) from None
+    for warning in grid.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for note in (*grid.notes, *filter(None, [shared_work(study)])):
-        console.print(note, style="dim", markup=False, soft_wrap=True)
+        console.print(redact(printable(note)), style="dim", markup=False, soft_wrap=True)
     for name, reason in failed.items():
         log = layout.find_log(study.folder, name)
         also = f" (log: {log})" if log else ""
@@ -300,9 +306,9 @@ def show_check(preview: Mapping[str, Any]) -> None:
             "(recipe.dtype = 'bfloat16')", style="dim", markup=False, soft_wrap=True,
         )  # fmt: skip
     for note in preview["data"]:
-        console.print(f"data: {note}", style="dim", markup=False)
+        console.print(f"data: {printable(note)}", style="dim", markup=False)
     for warning in preview["warnings"]:
-        console.print(f"note: {warning}", style="yellow", markup=False)
+        console.print(f"note: {printable(warning)}", style="yellow", markup=False)
 
 
 def show_scores(rows: Sequence[Mapping[str, Any]]) -> None:

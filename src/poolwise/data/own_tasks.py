@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from poolwise.data.reading import FORMATS, PAGE, Placed, file_format, is_delimited, is_list, read_records, text_problem
-from poolwise.errors import Mistakes, TaskError, enumerate_words, suggest
+from poolwise.errors import Mistakes, TaskError, enumerate_words, name_problem, short, suggest
+from poolwise.files import MOST_TOML_BYTES, parse_json, parse_toml, read_bytes
 from poolwise.study.catalogue import origin
 
 MTEB_TYPES = {
@@ -105,6 +105,9 @@ def read_folder(path: Path) -> Folder:
     if kind == "clustering" and "text" in records[split][0]:
         records[split] = draw_sets(records[split])
     name = str(settings.get("name", path.resolve().name))
+    if problem := name_problem(name):
+        reader.mistakes.add("", f"the folder's name {problem}, or give the task a name in task.toml")
+        reader.mistakes.check()
     data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
     notes = [*reader.mistakes.notes, *(search_notes(data) if kind == "retrieval" else [])]
     source, known = settings.get("source"), origin(name)
@@ -180,7 +183,7 @@ def _name(value: object) -> str:
 def _number(value: object) -> float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError("expected a number")
@@ -204,8 +207,8 @@ def _list_of(parse: Callable[[object], str]) -> Callable[[object], list[str]]:
     def parse_list(value: object) -> list[str]:
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
+                value = parse_json(value, finite=False)
+            except ValueError:
                 raise ValueError('expected a list (in CSV or TSV a JSON array, ["a", "b"])') from None
         if not isinstance(value, list) or not value:
             raise ValueError("expected a list that is not empty")
@@ -261,11 +264,11 @@ class Reader:
         if not path.exists():
             return {}
         try:
-            settings = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            settings = parse_toml(read_bytes(path, MOST_TOML_BYTES))
         except OSError as error:
             mistakes.add("", f"cannot be read: {error.strerror}; write a file of that name, or remove it")
             return {}
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             mistakes.add("", f"not valid TOML: {error}")
             return {}
         for key, value in settings.items():
@@ -273,9 +276,11 @@ class Reader:
                 allowed = f"(allowed: {', '.join(TOML_KEYS)}){suggest(key, TOML_KEYS)}"
                 mistakes.add("", f"unknown key {key!r} {allowed}")
             elif key == "ignore_identical_ids" and not isinstance(value, bool):
-                mistakes.add("", f"{key} = {value!r}: expected true or false")
+                mistakes.add("", f"{key} = {short(value)}: expected true or false")
             elif key != "ignore_identical_ids" and (not isinstance(value, str) or not value.strip()):
-                mistakes.add("", f"{key} = {value!r}: expected a text that is not empty")
+                mistakes.add("", f"{key} = {short(value)}: expected a text that is not empty")
+            elif isinstance(value, str) and (problem := name_problem(value)):
+                mistakes.add("", f"{key} {problem}")
         if "ignore_identical_ids" in settings and settings.get("kind", "retrieval") != "retrieval":
             mistakes.add("", f"ignore_identical_ids is for retrieval, and kind = {settings['kind']!r}")
         return settings
@@ -294,8 +299,8 @@ class Reader:
         if declared is not None:
             if declared not in KINDS:
                 allowed = f"(allowed: {', '.join(KINDS)}){suggest(declared, KINDS)}"
-                self.mistakes.within("task.toml").add("", f"kind = {declared!r} {allowed}")
-            return str(declared) if declared in KINDS else ""
+                self.mistakes.within("task.toml").add("", f"kind = {short(declared)} {allowed}")
+            return str(declared) if isinstance(declared, str) and declared in KINDS else ""
         if self.find("corpus") or self.find("queries") or (self.folder / "qrels").is_dir():
             return "retrieval"
         if self.find("sets"):
@@ -330,8 +335,11 @@ class Reader:
                 raise ValueError(f"columns {sorted(set(names))} fit no kind of task ({forms})")
             return names
 
-        for _, record in read_records(path, mistakes, choose):
-            return str(kind_of(tuple(record)))
+        for place, record in read_records(path, mistakes, choose):
+            kind = kind_of(tuple(record))
+            if kind is None:  # an empty object; other columns are refused by `choose`
+                mistakes.add(place, "a record without columns")
+            return kind or ""
         if not self.mistakes:
             mistakes.add("", "holds no row")
         return ""

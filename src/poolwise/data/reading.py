@@ -1,7 +1,8 @@
 """Files of records, each record with its place: JSONL, CSV, TSV, Parquet and plain text, gzip or not.
 
 This is the only reader of such files: training pairs, evaluation folders and texts to encode all come through it, so
-delimiters, byte order marks, quoting, damaged gzip and encodings are handled, and reported, in one way.
+delimiters, byte order marks, quoting, damaged gzip and encodings are handled, and reported, in one way. Files are read
+in pieces of bounded size: a small file must not be able to fill the memory.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import ast
 import csv
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from poolwise.errors import DataError, Mistakes, enumerate_words, short, suggest
+from poolwise.files import MOST_BYTES, parse_json
 
 Record = dict[str, Any]
 Placed = tuple[str, Record]
@@ -30,6 +31,14 @@ SYNONYMS = {"ndjson": "jsonl", "pq": "parquet"}
 DELIMITERS = {"csv": ",;\t", "tsv": "\t,;"}
 """Separators that are tried, in this order, until the header has the needed columns."""
 DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+MOST_COLUMNS = 10_000
+EXPANSION = 200
+"""Bytes that a Parquet file may hold for each byte of its size; texts compress 3 to 20 times, repeated ones more."""
+ALWAYS_ALLOWED = 256 << 20
+"""Bytes that it may hold whatever its size."""
+BATCH_ROWS = 1000
+MOST_NAMED = 50
+"""Columns that a note lists by name."""
 MANY_HIGH_BYTES = 0.3
 """Share of bytes above 127 beyond which a line is in no Western European encoding."""
 
@@ -70,13 +79,14 @@ def read_records(file: Path, mistakes: Mistakes, choose: Choose) -> Iterator[Pla
         yield from readers[kind](file, mistakes, columns) if kind in readers else _delimited(file, mistakes, columns)
     except UnreadableError as error:
         mistakes.add(error.place, str(error))
-    note_unread(columns.unread, mistakes)
+    note_unread(list(columns.unread), mistakes)
 
 
 def note_unread(names: Sequence[str], mistakes: Mistakes) -> None:
     """Note the columns that are ignored, so that none is lost unnoticed."""
     if names:
-        mistakes.note(f"column{'s' * (len(names) > 1)} not read: {enumerate_words(map(repr, names))}")
+        shown, more = names[:MOST_NAMED], max(0, len(names) - MOST_NAMED)
+        mistakes.note(f"column{'s' * (len(names) > 1)} not read: {enumerate_words(map(repr, shown), more)}")
 
 
 class _Columns:
@@ -84,15 +94,16 @@ class _Columns:
 
     def __init__(self, choose: Choose):
         self.choose = choose
-        self.unread: list[str] = []
+        self.unread: dict[str, None] = {}
         self._chosen: dict[tuple[str, ...], Sequence[str]] = {}
 
     def of(self, names: Sequence[str]) -> Sequence[str]:
         key = tuple(names)
+        if len(key) > MOST_COLUMNS:
+            raise ValueError(f"{len(key):,} columns; at most {MOST_COLUMNS:,} are read")
         if key not in self._chosen:
             chosen = self._chosen[key] = self.choose(names)
-            unread = [name for name in names if name not in chosen and name.strip()]
-            self.unread = list(dict.fromkeys([*self.unread, *unread]))
+            self.unread |= dict.fromkeys(name for name in names if name not in chosen and name.strip())
         return self._chosen[key]
 
 
@@ -101,8 +112,10 @@ def read_lines(file: Path) -> Iterator[tuple[str, str]]:
     number = 0
     try:
         with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
-            for line in stream:
+            while line := stream.readline(MOST_BYTES + 1):
                 number += 1
+                if len(line) > MOST_BYTES:
+                    raise UnreadableError(f"line {number}", f"longer than {MOST_BYTES:,} bytes; split it")
                 if number == 1 and b"\0" in line:
                     raise UnreadableError("line 1", _not_utf8(line))
                 try:
@@ -132,8 +145,8 @@ def _jsonl(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line, finite=False)
+        except ValueError as error:
             mistakes.add(place, f"not valid JSON ({error}); write one JSON object a line")
             continue
         if not isinstance(row, dict):
@@ -187,7 +200,7 @@ def _header(file: Path, columns: _Columns) -> tuple[str, list[str]]:
 
 def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """The rows of a CSV that are not blank, each with the line on which it begins: a cell may hold line feeds."""
-    csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents
+    csv.field_size_limit(MOST_BYTES)  # the default of 131,072 characters refuses long documents
     rows = csv.reader((text for _, text in read_lines(file)), delimiter=delimiter, strict=True)
     end = 0
     try:
@@ -200,27 +213,108 @@ def _cells(file: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _parquet(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed]:
+    try:
+        names = _parquet_names(file)
+        chosen = columns.of(names)
+    except ValueError as error:
+        raise UnreadableError("", str(error)) from error
+    number = 0
+    for batch in _parquet_batches(file, list(chosen)):
+        try:
+            rows = batch.to_pylist()
+        except Exception as error:  # such as a date before year 1, which Python cannot represent
+            raise UnreadableError("", f"cannot be read as Parquet after row {number}: {_first_line(error)}") from error
+        for row in rows:
+            number += 1
+            yield f"row {number}", row
+
+
+def read_table(file: Path) -> Any:
+    """A whole Parquet file as a pyarrow table. Raises DataError if it is damaged, or larger than its size allows."""
     import pyarrow
+
+    try:
+        names = _parquet_names(file)
+        if len(names) > MOST_COLUMNS:
+            raise UnreadableError("", f"{len(names):,} columns; at most {MOST_COLUMNS:,} are read")
+        batches = list(_parquet_batches(file, names))
+        if not batches:
+            raise UnreadableError("", "holds no row")
+        return pyarrow.Table.from_batches(batches)
+    except UnreadableError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def _parquet_names(file: Path) -> list[str]:
+    """The names of the columns. Raises UnreadableError for a file that is damaged, or too large once decoded."""
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as stream:
-            chosen = columns.of(stream.schema_arrow.names)
-            for batch in stream.iter_batches(1000, columns=list(chosen)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UnreadableError("", f"cannot be read as Parquet: {error}") from error
-    except ValueError as error:  # of `choose`; pyarrow's own are ArrowExceptions, caught above
-        raise UnreadableError("", str(error)) from error
+            found = stream.metadata
+            declared = sum(found.row_group(number).total_byte_size for number in range(found.num_row_groups))
+            allowed = _allowed(file)
+            if declared > allowed or found.num_rows > allowed // 100:
+                raise UnreadableError("", _too_large(file, allowed))
+            return list(stream.schema_arrow.names)
+    except UnreadableError:
+        raise
+    except Exception as error:  # whatever pyarrow raises for a damaged file
+        raise UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _parquet_batches(file: Path, names: list[str]) -> Iterator[Any]:
+    """The rows of a file, `BATCH_ROWS` at a time, valid and with plain texts. Raises UnreadableError.
+
+    Texts are decoded as dictionaries first: repeated a million times, one text of a megabyte takes no more than that
+    until it is known whether all of it is allowed.
+    """
+    import pyarrow
+    import pyarrow.compute as pc
+    import pyarrow.parquet
+
+    decoded, allowed = 0, _allowed(file)
+    try:
+        with pyarrow.parquet.ParquetFile(file) as plain:
+            schema = plain.schema_arrow
+        texts = [name for name in names if pyarrow.types.is_string(schema.field(name).type)]
+        with pyarrow.parquet.ParquetFile(file, read_dictionary=texts, page_checksum_verification=True) as stream:
+            for batch in stream.iter_batches(BATCH_ROWS, columns=names):
+                batch.validate(full=True)  # texts that are not UTF-8, indices out of range
+                arrays = []
+                for array in batch.columns:
+                    if pyarrow.types.is_dictionary(array.type) and pyarrow.types.is_string(array.type.value_type):
+                        lengths = pc.binary_length(array.dictionary).take(array.indices)
+                        decoded += pc.sum(lengths).as_py() or 0
+                    else:
+                        decoded += array.nbytes
+                    if decoded > allowed:
+                        raise UnreadableError("", _too_large(file, allowed))
+                    is_text = pyarrow.types.is_dictionary(array.type) and array.type.value_type == pyarrow.string()
+                    arrays.append(array.dictionary_decode() if is_text else array)
+                yield pyarrow.RecordBatch.from_arrays(arrays, names=batch.schema.names)
+    except UnreadableError:
+        raise
+    except Exception as error:
+        raise UnreadableError("", f"cannot be read as Parquet: {_first_line(error)}") from error
+
+
+def _allowed(file: Path) -> int:
+    return max(ALWAYS_ALLOWED, EXPANSION * file.stat().st_size)
+
+
+def _too_large(file: Path, allowed: int) -> str:
+    return f"its {file.stat().st_size:,} bytes hold more than {allowed:,} bytes or {allowed // 100:,} rows; split it"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def is_list(cell: str) -> bool:
     """Whether a cell holds a list, as JSON or, from pandas, as Python writes it."""
     text = cell.strip()
-    for parse in (json.loads, ast.literal_eval) if text[:1] == "[" and text[-1:] == "]" else ():
+    for parse in (parse_json, ast.literal_eval) if text[:1] == "[" and text[-1:] == "]" else ():
         try:
             return isinstance(parse(text), list)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

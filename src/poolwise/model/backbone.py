@@ -355,6 +355,7 @@ def _bytes(states: dict[bytes, Tensor]) -> int:
 def _digest(keys: Tensor, lengths: Tensor, states: Tensor) -> str:
     digest = hashlib.sha256()
     for part in (keys, lengths, states):
+        digest.update(f"{part.dtype} {tuple(part.shape)}".encode())  # a file's header is not covered by its bytes
         digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()
 

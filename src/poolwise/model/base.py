@@ -31,8 +31,9 @@ def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base
         return str(nano_path())
     folder = Path(name).expanduser()
     for candidate in (folder, (base_dir or Path.cwd()) / folder):
-        if (candidate / "config.json").is_file():
-            return str(candidate.resolve())
+        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+            if (candidate / "config.json").is_file():
+                return str(candidate.resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{field} = {name!r}: no such model folder (one with a config.json)")
     return name

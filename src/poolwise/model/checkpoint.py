@@ -1,17 +1,18 @@
 """A trained encoder on disk: saved to be loaded by poolwise, or exported for anyone.
 
-    FOLDER/run.json               recipe, design with every size resolved, seed, base model, SHA-256 of each file
+    FOLDER/run.json               recipe, design with every size resolved, seed, base model, hash of each file; sealed
     FOLDER/adapter/               LoRA in PEFT's format (or `backbone.safetensors` if all weights were tuned)
     FOLDER/pooling.safetensors    the pooling's weights, fp32
 
-A folder appears whole or not at all. Loading sets the attention mode and probes it again.
+A folder appears whole or not at all. Loading verifies every checksum, sets the attention mode and probes it again. An
+exported folder has its checksums in `checksums.json`. Nothing that a folder names is imported, apart from modules of
+sentence-transformers and poolwise, unless the caller allows code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,14 +24,21 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.utils.save_and_load import set_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from poolwise.errors import CheckpointError, ModelError, StudyError, suggest
-from poolwise.files import atomic_folder, cached_if_unreachable, sha256, write_json
+from poolwise.errors import CheckpointError, ModelError, PoolwiseError, StudyError, explain, suggest
+from poolwise.files import (
+    atomic_folder,
+    cached_if_unreachable,
+    hashes,
+    read_any_json,
+    write_json,
+)
 from poolwise.model.attention import MODES, verify
 from poolwise.model.backbone import TEXT, Backbone
 from poolwise.model.base import base_path
@@ -40,9 +48,7 @@ from poolwise.study.catalogue import LEXICAL
 from poolwise.study.design import Design
 from poolwise.study.pooling_spec import allowing_code, find_own, is_own
 from poolwise.study.recipe import Recipe
-
-RUN_FILE = "run.json"
-FORMAT = 1
+from poolwise.study.records import CHECKSUMS, FORMAT, RUN_FILE, check_modules, read_run, verify_export, verify_files
 
 
 def save_weights(encoder: SentenceTransformer, folder: Path) -> None:
@@ -92,33 +98,8 @@ def save(encoder: SentenceTransformer, folder: str | Path, **info: Any) -> Path:
         raise CheckpointError("only encoders made by poolwise.build or poolwise.load can be saved this way")
     with atomic_folder(folder) as temporary:
         save_weights(encoder, temporary)
-        files = {str(f.relative_to(temporary)): sha256(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
-        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": files})
+        write_json(temporary / RUN_FILE, {"format": FORMAT, **spec, **info, "files": hashes(temporary)})
     return folder
-
-
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """The content of a saved folder's `run.json`. Raises CheckpointError if it is missing, damaged or too new."""
-    path = Path(folder) / RUN_FILE
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {RUN_FILE} in it; give a folder that poolwise saved") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete {folder} and run the study again") from None
-    if run.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {run.get('format')}, this version reads {FORMAT}; upgrade poolwise")
-    return cast(dict[str, Any], run)
-
-
-def verify_files(folder: Path, run: dict[str, Any]) -> None:
-    """Compare every file with its hash. Raises CheckpointError naming those that are missing or changed."""
-    for name, expected in run["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; delete {folder} and run the study again")
-        if sha256(path) != expected:
-            raise CheckpointError(f"{path} is damaged (its hash differs); delete {folder} and run the study again")
 
 
 def load(
@@ -147,16 +128,20 @@ def load(
         with allowing_code(allow_code, Path.cwd()):
             return load_exported(folder, device=device)
     run = read_run(folder)
-    verify_files(folder, run)
-    if is_own(run["design"]["pooling"]):
+    verify_files(folder, run["files"])
+    pooling = run["design"].get("pooling")
+    if isinstance(pooling, str) and is_own(pooling):
         with allowing_code(allow_code, Path.cwd()):
-            _import_own(run["design"]["pooling"], folder)
-    recipe = Recipe.model_validate(_tuples(run["recipe"]))
+            _import_own(pooling, folder)
+    try:
+        recipe, design = Recipe.model_validate(_tuples(run["recipe"])), Design.model_validate(run["design"])
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / RUN_FILE}: {'; '.join(explain(error, {'': Recipe}))}") from None
     source = base or run["base"]["path"]
     if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
         raise CheckpointError(f"{folder}: its base model was at {source}; give its new place: load(path, base=...)")
     recipe = recipe.model_copy(update={"base_model": source})
-    encoder = build(recipe, Design.model_validate(run["design"]), run["seed"], device=device)
+    encoder = build(recipe, design, run["seed"], device=device)
     identity = encoder.poolwise["base"]["identity"]  # type: ignore[union-attr,index]
     if identity != run["base"]["identity"]:
         raise CheckpointError(
@@ -182,7 +167,7 @@ def load_any(model: str | Path) -> SentenceTransformer:
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded.
     """
     folder = Path(model)
-    steps = {read_run(path.parent).get("step", 0): path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
+    steps = {read_run(path.parent)["step"]: path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
     refuse_bare_adapter(folder, RUN_FILE)
     exported = all((folder / name).exists() for name in ("modules.json", "config_sentence_transformers.json"))
@@ -192,8 +177,11 @@ def load_any(model: str | Path) -> SentenceTransformer:
 def load_named(name: str) -> SentenceTransformer:
     """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
     try:
+        check_modules(Path(name))
         with cached_if_unreachable(name):
             encoder = SentenceTransformer(name)
+    except PoolwiseError:
+        raise
     except Exception as error:  # whatever a hub client, a configuration or a weight file may raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -270,6 +258,7 @@ def export(encoder: SentenceTransformer, folder: str | Path) -> Path:
             raise CheckpointError(f"{folder} exists and is not empty; give another folder or delete it")
         with atomic_folder(folder) as temporary:
             _write_verified(encoder, temporary)
+            write_json(temporary / CHECKSUMS, {"files": hashes(temporary)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{folder}: cannot be written ({reason}); give another folder or free space") from error
@@ -296,11 +285,19 @@ def _write_verified(encoder: SentenceTransformer, folder: Path) -> None:
 
 def load_exported(folder: Path, device: str | None = None) -> SentenceTransformer:
     """The encoder in an exported folder, its attention mode probed. Raises CheckpointError for a damaged folder."""
+    verify_export(folder)
+    modules = check_modules(folder)
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        settings = json.loads((folder / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from None
+        return _open_exported(folder, modules, device)
+    except PoolwiseError:
+        raise
+    except Exception as error:  # whatever a configuration or a weight file may raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder} cannot be loaded ({reason}); export the design again") from error
+
+
+def _open_exported(folder: Path, modules: list[dict[str, str]], device: str | None) -> SentenceTransformer:
+    settings = read_any_json(folder / "config_sentence_transformers.json")
     if modules[0]["type"] != f"{Backbone.__module__}.{Backbone.__qualname__}":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Importing from 'sentence_transformers.models'", DeprecationWarning)

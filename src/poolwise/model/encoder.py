@@ -7,7 +7,6 @@ layer, (B, L, D) one vector per layer, (B, D) embeddings.
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from sentence_transformers.base.modules import Module, Normalize
 from transformers import PreTrainedModel
 
 from poolwise.errors import ModelError
-from poolwise.files import cached_if_unreachable, write_json
+from poolwise.files import cached_if_unreachable, read_any_json, write_any_json
 from poolwise.model.attention import MODES, check_window, verify
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import (
@@ -235,14 +234,14 @@ def write_old_forms(folder: Path, mode: str, width: int, length: int) -> None:
     modules = _read_json(folder / "modules.json")
     for module in modules:
         module["type"] = f"sentence_transformers.models.{module['type'].rpartition('.')[2]}"
-    write_json(folder / "modules.json", modules)
+    write_any_json(folder / "modules.json", modules)
     booleans = {name: key == mode for key, name in BOOLEANS.items()}
     # `include_prompt` comes last: it is true as well, and vLLM would take it for the mode
     pooling = {"word_embedding_dimension": width, **booleans, "pooling_mode": mode, "include_prompt": True}
-    write_json(folder / modules[1]["path"] / "config.json", pooling)
-    write_json(folder / modules[2]["path"] / "config.json", {})
+    write_any_json(folder / modules[1]["path"] / "config.json", pooling)
+    write_any_json(folder / modules[2]["path"] / "config.json", {})
     limit = length or _read_json(folder / "tokenizer_config.json").get("model_max_length")
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+    write_any_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
 
 
 def write_settings(encoder: SentenceTransformer, folder: Path) -> None:
@@ -260,14 +259,14 @@ def write_settings(encoder: SentenceTransformer, folder: Path) -> None:
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
-    write_json(folder / "config.json", config)
+    write_any_json(folder / "config.json", config)
     tokenizer = _read_json(folder / "tokenizer_config.json")
     if tokenizer.get("tokenizer_class") == "TokenizersBackend":
         tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_json(folder / "tokenizer_config.json", tokenizer)
+        write_any_json(folder / "tokenizer_config.json", tokenizer)
     if widths := trained_widths(encoder):
         path = folder / "config_sentence_transformers.json"
-        write_json(path, {**_read_json(path), "matryoshka_dims": list(widths)})
+        write_any_json(path, {**_read_json(path), "matryoshka_dims": list(widths)})
 
 
 def _takes_flag(config: Any) -> bool:
@@ -288,4 +287,4 @@ def trained_widths(encoder: SentenceTransformer) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_any_json(path)

@@ -7,7 +7,6 @@ front. Neither says which design it is, so it must be named; shapes tell only so
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from poolwise.errors import CheckpointError, suggest
+from poolwise.files import read_any_json
 from poolwise.model.backbone import Backbone
 from poolwise.model.checkpoint import load_adapter
 from poolwise.model.encoder import PoolingHead, build
@@ -107,7 +107,7 @@ def _sizes(pooling: CrossAttentionHead) -> dict[str, Any]:
 def _recipe(folder: Path, base: str, dtype: str) -> Recipe:
     """The paper's recipe with the base and the adapter's sizes."""
     try:
-        config = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        config = read_any_json(folder / ADAPTER)
         lora = Lora(
             rank=config["r"],
             alpha=config["lora_alpha"],

@@ -318,7 +318,8 @@ def _inline(svg: str, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1\.1"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r' width="[^"]*" height="[^"]*"', f' role="img" aria-label="{html.escape(alt)}"', svg, count=1)
+    label = f' role="img" aria-label="{html.escape(alt)}"'
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', lambda _: label, svg, count=1)  # a backslash in it is no escape
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r" font-family: [^;\"]*;?", "", svg).replace("\n", " ")
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)

@@ -92,6 +92,8 @@ def event_record(event: Event) -> dict[str, Any]:
         return {**record, "trial": name, "stage": stage, "share": share, **details}
     if kind == "failed":
         return {**record, "trial": content[0], "reason": content[1]}
+    if kind == "warning":
+        return {**record, "trial": content[0], "text": content[1]}
     return record if content is None else {**record, "trial": content}
 
 
@@ -153,6 +155,9 @@ def _run_all(schedule: Schedule, setting: Setting, method: str, on_event: Callab
                     kind, content = "ended", Ending("failed", worker.epitaph(), sound=False)
                 if kind == "progress":
                     on_event(("progress", (trial.name, *content)))
+                    continue
+                if kind == "warning":
+                    on_event(("warning", (trial.name, content)))
                     continue
                 del running[connection]
                 again = schedule.ended(trial, worker.place, content)

@@ -1,4 +1,4 @@
-"""The folder of a study's runs: which file lies where. No other file of the package spells these paths.
+"""The folder of a study's runs: which file lies where, and which study it is of. No other file spells these paths.
 
     FOLDER/                         `output` of the study file, or runs/NAME beside it
         study.json                  the study as it was started
@@ -24,18 +24,20 @@
             done                    exists only while nothing is missing
             failed.json             why the trial stopped, if it did
 
-Every file is written whole or not at all, so that a run which was killed continues with what is missing.
+Every file is written whole or not at all, so that a run which was killed continues with what is missing. JSON and
+Parquet files contain their own checksum (`files.seal`); `study.records` has the types of the JSON files.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import CheckpointError
-from poolwise.files import atomic_path, safe_name
+from poolwise.errors import CheckpointError, StudyError
+from poolwise.files import BLANK, atomic_path, is_sealed, read_json, safe_name, seal
+from poolwise.study import records
+from poolwise.study.pooling_spec import is_own
 from poolwise.study.study import Study, content_hash
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ LOG = "log.txt"
 DONE = "done"
 FAILED = "failed.json"
 
+GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
+"""Fields that may grow after the first run; any other change would alter the comparison."""
+NAMING = ("name", "output", "grid")
+"""Fields without bearing on results: `grid` is spelled out as designs."""
+
 
 def trial(study: Path, name: str) -> Path:
     """The folder of a trial in the folder of its study."""
@@ -87,8 +94,7 @@ def study_in(source: Study | str | Path) -> tuple[Study, str | None]:
         return Study.load(path), None
     for folder, only in ((path, None), (study_of(path.resolve()), path.name)):
         if (folder / STUDY).is_file():
-            written = json.loads((folder / STUDY).read_text(encoding="utf-8"))
-            return Study.parse({**written, "output": str(folder.resolve())}, base_dir=Path.cwd()), only
+            return open_folder(folder), only
     raise CheckpointError(f"{path}: neither a study file nor the folder of a study's runs or of a trial")
 
 
@@ -96,9 +102,8 @@ def trial_in(model: Path) -> Path:
     """The folder of the one trained design if `model` is a study's run folder; any other path as it is."""
     if not (model / STUDY).is_file():
         return model
-    study, _ = study_in(model)
-    rows = json.loads((study.folder / TRIALS).read_text(encoding="utf-8"))
-    designs = [trial(study.folder, row["name"]) for row in rows if row["role"] == "design"]
+    rows = records.read(model / TRIALS, records.Trials, "`poolwise run` writes it again").trials
+    designs = [trial(model, row.name) for row in rows if row.role == "design"]
     folders = [folder for folder in designs if (folder / DONE).exists()]
     if len(folders) != 1:
         each = "".join(f"\n  - {folder}" for folder in folders)
@@ -194,38 +199,130 @@ def score_files(trial: Path, scored: str = "*") -> list[Path]:
 
 
 def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows of the long table as Parquet with checksums; the file appears whole or not at all."""
+    """Write rows of the long table as sealed Parquet; the file appears whole or not at all."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    write_table(path, pa.table({name: [row.get(name) for row in rows] for name in columns}))
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> None:
+    """Write a table as sealed Parquet: the seal is an entry of its metadata, and covers pages and footer.
+
+    options: of pyarrow's ParquetWriter.
+    """
+    import pyarrow.parquet as pq
+
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd", **options) as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({"checksum": BLANK})
+        seal(temporary)
 
 
 def read_scores(path: Path) -> pa.Table | None:
     """The rows of a score file; None where it is missing or damaged, so that its task is scored again."""
+    try:
+        return read_table(path, "")
+    except CheckpointError:
+        return None
+
+
+def read_table(path: Path, fix: str) -> pa.Table:
+    """The table in a file of `write_table`. Raises CheckpointError, ending with the fix, if it is not what was written.
+
+    Nothing of a file is decoded before its checksum agrees.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowException):
-        return None
+        data = path.read_bytes()
+        if not is_sealed(data):
+            raise CheckpointError(f"{path} is damaged (its checksum is missing or differs); {fix}")
+        table = pq.read_table(pa.BufferReader(data))
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}); {fix}") from None
+    return table.replace_schema_metadata()
 
 
 def stored_costs(study: Study, folder: Path | None = None) -> list[dict[str, Any]]:
     """The rows of `poolwise.pooling.cost.base_costs` of the study's designs and base models, as a run stored them.
 
-    folder: that of the study's runs. Empty if the file or one of the rows is missing.
+    folder: that of the study's runs. Empty if the file is missing or damaged, or lacks one of the rows.
     """
+    found = records.find((folder or study.folder) / COSTS, records.Costs)
+    known = {(row.base, row.design): row.model_dump() for row in found.designs} if found else {}
+    wanted = [(name, design.name) for name in study.bases for design in study.designs]
+    return [known[key] for key in wanted] if known.keys() >= set(wanted) else []
+
+
+def open_study(path: str | Path) -> Study:
+    """The study of a file, to read its results: poolings of the user's own are known by name, and not imported."""
+    raw = Study.read(path)
+    where, base_dir = str(path), Path(path).resolve().parent
+    axes = raw.get("grid")
+    listed = axes.get("pooling") if isinstance(axes, dict) else None
+    if any(isinstance(name, str) and is_own(name) for name in (listed if isinstance(listed, list) else [listed])):
+        # which arguments of the grid such a pooling takes, only its code knows; the first run has spelled it out
+        plain = Study.parse(
+            {**raw, "grid": {}, "designs": [{"preset": "m1"}], "baseline": "m1"}, base_dir, where, False
+        )
+        raw = {**raw, "grid": {}, "designs": written(plain.folder)["designs"]}
+    return Study.parse(raw, base_dir, where, code=False)
+
+
+def open_folder(folder: Path) -> Study:
+    """The study in a run folder, which has no say in what code is imported: that is for the user's own study file."""
+    raw = {**written(folder), "output": str(folder.resolve()), "grid": {}}
+    study = Study.parse(raw, Path.cwd(), str(folder / STUDY), code=False)
+    return study.model_copy(update={"allow_code": False})
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """The study as it was started, from its run folder. Raises CheckpointError if that is missing or damaged."""
+    path = folder / STUDY
+    fix = "restore it, or delete it, and `poolwise run` writes the study as it is now"
     try:
-        rows = json.loads(((folder or study.folder) / COSTS).read_text(encoding="utf-8"))
-        known = {(row["base"], row["design"]): row for row in rows}
-        return [known[name, design.name] for name in study.bases for design in study.designs]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"nothing has run in {folder} yet; start with `poolwise run`") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({records.reason(error)}); {fix}") from None
+
+
+def guard(study: Study) -> None:
+    """Raise StudyError if the study is no longer the one whose results are in its folder. `GROWS` may have grown."""
+    path = study.folder / STUDY
+    if not path.exists():
+        return
+    # Fields that a later version added get their defaults. Code that the folder names is not imported.
+    before_study = Study.parse({**written(study.folder), "grid": {}}, study.base_dir, str(path), code=False)
+    old = before_study.model_dump(mode="json")
+    new = study.model_dump(mode="json")
+    problems = []
+    for key in dict.fromkeys([*old, *new]):
+        if key in GROWS or key in NAMING or (key == "tuning" and old.get(key) is None):
+            continue
+        before: Any = old.get(key)
+        after: Any = new.get(key)
+        if key == "recipe":
+            fields = [f for f in {**before, **after} if f not in {"base_model", "report_to", "save_steps"}]
+            changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
+        else:
+            changed = [(key, before, after)] if before != after else []
+        problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
+    if gone := [name for name in before_study.bases if name not in study.bases]:
+        problems.append(f"the base model was {', '.join(gone)} and is now {', '.join(study.bases)}")
+    now = {design["name"]: design for design in new["designs"]}
+    for design in old["designs"]:
+        name = design["name"]
+        if name in now and now[name] != design:
+            problems.append(f"design {name!r} has changed; give the new one another name")
+    if problems:
+        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
+        raise StudyError(problems, f"the study changed under the run in {study.folder}")
 
 
 def layer_attention(study: Study, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -239,8 +336,8 @@ def layer_attention(study: Study, rows: Iterable[Mapping[str, Any]]) -> dict[str
     for row in rows:
         path = trial(study.folder, row["name"]) / LAYERS
         if row["role"] == "design" and path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = records.read(path, records.LayerShares, "`poolwise run` computes it again")
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            shares.setdefault(name, {})[row["seed"]] = content["attention"]
-            texts = content["texts"]
+            shares.setdefault(name, {})[row["seed"]] = content.attention
+            texts = content.texts
     return {"texts": texts, "runs": shares}

@@ -11,16 +11,16 @@ each look, which `poolwise run` records when the seeds of that look are complete
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import CheckpointError, DataError
-from poolwise.files import write_atomic
+from poolwise.errors import CheckpointError
+from poolwise.files import write_json
 from poolwise.runs import layout
 from poolwise.stats.many import TWO_LOOK_ALPHA
+from poolwise.study import records
 from poolwise.verdicts import robustness
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.table import controls_of, first_few
@@ -65,16 +65,17 @@ def plan(study: Study) -> Plan:
     """The plan of a study as of its first run; before that, as the study file declares it.
 
     Raises:
-        DataError: `looks.json` is damaged.
+        CheckpointError: `looks.json` is damaged.
     """
     path = study.folder / layout.LOOKS
     if not path.exists():
         return Plan(tuple(study.seeds), study.extend_to)
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(tuple(raw["planned"]), raw["extend_to"], raw["extended"], tuple(raw["looks"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); restore it, as it records which seeds were planned") from None
+    raw = records.read(
+        path,
+        records.Declared,
+        "restore it, as it records which seeds were planned; without it the plan is what the study file says now",
+    )
+    return Plan(tuple(raw.planned), raw.extend_to, raw.extended, tuple(look.model_dump() for look in raw.looks))
 
 
 def running(study: Study, extend: bool = False) -> Study:
@@ -250,10 +251,10 @@ def earlier(looks: Collection[Mapping[str, Any]], at: State) -> str:
 
 def _seed_words(seeds: Collection[int]) -> str:
     ordered = sorted(seeds)
-    if len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1)):
+    if len(ordered) > 2 and ordered[-1] - ordered[0] + 1 == len(ordered) == len(set(ordered)):
         return f"seeds {ordered[0]} to {ordered[-1]}"
     return f"seed{'s' * (len(ordered) > 1)} {', '.join(map(str, ordered))}"
 
 
 def _write(study: Study, content: Plan) -> None:
-    write_atomic(study.folder / layout.LOOKS, json.dumps(asdict(content), indent=1) + "\n")
+    write_json(study.folder / layout.LOOKS, asdict(content))

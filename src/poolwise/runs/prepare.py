@@ -6,7 +6,6 @@ the workers as plain data: `save` writes texts and plans as memory-mapped files,
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from poolwise.data.pairs import REMOVED, Pairs, decontaminate, load_pairs
 from poolwise.data.rows import Rows, random_stream
 from poolwise.data.tasks import Task, resolve_tasks
 from poolwise.errors import AttentionError, ModelError, StudyError, TaskError
-from poolwise.files import safe_name, write_atomic, write_json
+from poolwise.files import read_json, safe_name, write_json
 from poolwise.model.attention import check_window, partial_layers, set_attention, verify
 from poolwise.model.base import (
     base_identity,
@@ -202,7 +201,7 @@ def load(study: Study, folder: Path) -> Prepared:
     from datasets import Dataset
     from datasets.table import MemoryMappedTable
 
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = read_json(folder / FACTS)
     tasks = resolve_tasks(study.tasks, study.base_dir)
     if changed := [task.name for task in tasks if task.identity != facts["tasks"].get(task.name)]:
         raise TaskError(f"{', '.join(changed)} changed while the study was running; run it again")
@@ -320,4 +319,4 @@ def compute_costs(study: Study) -> list[dict[str, Any]]:
 def store_costs(study: Study, folder: Path) -> None:
     """Write the rows into `folder`, that of the study's runs, unless those of all its designs are there already."""
     if not layout.stored_costs(study, folder):
-        write_atomic(folder / layout.COSTS, json.dumps(compute_costs(study), indent=1) + "\n")
+        write_json(folder / layout.COSTS, {"designs": compute_costs(study)})

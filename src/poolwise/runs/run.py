@@ -8,21 +8,20 @@ setting, on the study's tasks). Every point of the search is a study of its own,
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import CheckpointError, PoolwiseError, StudyError
-from poolwise.files import atomic_path, write_json
+from poolwise.errors import CheckpointError, PoolwiseError, StudyError, printable
+from poolwise.files import write_json
 from poolwise.runs import layout, looks
 from poolwise.runs.engine import Event, run_local
+from poolwise.study import records
 from poolwise.study.recipe import Setting, Tuning, own_setting, settings
 from poolwise.study.study import Study
-from poolwise.verdicts import readers
 from poolwise.verdicts.robustness import Winner
-from poolwise.verdicts.table import main_scores
+from poolwise.verdicts.table import main_scores, validate
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,12 +29,8 @@ if TYPE_CHECKING:
     from poolwise.study.design import Design
 
 
-GROWS = ("designs", "base_models", "seeds", "tasks", "references", "controls")
-"""Fields that may grow after the first run; any other change would alter the comparison."""
 PACKAGES = ("poolwise", "torch", "transformers", "sentence-transformers", "peft", "mteb")
 """The packages whose versions are recorded: scores may depend on them."""
-NAMING = ("name", "output", "grid")
-"""Fields without bearing on results: `grid` is spelled out as designs."""
 
 
 def run(
@@ -87,7 +82,7 @@ class _Run:
             kind, content = event
             if kind == "trials":  # preparation succeeded: only now does the study bind later runs
                 write_json(folder / layout.STUDY, study.model_dump(mode="json"))
-                write_json(folder / layout.TRIALS, content)
+                write_json(folder / layout.TRIALS, {"trials": content})
                 _record_versions(folder)
                 begin()
             if kind == "failed":
@@ -95,46 +90,13 @@ class _Run:
             self.on_event(event)
 
         with _only_one(folder, self.shard):
-            guard(study)
+            layout.guard(study)
             try:
                 run_local(study, workers=self.workers, per_gpu=self.per_gpu, shard=self.shard, on_event=follow)
             finally:
-                if (folder / layout.TRIALS).exists():
+                if records.find(folder / layout.TRIALS, records.Trials):
                     gather(folder)
         return failed
-
-
-def guard(study: Study) -> None:
-    """Raise StudyError if the study is no longer the one whose results are in its folder. `GROWS` may have grown."""
-    path = study.folder / layout.STUDY
-    if not path.exists():
-        return
-    written = json.loads(path.read_text(encoding="utf-8"))
-    before_study = Study.parse(written, study.base_dir)  # fields that a later version added get their defaults
-    old = before_study.model_dump(mode="json")
-    new = study.model_dump(mode="json")
-    problems = []
-    for key in dict.fromkeys([*old, *new]):
-        if key in GROWS or key in NAMING or (key == "tuning" and old.get(key) is None):
-            continue
-        before: Any = old.get(key)
-        after: Any = new.get(key)
-        if key == "recipe":
-            fields = [f for f in {**before, **after} if f not in {"base_model", "report_to", "save_steps"}]
-            changed = [(f"recipe.{f}", before.get(f), after.get(f)) for f in fields if before.get(f) != after.get(f)]
-        else:
-            changed = [(key, before, after)] if before != after else []
-        problems += [f"{name} was {b!r} and is now {a!r}" for name, b, a in changed]
-    if gone := [name for name in before_study.bases if name not in study.bases]:
-        problems.append(f"the base model was {', '.join(gone)} and is now {', '.join(study.bases)}")
-    now = {design["name"]: design for design in new["designs"]}
-    for design in old["designs"]:
-        name = design["name"]
-        if name in now and now[name] != design:
-            problems.append(f"design {name!r} has changed; give the new one another name")
-    if problems:
-        problems.append(f"restore this, or choose another name or output, or delete {study.folder} to start over")
-        raise StudyError(problems, f"the study changed under the run in {study.folder}")
 
 
 def trials(study: Study) -> list[dict[str, Any]]:
@@ -146,10 +108,13 @@ def trials(study: Study) -> list[dict[str, Any]]:
     """
     if not started(study):
         raise CheckpointError(f"nothing has run in {study.folder} yet; start with `poolwise run`")
-    rows = json.loads((study.folder / layout.TRIALS).read_text(encoding="utf-8"))
-    for row in rows:
-        row.update(_state(layout.trial(study.folder, row["name"])))
-    return rows  # type: ignore[no-any-return]
+    return [{**row, **_state(layout.trial(study.folder, row["name"]))} for row in _rows(study.folder)]
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a folder's `trials.json`. Raises CheckpointError if it is damaged."""
+    found = records.read(folder / layout.TRIALS, records.Trials, "`poolwise run` writes it again")
+    return [row.model_dump() for row in found.trials]
 
 
 def started(study: Study) -> bool:
@@ -175,33 +140,35 @@ def unfinished(study: Study) -> list[str]:
 
 def _state(folder: Path) -> dict[str, Any]:
     """State, reason, number of score files, device and peak memory of a trial, as far as its folder tells."""
-    device, memory = _read(folder / layout.DTYPE).get("device"), _read(folder / layout.WORK).get("peak_memory")
-    found = {"scores": len(layout.score_files(folder, layout.scored_at("*"))), "device": device, "peak_memory": memory}
-    if (folder / layout.FAILED).exists():
-        return {"state": "failed", "reason": _read(folder / layout.FAILED).get("reason"), **found, "scores": 0}
+    computed, work = (
+        records.find(folder / layout.DTYPE, records.Computed),
+        records.find(folder / layout.WORK, records.Work),
+    )
+    found = {
+        "scores": len(layout.score_files(folder, layout.scored_at("*"))),
+        "device": printable(computed.device) if computed else None,
+        "peak_memory": work.peak_memory if work else None,
+    }
+    if (path := folder / layout.FAILED).exists():
+        failed = records.find(path, records.Failed)
+        reason = printable(failed.reason, keep="\n") if failed else f"unknown, because {path} is damaged"
+        return {"state": "failed", "reason": reason, **found, "scores": 0}
     if (folder / layout.DONE).exists():
         return {"state": "done", **found}
     return {"state": "started" if (folder / layout.SPEC).exists() else "waiting", **found}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a trial; empty where it is missing or damaged: what it would add is worth no failure."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def versions(study: Study) -> dict[str, str]:
     """Package -> version of the libraries that the study ran with (several if it was continued with others), as its
     folder records them; without a record, those of this process."""
-    recorded = _read(study.folder / layout.VERSIONS)
-    return {name: ", ".join(found) for name, found in (recorded or _add_versions({})).items()}
+    recorded = records.find(study.folder / layout.VERSIONS, records.Versions)
+    return {name: ", ".join(found) for name, found in (recorded.packages if recorded else _add_versions({})).items()}
 
 
 def _record_versions(folder: Path) -> None:
     """Add the versions of this process to those with which the study has run before."""
-    write_json(folder / layout.VERSIONS, _add_versions(_read(folder / layout.VERSIONS)))
+    before = records.find(folder / layout.VERSIONS, records.Versions)
+    write_json(folder / layout.VERSIONS, {"packages": _add_versions(before.packages if before else {})})
 
 
 def _add_versions(before: dict[str, Any]) -> dict[str, list[str]]:
@@ -219,8 +186,9 @@ def _version(package: str) -> str:
 
 def shared_work(study: Study) -> str | None:
     """How much work trials shared, in a sentence; None where nothing was counted."""
-    found = [_read(path) for path in layout.in_trials(study.folder, layout.WORK)]
-    total = {name: sum(row.get(name, 0) for row in found) for row in found for name in row}
+    files = (records.find(path, records.Work) for path in layout.in_trials(study.folder, layout.WORK))
+    found = [work.model_dump(exclude={"peak_memory"}) for work in files if work]
+    total = {name: sum(row[name] for row in found) for row in found for name in row}
     if not total.get("asked"):
         return None
     words = (
@@ -238,6 +206,8 @@ def shared_work(study: Study) -> str | None:
 
 def results(study: Study) -> Any:
     """The long table (polars) of a study's scores so far, validated like any other table of scores."""
+    import polars as pl
+
     path = study.folder / layout.RESULTS
     if not study.tasks:
         raise CheckpointError(
@@ -245,17 +215,17 @@ def results(study: Study) -> Any:
         )
     if not path.exists():
         raise CheckpointError(f"no scores in {study.folder} yet; run the study first")
-    return readers.read(path).frame
+    return validate(pl.DataFrame(pl.from_arrow(layout.read_table(path, "`poolwise run` writes it again"))), str(path))
 
 
 def losses(study: Study) -> dict[str, dict[int, list[float]]]:
     """Training losses by step: design (on its base, if there are several) -> seed -> losses."""
     found: dict[str, dict[int, list[float]]] = {}
     for row in trials(study) if started(study) else ():
-        content = _read(layout.trial(study.folder, row["name"]) / layout.TRAINED)
-        if row["role"] == "design" and "losses" in content:
+        trained = records.find(layout.trial(study.folder, row["name"]) / layout.TRAINED, records.Trained)
+        if row["role"] == "design" and trained:
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            by_step = {int(step): loss for step, loss in content["losses"].items()}
+            by_step = {int(step): loss for step, loss in trained.losses.items() if step.isdigit()}
             found.setdefault(name, {})[row["seed"]] = [by_step[step] for step in sorted(by_step)]
     return found
 
@@ -269,15 +239,14 @@ def gather(folder: Path) -> None:
     import polars as pl
 
     files = []
-    for row in json.loads((folder / layout.TRIALS).read_text(encoding="utf-8")):
+    for row in _rows(folder):
         found = layout.score_files(layout.trial(folder, row["name"]))
         files += [path for path in found if path.name in row["scores"]]
     tables = [table for path in files if (table := layout.read_scores(path)) is not None and table.num_rows]
     if not tables:
         return
     frames = [pl.DataFrame(pl.from_arrow(table)) for table in tables]
-    with atomic_path(folder / layout.RESULTS) as temporary:
-        pl.concat(frames, how="diagonal_relaxed").write_parquet(temporary)
+    layout.write_table(folder / layout.RESULTS, pl.concat(frames, how="diagonal_relaxed").to_arrow())
 
 
 @contextmanager
@@ -423,7 +392,7 @@ def _headless(study: Study) -> set[tuple[str, str]]:
 
 
 def _complete(part: Study) -> bool:
-    return started(part) and all_done(part)
+    return records.find(part.folder / layout.TRIALS, records.Trials) is not None and all_done(part)
 
 
 def _tuning(study: Study) -> Tuning:

@@ -7,6 +7,7 @@ a checkpoint (adapter and pooling, no copy of the base), and the rules that stop
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -30,8 +31,8 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from poolwise.errors import TrainingError
-from poolwise.files import flush_folder, write_json
+from poolwise.errors import CheckpointError, TrainingError
+from poolwise.files import flush_folder, hashes, write_json
 from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone
 from poolwise.model.base import torch_dtype
@@ -40,12 +41,15 @@ from poolwise.model.lora import fast_training
 from poolwise.model.packing import choose, joined
 from poolwise.pooling.heads import Norm
 from poolwise.runs import layout
+from poolwise.study import records
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 
 COMPLETE = "complete"
 """Marker that is written into a checkpoint after everything else: without it, the checkpoint is never resumed from. It
-holds the seconds of training up to there."""
+holds the seconds of training up to there and the hash of every file; see `study.records.Complete`."""
+LOGGER = logging.getLogger("poolwise")
+"""Warnings of a trial. A worker sends them to the process that runs the study (`runs.worker`)."""
 CHANCE_WINDOW = 200
 """Steps whose mean loss is compared with that of guessing."""
 CHANCE_SHARE = 0.01
@@ -116,12 +120,12 @@ def train(
     backbone = cast(Backbone, encoder[0])
     own = Design.model_validate(cast(Any, encoder.poolwise)["design"])
     layout, reason = choose(backbone.model, [own, *designs], recipe.max_length)
-    resume = latest_checkpoint(folder)
+    resume = latest_checkpoint(folder, milestones)
     watch.started = time.perf_counter()
     if resume is not None:
         watch.losses = _logged(resume)
         watch.recent.extend(watch.losses.values())
-        watch.started -= json.loads((resume / COMPLETE).read_text())
+        watch.started -= records.read(resume / COMPLETE, records.Complete, "run the study again").seconds
     with backbone.in_layout(layout), fast_training(backbone, recipe) as kernels:
         trainer = _Trainer(
             model=encoder,
@@ -145,15 +149,50 @@ def train(
     }
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole, by its step; half-written ones are removed."""
+def latest_checkpoint(folder: Path, milestones: Sequence[int] = ()) -> Path | None:
+    """The last checkpoint that is whole, and so are the `milestones` up to it; those after it are removed.
+
+    A checkpoint that was not written to its end is removed in silence, a damaged one with a warning.
+    """
     whole = {}
-    for step, path in layout.checkpoints(folder).items():
-        if (path / COMPLETE).exists():
-            whole[step] = path
-        else:
+    for step, path in sorted(layout.checkpoints(folder).items()):
+        damage = _damage(path) if (path / COMPLETE).exists() else ""
+        if damage:
+            LOGGER.warning(f"{damage}; the training continues from an earlier checkpoint or starts again")
+        if damage or not (path / COMPLETE).exists():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            whole[step] = path
+    last = max(whole, default=0)
+    for step in sorted(step for step in milestones if step <= last):
+        damage = milestone_damage(layout.at_step(folder, step))
+        if damage:
+            # the optimiser's state is kept in checkpoints only, so the weights of this step have to be trained again
+            LOGGER.warning(f"{damage}; the training continues from before step {step}")
+            for path in [layout.at_step(folder, step), *(path for at, path in whole.items() if at >= step)]:
+                shutil.rmtree(path, ignore_errors=True)
+            whole = {at: path for at, path in whole.items() if at < step}
+            break
     return whole[max(whole)] if whole else None
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint that has its marker; empty if nothing is."""
+    try:
+        marker = records.read(folder / COMPLETE, records.Complete, "it is removed")
+        checkpoint.verify_files(folder, marker.files)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def milestone_damage(folder: Path) -> str:
+    """What is wrong with the encoder saved at a milestone; empty if nothing is."""
+    try:
+        checkpoint.verify_files(folder, checkpoint.read_run(folder)["files"])
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -241,10 +280,12 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint as complete."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes a file of its own
         if state.is_world_process_zero:
             folder = layout.checkpoint(Path(args.output_dir), state.global_step)
             flush_folder(folder)  # the marker must not reach the disk before the weights
-            write_json(folder / COMPLETE, self.seconds())
+            write_json(folder / COMPLETE, {"seconds": self.seconds(), "files": hashes(folder)})
 
     def seconds(self) -> float:
         """Seconds of training so far, those of an earlier process up to its checkpoint included."""

@@ -1,14 +1,13 @@
 """A trial: one design × one seed, a pure function of its spec, named by the hash of that spec.
 
 Its folder is described in `runs.layout`. A trial that is run again does only what is missing. Files that were damaged
-since are found by their checksums: damaged scores are computed again, damaged weights are refused.
+since are found by their checksums and named in a warning; what was in them is computed again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from poolwise.data.batches import training_dataset
 from poolwise.data.pairs import Pairs
 from poolwise.data.tasks import Task
 from poolwise.encoding.fast import KEPT_BYTES, Counts, FastEncoder, reads_padding
-from poolwise.errors import PoolwiseError, TrainingError
+from poolwise.errors import PoolwiseError, TrainingError, printable, redact
 from poolwise.files import write_json
 from poolwise.model import checkpoint
 from poolwise.model.backbone import Backbone, FrozenStates
@@ -32,12 +31,13 @@ from poolwise.model.encoder import build, evaluation_prompts
 from poolwise.model.packing import has_dropout
 from poolwise.runs import layout
 from poolwise.runs.prepare import Prepared, Trial
-from poolwise.runs.train import train
+from poolwise.runs.train import LOGGER, milestone_damage, train
 from poolwise.scoring import references
 from poolwise.scoring.adapters import PublishedBatches
 from poolwise.scoring.evaluate import evaluate
 from poolwise.scoring.layers import attends_to_layers, layer_attention, sample_texts
 from poolwise.scoring.references import reference
+from poolwise.study import records
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import content_hash
@@ -59,7 +59,8 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
     `failed.json`.
     """
     report = progress or (lambda stage, share, details: None)
-    if _is_done(trial, prepared, folder):
+    trained = not is_trained(trial) or _training_is_done(trial, folder)
+    if trained and _is_done(trial, prepared, folder):
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         if trial.role == "reference":
             _score(reference(trial.label), trial, 0, prepared, folder, report)
         else:
-            _run_design(trial, prepared, folder, report)
+            _run_design(trial, prepared, folder, report, trained)
         (folder / layout.DONE).touch()
     except Exception as error:
         reason = reason_of(error, folder)
@@ -81,23 +82,27 @@ def run_trial(trial: Trial, prepared: Prepared, folder: Path, progress: Progress
         raise
 
 
-def _run_design(trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
-    """Build, train and score an encoder at each of the trial's steps; record what that took."""
+def _run_design(trial: Trial, prepared: Prepared, folder: Path, report: Progress, trained: bool) -> None:
+    """Build, train (unless that is done) and score an encoder at each of the trial's steps; record what that took."""
     work = Counts()
     encoder = _encoder(trial, prepared)
     _record_dtype(encoder, trial, folder)
     _freeze(encoder, trial, folder)
-    if is_trained(trial):
+    if not trained:
         _train(encoder, trial, prepared, folder, report)
+    # Only once training is recorded as finished: until then a killed run continues from them.
+    for path in layout.checkpoints(layout.training(folder)).values():
+        shutil.rmtree(path)
     encoder.max_seq_length = prepared.study.recipe.scored_length
     for step in trial.steps:
-        if not _missing(trial, step, prepared, folder):
+        look = trial.role == "design" and step == trial.steps[-1]
+        scored = not _missing(trial, step, prepared, folder)
+        if scored and not (look and _is_damaged(folder / layout.LAYERS)):
             continue
         if step:
             weights = layout.milestone(folder, step)
-            checkpoint.verify_files(weights, checkpoint.read_run(weights))
             checkpoint.load_weights(encoder, weights)
-        if trial.role == "design" and step == trial.steps[-1]:
+        if look:
             _look_at_layers(encoder, prepared, folder)
         work += _score(encoder, trial, step, prepared, folder, report)
     facts = {**asdict(work), **_share_states(encoder)}
@@ -120,16 +125,28 @@ def is_trained(trial: Trial) -> bool:
 
 
 def _is_done(trial: Trial, prepared: Prepared, folder: Path) -> bool:
-    return (
-        (folder / layout.DONE).exists()
-        and (not is_trained(trial) or _training_is_done(trial, folder))
-        and not any(_missing(trial, step, prepared, folder) for step in trial.steps)
-    )
+    if not (folder / layout.DONE).exists() or _is_damaged(folder / layout.LAYERS):
+        return False
+    return not any(_missing(trial, step, prepared, folder) for step in trial.steps)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether there is a record of attention over layers that is not what was written."""
+    return path.exists() and records.find(path, records.LayerShares) is None
 
 
 def _training_is_done(trial: Trial, folder: Path) -> bool:
-    milestones = (layout.milestone(folder, step) for step in trial.steps)
-    return (folder / layout.TRAINED).exists() and all(path.is_dir() for path in milestones)
+    """Whether training is recorded as finished and every milestone is whole; warns of one that is not."""
+    path = folder / layout.TRAINED
+    if not path.exists():
+        return False
+    if records.find(path, records.Trained) is None:
+        LOGGER.warning(f"{path} is damaged; the trial is trained again")
+        return False
+    damaged = [found for step in trial.steps if (found := milestone_damage(layout.milestone(folder, step)))]
+    for line in damaged:
+        LOGGER.warning(f"{line.partition('; ')[0]}; the trial is trained again")
+    return not damaged
 
 
 def _sweep(folder: Path) -> None:
@@ -161,11 +178,8 @@ def _record_dtype(encoder: SentenceTransformer, trial: Trial, folder: Path) -> N
         dtype = torch_dtype(recipe["dtype"])
     mine = {"base": trial.spec["base"], "dtype": str(dtype).removeprefix("torch."), "device": device_name(encoder)}
     for path in layout.in_trials(layout.study_of(folder), layout.DTYPE) if recipe["dtype"] == "auto" else ():
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            other = theirs["dtype"] if theirs["base"] == mine["base"] else mine["dtype"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        theirs = records.find(path, records.Computed)
+        other = theirs.dtype if theirs and theirs.base == mine["base"] else mine["dtype"]
         if other != mine["dtype"] and layout.has_results(path.parent):
             raise TrainingError(
                 f"recipe.dtype = 'auto' is {mine['dtype']} on this machine, but the trial {path.parent.name} was "
@@ -206,14 +220,7 @@ def _share_states(encoder: SentenceTransformer) -> dict[str, int]:
 
 
 def _train(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
-    if not _training_is_done(trial, folder):
-        _train_on(encoder, trial, prepared, folder, report)
-    # Only once training is recorded as finished: half of a checkpoint must never be resumed from.
-    for path in layout.checkpoints(layout.training(folder)).values():
-        shutil.rmtree(path)
-
-
-def _train_on(encoder: SentenceTransformer, trial: Trial, prepared: Prepared, folder: Path, report: Progress) -> None:
+    (folder / layout.TRAINED).unlink(missing_ok=True)  # training ended once, and part of it was damaged or lost since
     recipe: Recipe = prepared.study.recipe
     order = prepared.plans[trial.seed]
     if recipe.guide:
@@ -265,7 +272,10 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
     mine["base"] = trial.base
 
     def write(name: str, task: Task, rows: list[dict[str, Any]], **other: Any) -> None:
-        layout.write_scores(layout.score_file(folder, name, task), [{**row, **mine, **other} for row in rows])
+        path = layout.score_file(folder, name, task)
+        if path.exists():  # it could not be read
+            LOGGER.warning(f"{path} is damaged; its task is scored again")
+        layout.write_scores(path, [{**row, **mine, **other} for row in rows])
 
     for done, task in enumerate(missing):
         report("score", done / len(missing), {"task": task.name})
@@ -290,11 +300,14 @@ def _score(model: Any, trial: Trial, step: int, prepared: Prepared, folder: Path
 def _shares(model: Any, trial: Trial, prepared: Prepared, folder: Path) -> dict[str, float | None]:
     """How much noise each rung of the ladder takes; calibrated once per trial."""
     path, pairs, recipe = folder / layout.LADDER, cast(Pairs, prepared.pairs), prepared.study.recipe
-    if not path.exists():
+    stored = records.find(path, records.Ladder)
+    if stored is None:
+        if path.exists():
+            LOGGER.warning(f"{path} is damaged; the noise of the ladder is calibrated again")
         found = references.calibrate(model, recipe, pairs, prepared.plans[trial.seed], trial.seed)
         write_json(path, found)
-    shares: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8"))["shares"]
-    return shares
+        stored = records.read(path, records.Ladder, "run the study again")
+    return dict(stored.shares)
 
 
 def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
@@ -304,7 +317,11 @@ def _prompts(trial: Trial, prepared: Prepared) -> dict[str, str] | None:
 
 
 def reason_of(error: Exception, folder: Path) -> str:
-    """Why a trial stopped, in words, with what to do about it where that is known."""
+    """Why a trial stopped, in words, with what to do about it where that is known; safe to show and without secrets."""
+    return redact(printable(_reason(error, folder), keep="\n"))
+
+
+def _reason(error: Exception, folder: Path) -> str:
     if ended_by_memory(error):
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         return (

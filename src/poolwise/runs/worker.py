@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 import transformers
 
-from poolwise.errors import PoolwiseError
+from poolwise.errors import PoolwiseError, printable, redact
 from poolwise.runs import layout
 from poolwise.runs.prepare import Prepared, Trial, load, prepare, save, store_costs
 from poolwise.runs.schedule import Ending, Setting
+from poolwise.runs.train import LOGGER
 from poolwise.runs.trial import causes, ended_by_memory, is_trained, reason_of, run_trial
 
 
@@ -122,7 +123,7 @@ def work(setting: Setting, orders: Connection, gpu: str | None) -> None:
         except EOFError:
             return
         folder = layout.trial(setting.folder, trial.name)
-        with restored_state(), output_to(folder / layout.LOG):
+        with restored_state(), output_to(folder / layout.LOG), _warnings_to(lambda text: send("warning", text)):
             try:
                 if prepared is None:
                     setting.study.load_code()
@@ -136,6 +137,24 @@ def work(setting: Setting, orders: Connection, gpu: str | None) -> None:
                 expected = all(isinstance(cause, PoolwiseError) for cause in causes(error))
                 ending = Ending(kind, reason_of(error, folder), sound=expected)
         send("ended", ending)
+
+
+@contextlib.contextmanager
+def _warnings_to(send: Callable[[str], None]) -> Iterator[None]:
+    """Pass the warnings of poolwise's own logger on, as well as to the log."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = redact(printable(record.getMessage()))
+            print(f"warning: {text}", flush=True)
+            send(text)
+
+    handler = Handler(logging.WARNING)
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
 
 
 def peak_memory() -> int | None:
@@ -193,6 +212,16 @@ def restored_state() -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()
 
 
+def _redact_log(path: Path) -> None:
+    """Remove secrets that libraries printed, such as a token in the address of a request."""
+    with contextlib.suppress(OSError):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        if (clean := redact(text)) != text:
+            with path.open("r+", encoding="utf-8", errors="surrogateescape") as file:  # the open descriptor stays valid
+                file.write(clean)
+                file.truncate()
+
+
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
     """Append what libraries print to a file, at the level of file descriptors, instead of between the user's tables."""
@@ -206,6 +235,7 @@ def output_to(path: Path) -> Iterator[None]:
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        _redact_log(path)
         for number, descriptor in zip((1, 2), kept, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -10,9 +11,18 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from poolwise.errors import StudyError, explain, suggest
+from poolwise.errors import StudyError, explain, name_problem, short, suggest
 from poolwise.study.catalogue import ALIASES, ATTENTIONS, OWN, POOLINGS, PRESETS, is_attention, spec_of
-from poolwise.study.pooling_spec import Arg, PoolingSpec, code_hash, find_own, is_own, register_own
+from poolwise.study.pooling_spec import (
+    Arg,
+    PoolingSpec,
+    code_hash,
+    find_own,
+    is_own,
+    is_unseen,
+    register_own,
+    unseen_spec,
+)
 from poolwise.study.recipe import Strict
 
 
@@ -20,6 +30,12 @@ def _attention(value: str) -> str:
     if not is_attention(value):
         allowed = ", ".join(map(repr, ATTENTIONS))
         raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": allowed})
+    return value
+
+
+def _visible(value: str) -> str:
+    if problem := name_problem(value):
+        raise ValueError(f"{short(value)} {problem}")
     return value
 
 
@@ -31,10 +47,15 @@ def _translated(call: Callable[[Any], Any], pooling: Any) -> Any:
         raise ValueError("; ".join(error.problems)) from error
 
 
+MOST_DESIGNS = 1000
+LARGEST_ARGUMENT = 65_536
+"""The largest number that an argument of a pooling may be: heads, widths and latents of real models are far below."""
+
+
 class Design(Strict):
     """The treatment: which tokens may see which, and how the hidden states become one vector."""
 
-    name: str = Field(min_length=1)
+    name: Annotated[str, AfterValidator(_visible)] = Field(min_length=1, max_length=200)
     attention: Annotated[str, AfterValidator(_attention)]
     pooling: str
     pooling_args: dict[str, Any] = Field(default_factory=dict)
@@ -71,6 +92,11 @@ class Design(Strict):
 
     @model_validator(mode="after")
     def _known_pooling(self) -> Self:
+        large = [name for name, value in self.pooling_args.items() if type(value) is int and value > LARGEST_ARGUMENT]
+        if large:
+            raise ValueError(f"pooling_args.{large[0]} is larger than {LARGEST_ARGUMENT:,}")
+        if is_unseen(self.pooling):
+            return self
         if is_own(self.pooling):
             _translated(find_own, self.pooling)
         if problems := _translated(spec_of, self.pooling).problems(self.pooling_args):
@@ -79,7 +105,9 @@ class Design(Strict):
 
     @property
     def spec(self) -> PoolingSpec:
-        """The declaration of the design's pooling."""
+        """The declaration of the design's pooling; of a class that was not imported, its arguments in this design."""
+        if is_own(self.pooling) and self.pooling not in OWN:
+            return unseen_spec(self.pooling, self.pooling_args)
         return spec_of(self.pooling)
 
     def factors(self) -> dict[str, Any]:
@@ -131,6 +159,7 @@ def expand(axes: Axes, declared: Sequence[Design]) -> Expansion:
         return Expansion([], [], mistakes)
     designs: list[Design] = []
     left_out: list[str] = []
+    known = [(other.name, other.factors()) for other in declared]
     refused: defaultdict[tuple[str, str], list[str]] = defaultdict(list)  # (pooling, reason) -> cells
     reasons: dict[tuple[str, str], str] = {}  # (axis, value) -> why the first cell with it was refused
     used: set[tuple[str, str]] = set()  # (axis, value) of all designs
@@ -144,11 +173,12 @@ def expand(axes: Axes, declared: Sequence[Design]) -> Expansion:
             reasons = {**dict.fromkeys(values, reason), **reasons}
             continue
         used |= values
-        twin = next((other for other in declared if other.factors() == design.factors()), None)
+        factors = design.factors()
+        twin = next((name for name, others in known if others == factors), None)
         if twin is None:
             designs.append(design)
-        elif twin.name != design.name:
-            left_out.append(f"{_words(cell)}: already listed as {twin.name}")
+        elif twin != design.name:
+            left_out.append(f"{_words(cell)}: already listed as {twin}")
     for (_, reason), cells in refused.items():
         more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
         left_out.append(f"{cells[0]}{more}: {reason}")
@@ -183,14 +213,25 @@ def _mistakes(axes: Axes) -> list[str]:
         elif not values:
             mistakes.append(f"grid.{name} = []: give at least one value")
         elif len({repr(value) for value in values}) < len(values):
-            mistakes.append(f"grid.{name} = {list(values)}: give each value once")
+            mistakes.append(f"grid.{name} = {short(list(values))}: give each value once")
+    cells = len(axes.get("pooling", ())) * math.prod(len(values) for name, values in axes.items() if name != "pooling")
+    if not mistakes and cells > MOST_DESIGNS:  # an axis that only some poolings take multiplies only those
+        cells = sum(math.prod(len(axes[name]) for name in _axes_of(axes, pooling)) for pooling in axes["pooling"])
+        if cells > MOST_DESIGNS:
+            mistakes.append(f"grid: {cells:,} combinations; at most {MOST_DESIGNS:,}")
     return mistakes
+
+
+def _axes_of(axes: Axes, pooling: Any) -> list[str]:
+    """The axes that multiply a pooling: all fields, and those arguments that it takes."""
+    takes = _takes(pooling)
+    return [name for name in axes if name != "pooling" and (name in FIELDS or name in takes)]
 
 
 def _cells(axes: Axes) -> Iterator[Cell]:
     """All combinations: fields multiply every pooling, an argument only the poolings that take it."""
     for pooling in axes["pooling"]:
-        names = [name for name in axes if name != "pooling" and (name in FIELDS or name in _takes(pooling))]
+        names = _axes_of(axes, pooling)
         for values in product(*(axes[name] for name in names)):
             yield {"pooling": pooling, **dict(zip(names, values, strict=True))}
 

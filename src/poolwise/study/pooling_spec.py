@@ -147,6 +147,7 @@ class PoolingSpec:
 
 
 _allowed: ContextVar[bool] = ContextVar("allow_code", default=False)
+_by_name: ContextVar[bool] = ContextVar("by_name", default=False)
 _BUILT = ("hidden_size", "n_layers")
 OWN: dict[str, PoolingSpec] = {}
 """`module:Class` -> declaration of the users' poolings that this process has imported."""
@@ -162,6 +163,29 @@ def allowing_code(allowed: bool, folder: Path | None = None) -> Iterator[None]:
         yield
     finally:
         _allowed.reset(token)
+
+
+@contextlib.contextmanager
+def code_by_name() -> Iterator[None]:
+    """Inside, no code is imported, and designs may name poolings that are not: enough to read results."""
+    allowed, named = _allowed.set(False), _by_name.set(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(allowed)
+        _by_name.reset(named)
+
+
+def is_unseen(pooling: str) -> bool:
+    """Whether this names a user's class that need not be imported now, so that nothing is known but its name."""
+    return is_own(pooling) and pooling not in OWN and _by_name.get()
+
+
+def unseen_spec(pooling: str, arguments: Mapping[str, Any]) -> PoolingSpec:
+    """The declaration of a class that was not imported: the arguments that a design gives it, without defaults."""
+    unknown = "an argument of code that was not imported"
+    args = {name: Arg(type(value), "", unknown) for name, value in arguments.items()}
+    return PoolingSpec(pooling, "", args=args, reads="tokens", tokens="all", cost=None)
 
 
 def is_own(name: str) -> bool:

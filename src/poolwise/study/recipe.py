@@ -9,6 +9,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+MOST_STEPS = 100_000_000
+MOST_ROWS = 1 << 28
+"""Rows of training data in the order of one seed, which are planned beforehand: 2 GiB."""
 INSTRUCTION = "{instruction}"
 """In a prompt: where the instruction of the task goes, if `evaluation_prompts` is "mteb"."""
 SeedPart = Literal["init", "order", "dropout", "data"]
@@ -36,8 +39,8 @@ class Source(Strict):
 class Lora(Strict):
     """Low-rank adapters on the backbone (Hu et al., arXiv 2106.09685), through PEFT."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1)
+    rank: int = Field(default=16, ge=1, le=16_384)
+    alpha: int = Field(default=32, ge=1, le=1_000_000)
     dropout: float = Field(default=0.1, ge=0, lt=1)
     target: str | Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = "all-linear"
 
@@ -50,24 +53,24 @@ class Recipe(Strict):
     sources: Annotated[tuple[Source, ...], BeforeValidator(to_tuple)] = ()
     decontaminate: Literal["queries", "all", False] = "queries"
     one_source_batches: bool = False
-    steps: int = Field(default=1000, ge=1)
+    steps: int = Field(default=1000, ge=1, le=MOST_STEPS)
     learning_rate: float = Field(default=1e-5, gt=0)
     head_learning_rate: float = Field(default=1e-5, gt=0)
     seed_varies: Annotated[tuple[SeedPart, ...], BeforeValidator(to_tuple)] = ("init", "order", "dropout", "data")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int = Field(default=100, ge=0, le=MOST_STEPS)
     weight_decay: float = Field(default=0.01, ge=0)
-    batch_size: int = Field(default=64, ge=2)
-    mini_batch_size: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=2, le=1_000_000)
+    mini_batch_size: int = Field(default=0, ge=0, le=1_000_000)
     accumulation: int = Field(default=1, ge=1)
-    negatives: int = Field(default=1, ge=0)
+    negatives: int = Field(default=1, ge=0, le=1000)
     loss: Literal["infonce", "symmetric_infonce"] = "infonce"
     temperature: float = Field(default=0.05, gt=0)
-    matryoshka: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(to_tuple)] = ()
+    matryoshka: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], BeforeValidator(to_tuple)] = ()
     guide: str | None = None
     guide_margin: float = 0.0
-    max_length: int = Field(default=512, ge=2)
-    evaluation_max_length: int = Field(default=0, ge=0)
+    max_length: int = Field(default=512, ge=2, le=10_000_000)
+    evaluation_max_length: int = Field(default=0, ge=0, le=10_000_000)
     evaluation_prompts: Literal["mteb", False] = False
     evaluation_template: str = f"Instruct: {INSTRUCTION}\nQuery: "
     evaluation_padding: Literal["published", False] = False
@@ -79,7 +82,7 @@ class Recipe(Strict):
     document_prompt: str = ""
     prompts: dict[str, str] = Field(default_factory=dict)
     include_prompt: bool = True
-    save_steps: int = Field(default=100, ge=1)
+    save_steps: int = Field(default=100, ge=1, le=MOST_STEPS)
     report_to: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ()
     lora: Lora | Literal[False] | Literal["full"] = Field(default_factory=Lora)
 
@@ -87,6 +90,11 @@ class Recipe(Strict):
     def _consistent(self) -> Self:
         if self.dataset is not None and self.sources:
             raise ValueError("give either dataset or sources, not both")
+        if self.steps * self.batch_size > MOST_ROWS:
+            raise ValueError(
+                f"steps = {self.steps:,} of batch_size = {self.batch_size:,}: {self.steps * self.batch_size:,} rows, "
+                f"which are planned in memory; at most {MOST_ROWS:,}"
+            )
         if self.batch_size % self.accumulation or self.part_size < 2:
             raise ValueError(
                 f"accumulation = {self.accumulation}: batch_size {self.batch_size} must divide into equal parts of at "
@@ -151,7 +159,7 @@ class Tuning(Strict):
     tasks: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
     learning_rate: Rates = ()
     head_learning_rate: Rates = ()
-    steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(to_tuple)] = ()
+    steps: Annotated[tuple[Annotated[int, Field(ge=1, le=MOST_STEPS)], ...], BeforeValidator(to_tuple)] = ()
     seed: int = Field(default=2000, ge=0)
 
     def problems(self, tasks: Sequence[str], seeds: Sequence[int]) -> list[str]:

@@ -10,26 +10,34 @@ import contextlib
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from poolwise.errors import StudyError, explain, suggest
-from poolwise.files import safe_name
+from poolwise.errors import StudyError, explain, name_problem, redact, short, suggest
+from poolwise.files import MOST_TOML_BYTES, parse_toml, read_bytes, safe_name
 from poolwise.study.catalogue import TASK_TYPES
-from poolwise.study.design import Design, expand
-from poolwise.study.pooling_spec import allowing_code, find_own, is_own
+from poolwise.study.design import MOST_DESIGNS, Design, expand
+from poolwise.study.pooling_spec import allowing_code, code_by_name, find_own, is_own
 from poolwise.study.recipe import Lora, Recipe, Source, Strict, Tuning, to_tuple
+
+MOST_SEEDS = 1000
+MOST_TRAININGS = 20_000
+LARGEST_SEED = 2_000_000_000
+"""Of numbers that derive from a seed the largest still fits 32 bits, as NumPy wants it."""
 
 
 def _seeds(value: object) -> object:
     """`seeds = 3` means 0, 1, 2."""
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
-            raise ValueError(f"seeds = {value}: give the number of seeds, 1 or more, or a list such as [0, 1, 2]")
+            raise ValueError(
+                f"seeds = {short(value)}: give the number of seeds, 1 or more, or a list such as [0, 1, 2]"
+            )
+        if value > MOST_SEEDS:
+            raise ValueError(f"seeds = {short(value)}: at most {MOST_SEEDS:,} seeds")
         return tuple(range(value))
     return to_tuple(value)
 
@@ -81,7 +89,9 @@ class Study(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     baseline: str = "m1"
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_seeds)] = (0, 1, 2)
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], BeforeValidator(_seeds), Field(max_length=MOST_SEEDS)
+    ] = (0, 1, 2)
     tasks: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ()
     base_models: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(to_tuple)] = ()
     references: Annotated[tuple[str, ...], BeforeValidator(to_tuple)] = ("untuned", "tfidf", "bm25")
@@ -92,12 +102,12 @@ class Study(Strict):
         1.0,
     )
     margin: float = Field(default=0.005, gt=0, lt=1)
-    extend_to: int | None = None
+    extend_to: int | None = Field(default=None, le=MOST_SEEDS)
     type_weights: dict[str, Annotated[float, Field(gt=0)]] | None = None
     output: str | None = None
     allow_code: bool = False
     recipe: Recipe = Field(default_factory=Recipe)
-    designs: Annotated[tuple[Design, ...], BeforeValidator(to_tuple)] = Field(min_length=1)
+    designs: Annotated[tuple[Design, ...], BeforeValidator(to_tuple)] = Field(min_length=1, max_length=MOST_DESIGNS)
     tuning: Tuning | None = None
     grid: Annotated[dict[str, tuple[Any, ...]], BeforeValidator(_axes)] = Field(default_factory=dict)
 
@@ -106,11 +116,30 @@ class Study(Strict):
 
     @model_validator(mode="before")
     @classmethod
+    def _no_secrets(cls, raw: Any) -> Any:
+        """Refuse a Hugging Face token: the study is copied into its run folder, its reports and its checkpoints."""
+        text = repr(raw) if isinstance(raw, dict) else ""
+        if redact(text, environment=False) != text:
+            raise ValueError("a Hugging Face token (hf_…) stands in the study; give it as HF_TOKEN in the environment")
+        return raw
+
+    @field_validator("tasks", "base_models", "references")
+    @classmethod
+    def _visible(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        problems = [f"{short(name)} {problem}" for name in names if (problem := name_problem(name))]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return names
+
+    @model_validator(mode="before")
+    @classmethod
     def _with_grid(cls, raw: Any) -> Any:
         """Append the designs of the grid to those that are listed."""
         if not isinstance(raw, dict) or not isinstance(raw.get("grid"), dict) or not raw["grid"]:
             return raw
         listed = raw.get("designs") or ()
+        if not isinstance(listed, list | tuple) or len(listed) > MOST_DESIGNS:
+            return raw  # the field itself is refused
         expansion = expand(_axes(raw["grid"]), _valid_designs(listed))
         return raw if expansion.mistakes else {**raw, "designs": [*listed, *expansion.designs]}
 
@@ -147,6 +176,12 @@ class Study(Strict):
             problems.append("tasks: a task is listed twice")
         if len(set(self.base_models)) != len(self.base_models):
             problems.append(f"base_models = {list(self.base_models)}: give each base model once")
+        trainings = len(self.all_seeds) * len(self.designs) * len(self.bases)
+        if trainings > MOST_TRAININGS:
+            problems.append(
+                f"{len(self.designs):,} designs × {len(self.all_seeds):,} seeds × {len(self.bases):,} base models are "
+                f"{trainings:,} trainings; at most {MOST_TRAININGS:,}"
+            )
         if self.tuning:
             problems += self.tuning.problems(self.tasks, self.all_seeds)
         if self.base_models and self.recipe.base_model != Recipe.model_fields["base_model"].default:
@@ -171,25 +206,34 @@ class Study(Strict):
 
         Raises StudyError with every mistake in the file.
         """
-        path, text = Path(path), ""
+        raw = cls.read(path)
+        return cls.parse(raw, base_dir=Path(path).resolve().parent, where=str(path))
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The plain dictionaries of a study file, not validated yet. Raises StudyError."""
+        path, data = Path(path), b""
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            raw = tomllib.loads(text)
+            data = read_bytes(path, MOST_TOML_BYTES)
+            return parse_toml(data)
         except FileNotFoundError:
             near = suggest(path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else [])
             raise StudyError([f"no such file{near} Make one with `poolwise init demo`"], str(path)) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise StudyError([f"cannot be read: {error}"], str(path)) from None
-        except tomllib.TOMLDecodeError as error:
-            raise StudyError([f"is not valid TOML: {error}{_line_of(error, text)}"], str(path)) from None
-        return cls.parse(raw, base_dir=path.resolve().parent, where=str(path))
+        except ValueError as error:
+            raise StudyError([f"is not valid TOML: {error}{_line_of(error, data)}"], str(path)) from None
 
     @classmethod
-    def parse(cls, raw: dict[str, Any], base_dir: Path | None = None, where: str = "study") -> Study:
-        """Validate a study given as plain dictionaries, as TOML reads them."""
-        allowed = raw.get("allow_code") is True
+    def parse(cls, raw: dict[str, Any], base_dir: Path | None = None, where: str = "study", code: bool = True) -> Study:
+        """Validate a study given as plain dictionaries, as TOML reads them.
+
+        code: import the poolings of the user's own that it names, if it has `allow_code = true`. False, for a study
+        that is only read or that lies in a run folder: they are known by name, and a grid must not name them.
+        """
+        allowed = code and raw.get("allow_code") is True
         try:
-            with allowing_code(allowed, base_dir):
+            with allowing_code(allowed, base_dir) if code else code_by_name():
                 _load_code(raw if allowed else {})
                 study = cls.model_validate(raw)
         except StudyError as error:
@@ -284,10 +328,10 @@ class Study(Strict):
         raise StudyError([problem], self._where)
 
 
-def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
+def _line_of(error: ValueError, data: bytes) -> str:
     """The line that a TOML error is about, if its message gives the number."""
     found = re.search(r"at line (\d+)", str(error))
-    lines = text.splitlines()
+    lines = data.decode("utf-8", "replace").splitlines()
     return f"\n      {lines[int(found[1]) - 1].strip()}" if found and int(found[1]) <= len(lines) else ""
 
 

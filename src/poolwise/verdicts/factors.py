@@ -10,7 +10,7 @@ import numpy as np
 
 from poolwise import stats
 from poolwise.stats.many import Effect
-from poolwise.study.catalogue import spec_of
+from poolwise.study.catalogue import OWN, POOLINGS, spec_of
 from poolwise.verdicts.arms import FEW_SOURCES
 from poolwise.verdicts.comparison import Comparison
 
@@ -38,8 +38,10 @@ def varying_arguments(designs: Sequence[Design]) -> dict[str, list[str]]:
     """Pooling -> the arguments in which designs with that pooling differ."""
     varying: dict[str, list[str]] = {}
     for pooling in dict.fromkeys(design.pooling for design in designs):
-        rows = [design.factors() for design in designs if design.pooling == pooling]
-        names = [name for name in spec_of(pooling).args if len({repr(row[name]) for row in rows}) > 1]
+        mine = [design for design in designs if design.pooling == pooling]
+        rows = [design.factors() for design in mine]
+        arguments = dict.fromkeys(name for design in mine for name in design.spec.args)
+        names = [name for name in arguments if len({repr(row.get(name)) for row in rows}) > 1]
         if names:
             varying[pooling] = names
     return varying
@@ -52,7 +54,7 @@ def pooling_level(design: Design, varying: Mapping[str, Sequence[str]]) -> str:
     shown = [
         f"{name} {str(values[name]).lower()}"
         for name in varying.get(design.pooling, ())
-        if values[name] != design.spec.args[name].default
+        if name in values and values[name] != design.spec.args[name].default
     ]
     if design.template != "plain":
         shown.append(f"template {design.template}")
@@ -69,7 +71,7 @@ def argument_levels(designs: Sequence[Design], varying: Mapping[str, Sequence[st
         row: dict[str, str | None] = {"attention": design.attention, "pooling": pooling_level(design, {})}
         for pooling, names in varying.items():
             for name in names:
-                row[f"{name} of {pooling}"] = str(values[name]) if pooling == design.pooling else None
+                row[f"{name} of {pooling}"] = str(values.get(name)) if pooling == design.pooling else None
         rows.append(row)
     return rows
 
@@ -79,6 +81,8 @@ def argument_references(rows: Sequence[Mapping[str, str | None]], names: set[str
     references = {}
     for name in names:
         argument, pooling = name.split(" of ")
+        if pooling not in POOLINGS and pooling not in OWN:
+            continue  # code that was not imported, whose defaults are not known
         default = str(spec_of(pooling).args[argument].default)
         if default in {row[name] for row in rows}:
             references[name] = default

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.data.reading import DELIMITERS, UnreadableError, file_format, read_lines
+from poolwise.data.reading import DELIMITERS, UnreadableError, file_format, read_lines, read_table
 from poolwise.errors import DataError, suggest
 from poolwise.verdicts.mteb_files import NEWEST, RUNS, Choice, Log, Result, benchmark_cells, known_task, read_file
-from poolwise.verdicts.table import REQUIRED, Note, Scores, first_few, table, validate
+from poolwise.verdicts.table import REQUIRED, Note, Scores, first_few, table, to_polars, validate
 
 if TYPE_CHECKING:
     import polars as pl
@@ -58,7 +58,9 @@ def read(path: str | Path, choice: Choice = Choice()) -> Scores:
     kind = file_format(path)
     try:
         if kind == "parquet":
-            return selected(validate(pl.read_parquet(path), str(path), unit="row", first=1), choice, str(path))
+            return selected(
+                validate(to_polars(read_table(path), str(path)), str(path), unit="row", first=1), choice, str(path)
+            )
         if kind in DELIMITERS:
             _, header = next(read_lines(path), ("", ""))
             separator = max(DELIMITERS[kind], key=header.count)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import DataError, StatisticsError, suggest
+from poolwise.errors import DataError, StatisticsError, printable, suggest
 from poolwise.study.catalogue import origin
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ OPTIONAL = ("step", "source", "split", "subset", "item_id")
 KEY = ("design", "seed", "step", "task", "split", "subset", "metric", "item_id")
 SIGNED_METRICS = r"(?i)spearman|pearson|kendall|corr|mcc|mrr|^cosine$"  # p-MRR and correlations go below zero
 NOT_IN_RUN = "query not in the run"  # `note` of an item that scores 0 because the run ranked nothing for it
+FORMULA = r"^[=+\-@\t\r]"
+HIDDEN = r"[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]"
+"""Control characters, escape among them, and the marks of bidirectional text."""
 LISTED = 5  # number of names or rows that a message lists
 OUTPUT = "cosine"  # metric of rows that hold a model's output, which is scored against the column `gold`
 MEASURED = {"STS": "cosine_spearman", "PairClassification": "cosine_ap"}
@@ -70,6 +73,34 @@ def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFr
     return validate(pl.from_dicts(rows, infer_schema_length=None), where)
 
 
+NESTED = ("List", "Array", "Struct", "Object", "Binary", "Unknown")
+
+
+def to_polars(table: Any, where: str) -> pl.DataFrame:
+    """A pyarrow table as polars. Raises DataError for a column that is no list of texts, numbers or dates."""
+    import polars as pl
+
+    frames = []
+    for number, name in enumerate(table.column_names):
+        try:
+            frame = pl.DataFrame(pl.from_arrow(table.select([number])))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, TypeError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise DataError(f"{where}: column {name!r} cannot be read ({reason}); drop it") from None
+        if (kind := str(frame.dtypes[0])).startswith(NESTED):
+            raise DataError(f"{where}: column {name!r} holds values of type {kind}; drop it, or write texts or numbers")
+        frames.append(frame)
+    return pl.concat(frames, how="horizontal")
+
+
+def csv_safe(frame: pl.DataFrame) -> pl.DataFrame:
+    """The table with an apostrophe before each text that a spreadsheet would take for a formula, for CSV files."""
+    import polars as pl
+
+    text = pl.col(pl.String)
+    return frame.with_columns(pl.when(text.str.contains(FORMULA)).then("'" + text).otherwise(text).name.keep())
+
+
 def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1) -> pl.DataFrame:
     """Check a table of scores, convert its columns and add the optional ones as nulls.
 
@@ -105,6 +136,10 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
     problems = _Problems(unit, frame)
     for name in REQUIRED:
         problems.add(f"{name} is empty", frame[name].is_null() if name != "score" else _empty(frame["score"]), None)
+    for name in text:
+        if name != "item_id":  # ids come from a data set, and are escaped where they are shown
+            hidden = frame[name].str.contains(HIDDEN).fill_null(False)
+            problems.add(f"{name} contains a hidden character, such as an escape sequence", hidden, name)
     for name in ("seed", "step"):
         wrong = typed[name].is_null() & frame[name].is_not_null()
         if frame[name].dtype.is_float():
@@ -137,7 +172,7 @@ def validate(frame: pl.DataFrame, where: str, unit: str = "row", first: int = 1)
 def first_few(names: Sequence[str]) -> str:
     """The first `LISTED` names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return printable(", ".join(names[:LISTED])) + more
 
 
 def _empty(column: pl.Series) -> pl.Series:

@@ -71,11 +71,13 @@ def read_trec(
     """
     import pytrec_eval
 
-    match = re.fullmatch(r"(ndcg_at|map_at|recall_at|precision_at)_([1-9]\d*)|map|mrr", metric)
+    match = re.fullmatch(r"(ndcg_at|map_at|recall_at|precision_at)_([1-9]\d{0,3})|map|mrr", metric)
     if match is None:
         allowed = ["ndcg_at_10", "map_at_10", "recall_at_10", "precision_at_10", "map", "mrr"]
         hint = suggest(metric, allowed)
-        raise DataError(f"metric {metric!r} is unknown; allowed: {', '.join(allowed)}, with any cut-off{hint}")
+        raise DataError(
+            f"metric {metric!r} is unknown; allowed: {', '.join(allowed)}, with any cut-off below 10,000{hint}"
+        )
     measure = f"{MEASURES[match[1]]}.{match[2]}" if match[1] else {"map": "map", "mrr": "recip_rank"}[metric]
     judged = _judgements(Path(qrels))
     bare = [query for query, grades in judged.items() if max(grades.values()) <= 0]
