@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ TOO_LARGE = f"the body is larger than {MAX_BYTES} bytes: send fewer texts at a t
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 log = logging.getLogger("poolwise.serve")
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -276,9 +276,10 @@ def create_app(batcher: Batcher, names: Sequence[str], metrics: Metrics) -> Fast
     app = FastAPI(title="poolwise", version=__version__, docs_url=None, redoc_url=None)
     created = int(time.time())
     models = [{"id": name, "object": "model", "created": created, "owned_by": "poolwise"} for name in names]
-    refused = {code: {"description": HTTPStatus(code).phrase} for code in (400, 401, 403, 408, 413, 422, 429, 500, 503)}
+    codes = (400, 401, 403, 408, 413, 422, 429, 500, 503)
+    refused: dict[int | str, dict[str, Any]] = {code: {"description": HTTPStatus(code).phrase} for code in codes}
     body = {"required": True, "content": {"application/json": {"schema": schema(batcher, names)}}}
-    others = {code: refused[code] for code in (400, 401, 403, 408, 413, 503)}
+    others: dict[int | str, dict[str, Any]] = {code: refused[code] for code in (400, 401, 403, 408, 413, 503)}
 
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> Response:
