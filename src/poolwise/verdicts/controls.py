@@ -95,7 +95,8 @@ def noise_bands(comparison: Comparison) -> tuple[Band, ...]:
     """The band of each A/A arm.
 
     With as many runs as the designs an arm is tested as one of them, with the others lending their runs: three runs of
-    its own measure the run effect so badly that p far below .05 comes out too small (`results/aa.md`).
+    its own measure the run effect so badly that p far below .05 comes out too small (`results/aa.md`). See `_as_design`
+    for what its other seeds change.
     """
     bands = []
     for design in (name for name, role in comparison.roles if role == "aa"):
@@ -120,14 +121,22 @@ def noise_bands(comparison: Comparison) -> tuple[Band, ...]:
 
 
 def _as_design(comparison: Comparison, arm: Arm, base: Arm) -> Crossed | None:
-    """The arm tested against the baseline like a design of the study; None with one run or one source of tasks."""
+    """The arm tested against the baseline like a design of the study; None with one run or one source of tasks.
+
+    The designs of a study share their seeds, so that what a seed does to all of them cancels in their contrasts and in
+    the run variance that they lend. The arm has seeds of its own: nothing cancels in its difference. So it is tested
+    both with that variance and with the runs of the two arms alone, and the larger p counts.
+    """
     if comparison.interim or min(len(base.seeds), len(arm.seeds)) < 2 or base.by_source.shape[1] < 2:
         return None
     others = [comparison.arm(arm.group, name) for name in comparison.designs[1:]]
     lenders = [x for x in others if len(x.seeds) == len(base.seeds) == len(arm.seeds)]
     known = _elsewhere(comparison, arm.group, [base.design, arm.design, *(x.design for x in lenders)])
     pool = [x.on(arm.tasks).by_source for x in lenders]
-    return stats.crossed(base.by_source, arm.by_source, pool=pool, elsewhere=known)
+    lent = stats.crossed(base.by_source, arm.by_source, pool=pool, elsewhere=known)
+    if base.seeds == arm.seeds:
+        return lent
+    return max(lent, stats.crossed(base.by_source, arm.by_source), key=lambda found: found.p_value)
 
 
 def _elsewhere(comparison: Comparison, group: str, designs: Sequence[str]) -> NDArray[np.float64] | None:
