@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import threading
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from poolwise.data.tasks import task_from_data
 from poolwise.encoding import shortcuts as adopted_file
 from poolwise.encoding.encode import encode_file, open_model
 from poolwise.encoding.fast import FastEncoder
-from poolwise.encoding.server import serving
 from poolwise.encoding.shortcuts import adopt, number_change
 from poolwise.errors import AttentionError, ModelError
 from poolwise.model.backbone import Backbone
@@ -33,6 +29,7 @@ from poolwise.model.packing import refusal
 from poolwise.scoring.evaluate import evaluate, model_identity
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
+from served import ask, running
 from tiny import FAMILIES, REFUSED, SENTENCES, tiny_folder, tiny_tokenizer
 
 PROMPT = "query: find the island. "
@@ -335,15 +332,9 @@ def test_encode_and_serve_an_exported_folder(root: Path, tmp_path: Path):
     to = encode_file(folder, tmp_path / "texts.txt", tmp_path / "v.npy", side="query", say=said.append)
     assert np.abs(np.load(to) - own(plain, [*SENTENCES], PROMPT)).max() < 1e-5
     assert "computed for each" in said[-1]
-    with serving(folder, port=0) as server:
+    with running(folder) as server:
         assert server.batcher.fast.ours
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        body = json.dumps({"input": [*SENTENCES], "input_type": "query"}).encode()
-        address = f"http://127.0.0.1:{server.server_port}/v1/embeddings"
-        answer = json.load(urllib.request.urlopen(urllib.request.Request(address, body), timeout=30))
-        server.shutdown()
-        thread.join()
+        _, answer = ask(server, {"input": [*SENTENCES], "input_type": "query"})
     found = np.array([row["embedding"] for row in answer["data"]])
     assert np.abs(found - own(plain, [*SENTENCES], PROMPT)).max() < 1e-5
     ids = plain.preprocess([*SENTENCES], prompt=PROMPT)["attention_mask"]

@@ -11,7 +11,7 @@ import pytest
 import poolwise
 from poolwise import api
 from poolwise.cli import main
-from poolwise.errors import CheckpointError, StudyError
+from poolwise.errors import CheckpointError, StudyError, TaskError
 from poolwise.runs import layout
 from poolwise.study.study import Study
 
@@ -127,3 +127,11 @@ def test_evaluate_takes_a_trials_folder_or_the_folder_of_a_run(finished: Path) -
     with pytest.raises(CheckpointError, match="a study with 2 trained designs; give one of them:") as caught:
         api.evaluate(finished, ["./facts"], base_dir=finished.parent)
     assert str(one) in str(caught.value)
+
+
+def test_bm25_says_where_it_has_no_score(finished: Path) -> None:
+    place, notes = finished.parent, list[str]()
+    with pytest.raises(TaskError, match=r"bm25 only ranks documents for queries, so it has no score on pairs \(STS\)"):
+        api.evaluate("bm25", ["./pairs"], base_dir=place)
+    assert len(api.evaluate("bm25", ["./pairs", "./facts"], base_dir=place, note=notes.append)) == 1
+    assert notes[-1] == "bm25 only ranks documents for queries, so it has no score on pairs (STS)"

@@ -314,7 +314,7 @@ def evaluate(
     from poolwise.model.encoder import evaluation_prompts, instructions
     from poolwise.model.release import load_release
     from poolwise.scoring.evaluate import evaluate as score
-    from poolwise.scoring.evaluate import model_identity
+    from poolwise.scoring.evaluate import model_identity, unscorable
     from poolwise.scoring.references import reference
     from poolwise.study.catalogue import LEXICAL
     from poolwise.study.recipe import INSTRUCTION
@@ -333,6 +333,8 @@ def evaluate(
         lexical = str(model) in LEXICAL
         model = model if lexical else layout.trial_in(Path(model))
         model = reference(str(model)) if lexical and dtype is None else open_encoder(model, dtype)
+    if why := unscorable(model, resolved):
+        note(why)
     ours = model if isinstance(model, SentenceTransformer) else None
     recipe = recipe_of(ours) if ours else None
     prompts = instructions(template) if template else evaluation_prompts(recipe) if recipe else None

@@ -240,6 +240,8 @@ class TextData:
             self._check_labels(path)
         reader.mistakes.check()
         self.notes = list(reader.mistakes.notes)
+        if self.kind == "classification" and self.train is None:
+            self.notes.append(f"accuracy by {FOLDS}-fold cross-validation of a logistic regression on the embeddings")
         self.noun = "examples" if self.kind == "classification" else "pairs"
 
     def _check_labels(self, path: Path) -> None:

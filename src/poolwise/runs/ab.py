@@ -22,6 +22,7 @@ from poolwise.data.survey import FOLDS, SearchData, TextData
 from poolwise.encoding.encode import finite, keep_vectors, latency, lengths, open_encoder, prompt_of, search, unit
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, suggest
+from poolwise.model.checkpoint import recipe_of
 from poolwise.runs import layout
 from poolwise.runs.run import started, trials
 from poolwise.scoring.evaluate import model_identity
@@ -57,7 +58,12 @@ class Contender:
     def open(self, number: int, dtype: str | None) -> Any:
         """A lexical reference, or a `FastEncoder`."""
         name = self.runs[number][1]
-        return reference(str(name)) if str(name) in LEXICAL else FastEncoder(open_encoder(name, dtype))
+        if str(name) in LEXICAL:
+            return reference(str(name))
+        encoder = open_encoder(name, dtype)
+        if recipe := recipe_of(encoder):
+            encoder.max_seq_length = recipe.scored_length
+        return FastEncoder(encoder)
 
 
 def contenders(names: Sequence[str]) -> list[Contender]:
@@ -366,7 +372,7 @@ def _described(
         "extremes": {label: _extremes(work, main, base, label, values) for label, values in apart.items()},
         "by_feature": _by_feature(main, [entry.label for entry in entries], work.features()),
         "differences": {label: np.sort(values)[::-1].round(6).tolist() for label, values in apart.items()},
-        "notes": [*data.notes, *_cautions(data)],
+        "notes": list(data.notes),
     }  # fmt: skip
 
 
@@ -442,9 +448,3 @@ def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.
             for third in np.unique(place)
         ]  # fmt: skip
     return found
-
-
-def _cautions(data: SearchData | TextData) -> list[str]:
-    if isinstance(data, TextData) and data.kind == "classification" and data.train is None:
-        return [f"accuracy by {FOLDS}-fold cross-validation of a logistic regression on the embeddings"]
-    return []

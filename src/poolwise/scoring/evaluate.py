@@ -232,6 +232,17 @@ def _evaluate_all(
     return rows
 
 
+def unscorable(model: Any, tasks: Sequence[Task]) -> str:
+    """Why some tasks get no score of this model (BM25 only ranks); empty if all do. Raises TaskError if none does."""
+    able = getattr(model, "task_types", None)
+    unable = [task for task in tasks if able and task.task_type not in able]
+    names = ", ".join(f"{task.name} ({task.task_type})" for task in unable)
+    why = f"{model.name} only ranks documents for queries, so it has no score on {names}" if unable else ""
+    if unable and len(unable) == len(tasks):
+        raise TaskError(f"{why}; name a task of type {' or '.join(able or ())}, or another model such as tfidf")
+    return why
+
+
 def model_identity(model: Any) -> str:
     """Content hash of a sentence-transformers model: weights, modules, settings, tokenizer, prompts, limits.
 

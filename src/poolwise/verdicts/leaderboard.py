@@ -2,7 +2,7 @@
 
 The contrasts are those of `verdicts.contrasts`: for the designs if each was run twice or more, otherwise for the
 checkpoints. Holm's correction spans all pairs of all groups of tasks, so the chance that any two equal designs are told
-apart anywhere is at most alpha (`results/type1.md`).
+apart anywhere is about alpha (`results/type1.md`).
 """
 
 from __future__ import annotations
