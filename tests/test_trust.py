@@ -24,7 +24,7 @@ from poolwise.model import checkpoint
 from poolwise.runs import layout
 from poolwise.runs.worker import output_to
 from poolwise.study.study import Study
-from poolwise.verdicts import readers
+from poolwise.verdicts import readers, trec
 from poolwise.verdicts.table import csv_safe
 from test_looks import scored
 
@@ -237,7 +237,7 @@ def test_absurd_metrics_are_refused(metric: str, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("q1 0 d1 1\n")
     (tmp_path / "a.run").write_text("q1 Q0 d1 1 0.9 x\n")
     with pytest.raises(DataError, match="is unknown"):
-        readers.read_trec([tmp_path / "a.run"], tmp_path / "q.txt", metric)
+        trec.read_trec([tmp_path / "a.run"], tmp_path / "q.txt", metric)
 
 
 @pytest.mark.parametrize("name", ["back\\slash", "\\1\\g<0>", "per cent %s", "a & b < c"])

@@ -6,7 +6,6 @@ kind of decision becomes one note.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from poolwise.errors import DataError, suggest
+from poolwise.files import parse_json
 from poolwise.verdicts.table import SIGNED_METRICS, Note, first_few
 
 NEWEST, RUNS = "newest", "runs"
@@ -92,9 +92,9 @@ def read_file(
     """One result file; None, with a case in the log, if it holds nothing that was asked for."""
     name = str(path.relative_to(root))
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        content = parse_json(path.read_bytes().decode("utf-8-sig"), finite=False)
         written, by_split = _splits(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         log.add("damaged", f"{name} ({model}, {path.stem}): {str(error).splitlines()[0]}")
         return None
     known = known_task(written)
