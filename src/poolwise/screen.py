@@ -21,11 +21,7 @@ from poolwise.reports import ab as ab_report
 from poolwise.reports import analyses, pages, secondary, tables
 from poolwise.reports import layers as layer_report
 from poolwise.reports.tables import Cells, Table
-from poolwise.reports.words import (
-    count,
-    magnitude,
-    summary,
-)
+from poolwise.reports.words import count, magnitude, summary
 from poolwise.runs import layout
 from poolwise.runs.engine import Event
 from poolwise.runs.run import run, shared_work
