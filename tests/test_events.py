@@ -90,7 +90,7 @@ def test_status_warns_of_an_edited_study(
 ) -> None:
     path = write(place, copy.name)
     assert poolwise(monkeypatch, "status", str(path)) == 0
-    assert capsys.readouterr().err == ""
+    assert "warning" not in capsys.readouterr().err
     write(place, copy.name, ("steps = 6", "steps = 8"))
     assert poolwise(monkeypatch, "status", str(path), "--json") == 0
     found = capsys.readouterr()

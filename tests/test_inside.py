@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from poolwise import api
 from poolwise.errors import ModelError
 from poolwise.files import write_json
 from poolwise.model.encoder import build
 from poolwise.reports import layers as layers_report
-from poolwise.runs import trial
+from poolwise.runs import layout, trial
 from poolwise.scoring.layers import attends_to_layers, layer_attention, layer_weights
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
@@ -98,7 +97,7 @@ def test_a_trial_leaves_it_behind_and_a_report_finds_it(encoder, tmp_path):
         place.mkdir(parents=True)
         trial._look_at_layers(encoder, SimpleNamespace(tasks=tasks), place)
     write_json(study.folder / "trials.json", {"trials": rows})
-    found = api.layer_attention(study)
+    found = layout.layer_attention(study, rows)
     assert found["texts"] == 8
     assert list(found["runs"]) == ["layers"]
     expected = layer_attention(encoder, [*SENTENCES, *SENTENCES[:2]])

@@ -21,6 +21,7 @@ from poolwise.reports.analyses import predictions_table
 from poolwise.reports.pages import designs, opening, render
 from poolwise.runs.check import check
 from poolwise.screen import show_check, show_end, show_findings
+from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.study.starters import QUICK, demo_study
 from poolwise.verdicts.arms import WORDINGS, by_items, whole_task
 from poolwise.verdicts.controls import scored
@@ -145,11 +146,19 @@ def test_wordings_of_one_meaning_are_one_item() -> None:
     assert whole_task("my#task") == "my#task"
 
 
+def elsewhere(found: Findings, group: str, *designs: str) -> list[list[float]]:
+    """What the other group shows of the runs of some designs."""
+    (other,) = set(found.groups) - {group}
+    arms = [found.arm(other, name).by_source for name in designs]
+    return [[run_mean_square(arm, TaskTypes.one(arm.shape[1])) for arm in arms]]
+
+
 def test_a_mechanism_is_judged_over_seeds_and_items(found: Findings) -> None:
     assert found.groups == ("roles", "topic")
     row = found.row("roles", "m5")
     arms = {arm.design: arm.by_source for arm in found.arms if arm.group == "roles"}
-    by_hand = stats.crossed(arms["m1"], arms["m5"], pool=[arms["m2"]])
+    known = elsewhere(found, "roles", "m1", "m5", "m2")
+    by_hand = stats.crossed(arms["m1"], arms["m5"], pool=[arms["m2"]], elsewhere=known)
     assert row.verdict is not None
     assert (row.verdict.p_value, row.verdict.verdict) == (by_hand.p_value, "better")
     assert row.p_value is None  # no rank test over items
@@ -226,7 +235,12 @@ def test_the_noise_band_is_the_largest_difference_tested_as_a_design(found: Find
     (band,) = found.bands
     arms = {(arm.group, arm.design): arm.by_source for arm in found.arms}
     by_hand = {
-        group: stats.crossed(arms[group, "m1"], arms[group, "m1-aa"], pool=[arms[group, "m2"], arms[group, "m5"]])
+        group: stats.crossed(
+            arms[group, "m1"],
+            arms[group, "m1-aa"],
+            pool=[arms[group, "m2"], arms[group, "m5"]],
+            elsewhere=elsewhere(found, group, "m1", "m1-aa", "m2", "m5"),
+        )
         for group in found.groups
     }
     largest = max(by_hand, key=lambda group: abs(by_hand[group].difference))
@@ -285,7 +299,8 @@ def test_predictions_are_scored_right_wrong_undecided(found: Findings) -> None:
     assert (right.group, right.outcome, right.sign) == ("roles", "right", True)
     assert (open_.group, open_.outcome) == ("topic", "undecided")
     arms = {arm.design: arm.by_source for arm in found.arms if arm.group == "roles"}
-    by_hand = stats.crossed(arms["m1"], arms["m5"], pool=[arms["m2"]])
+    known = elsewhere(found, "roles", "m1", "m5", "m2")
+    by_hand = stats.crossed(arms["m1"], arms["m5"], pool=[arms["m2"]], elsewhere=known)
     assert (right.ci_low, right.ci_high) == (by_hand.ci_low, by_hand.ci_high)
     (wrong,) = scored(found, {"roles": {"favoured": "m1", "over": "m5"}})
     assert (wrong.outcome, wrong.sign) == ("wrong", False)

@@ -22,6 +22,7 @@ import torch
 
 import poolwise
 from poolwise.errors import PoolwiseError, TaskError
+from poolwise.files import read_json, write_json
 from poolwise.runs import engine, prepare, schedule, worker
 from poolwise.runs import run as runner
 from poolwise.runs.schedule import Gpu
@@ -437,7 +438,7 @@ def test_device_and_memory_of_a_trial(finished: Path, copy: Path) -> None:
     assert rows["m1"]["peak_memory"] is None
     assert rows["tfidf"]["device"] is None
     (work,) = copy.glob("trials/m1-*/work.json")
-    work.write_text(json.dumps({**json.loads(work.read_text()), "peak_memory": 7 * GIB}))
+    write_json(work, {**read_json(work), "peak_memory": 7 * GIB})
     rows = {row["label"]: row for row in runner.trials(SimpleNamespace(folder=copy))}  # type: ignore[arg-type]
     assert rows["m1"]["peak_memory"] == 7 * GIB
     assert "wandb" not in sys.modules

@@ -385,8 +385,9 @@ def _table(
     gold, numbers = [row.get("score", row.get("labels")) for row in rows], [f"{n:09}" for n in range(items)]
     found = []
     for entry in entries:
-        for (seed, _), run in zip(entry.runs, scores[entry.label], strict=True):
+        for (seed, model), run in zip(entry.runs, scores[entry.label], strict=True):
             common = {"design": entry.label, "seed": seed, "task": name, "task_type": task_type}
+            common["model_identity"] = str(model)  # two trainings may score alike on every item and be no copies
             for metric, values in run.items():
                 golds = gold if metric == "cosine" else [None] * items
                 found += [
