@@ -74,6 +74,12 @@ class Arm:
     scores: tuple[tuple[float, ...], ...]
     unit: str = "task"
 
+    @property
+    def of_own_task(self) -> bool:
+        """Whether the group is one of the user's own tasks. It stands for itself, as in `compare --task`: what the runs
+        of the designs do elsewhere is not used."""
+        return self.unit not in ("task", "item")
+
     @cached_property
     def array(self) -> NDArray[np.float64]:
         """(seeds, tasks)."""

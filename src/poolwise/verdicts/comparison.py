@@ -113,7 +113,7 @@ class Comparison:
 
     def of_own_task(self, group: str) -> bool:
         """Whether a group is one of the user's own tasks, compared over its items."""
-        return self.of_items(group) and not self.of_mechanism(group)
+        return self.arm(group, self.baseline).of_own_task
 
     @property
     def banner(self) -> str:

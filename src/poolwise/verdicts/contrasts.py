@@ -204,7 +204,7 @@ def run_squares(groups: Mapping[str, Mapping[str, Arm]], designs: Sequence[str])
     found: dict[str, dict[str, float]] = {}
     for group, arms in groups.items():
         mine = [arms[name] for name in designs]
-        if len({arm.seeds for arm in mine}) == 1 and len(mine[0].seeds) > 1:
+        if len({arm.seeds for arm in mine}) == 1 and len(mine[0].seeds) > 1 and not mine[0].of_own_task:
             types = TaskTypes.one(mine[0].by_source.shape[1])
             found[group] = {arm.design: run_mean_square(arm.by_source, types) for arm in mine}
     return found
@@ -225,7 +225,7 @@ def _verdict(
         return None
     lenders = [x for x in lent if base.seeds == arm.seeds == x.seeds]
     names = [base.design, arm.design, *(x.design for x in lenders)]
-    known = elsewhere_of(elsewhere, arm.group, names) if lenders else None
+    known = elsewhere_of(elsewhere, arm.group, names) if lenders and not arm.of_own_task else None
     pool = [x.by_source for x in lenders]
     result = stats.crossed(
         base.by_source, arm.by_source, pool=pool, level=rules.level, elsewhere=known, cautious=rules.cautious

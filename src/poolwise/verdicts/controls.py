@@ -146,7 +146,8 @@ def _elsewhere(comparison: Comparison, group: str, designs: Sequence[str]) -> ND
     for other in comparison.groups:
         arms = [arm for name in designs for arm in comparison.arms if (arm.group, arm.design) == (other, name)]
         alike = len({(arm.tasks, len(arm.seeds)) for arm in arms}) == 1
-        if other != group and len(arms) == len(designs) and alike:
+        own = comparison.of_own_task(group) or comparison.of_own_task(other)
+        if other != group and len(arms) == len(designs) and alike and not own:
             types = TaskTypes.one(arms[0].by_source.shape[1])
             squares.append([run_mean_square(arm.by_source, types) for arm in arms])
     return np.array([row for row in squares if any(row)]) if any(map(any, squares)) else None

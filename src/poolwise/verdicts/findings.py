@@ -375,5 +375,6 @@ def _crossed(
         pool = [
             name for name in comparison.designs if name not in (base, design) and arms[name].seeds == arms[base].seeds
         ]
-    known = elsewhere_of(squares, arms[base].group, [base, design, *pool]) if pool else None
+    alone = not pool or arms[base].of_own_task
+    known = None if alone else elsewhere_of(squares, arms[base].group, [base, design, *pool])
     return stats.crossed(kept[base], kept[design], pool=[kept[name] for name in pool], elsewhere=known)
