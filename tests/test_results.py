@@ -162,3 +162,31 @@ def test_importing_results_and_comparison_needs_no_heavy_library():
     code = f"import sys, poolwise.verdicts.readers, poolwise.reports.words; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_design_task_and_score_are_enough(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("design,task,score\nm1,A,.5\nm1,B,.6\nm2,A,.55\nm2,B,.61\n")
+    found = readers.read(path)
+    assert found.frame.select("design", "seed", "task", "task_type", "metric").rows()[3] == (
+        "m2",
+        0,
+        "B",
+        "all",
+        "score",
+    )
+    assert any("no column seed, task_type, metric: every design was run once" in note for note in found.notes)
+
+
+def test_a_table_with_a_column_for_each_design_is_read(tmp_path):
+    path = tmp_path / "wide.csv"
+    path.write_text("task;task_type;m1;m2\nA;STS;.5;.55\nB;STS;.6;.61\n")
+    found = readers.read(path)
+    rows = found.frame.select("design", "task", "task_type", "score").sort("design", "task").rows()
+    assert rows == [
+        ("m1", "A", "STS", 0.5),
+        ("m1", "B", "STS", 0.6),
+        ("m2", "A", "STS", 0.55),
+        ("m2", "B", "STS", 0.61),
+    ]
+    assert any("one column for each design: m1, m2" in note for note in found.notes)

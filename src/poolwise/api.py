@@ -124,17 +124,16 @@ def report(
         choice: as in `compare`.
     """
     study, read = scores(source, choice)
-    frame = read.frame
     findings = _findings(study, read, baseline, "task_type", _missing(None, source), None, {})
     if study is None:
         info = {"name": Path(str(source)).stem, "command": f"poolwise report {source}"}
-        return render(info, frame, findings, out or Path.cwd())
-    known = {
-        **study_info(study),
-        "layers": layout.layer_attention(study, trials(study) if started(study) else ()),
-        "losses": losses(study),
-    }
-    return render(known | ({"command": command} if command else {}), frame, findings, out or study.folder)
+        return render(info, read.frame, findings, out or Path.cwd())
+    shares = layout.layer_attention(study, trials(study) if started(study) else ())
+    known = study_info(study) | {"layers": shares, "losses": losses(study)}
+    if not isinstance(source, Study):  # its file may be called otherwise than the study
+        known["command"] = f"poolwise run {Path(source).name}"
+    known["command"] = command or known["command"]
+    return render(known, read.frame, findings, out or study.folder)
 
 
 def _run_effect(run_sd: float | None, run_df: float | None) -> dict[str, Any]:

@@ -299,7 +299,7 @@ def ab(
     data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL_A MODEL_B...", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
+        typer.Argument(metavar="MODEL_A MODEL_B", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
     ],
     margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
     to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
@@ -315,6 +315,8 @@ def ab(
     from poolwise.screen import show_ab
 
     with _stdout_to_stderr():
+        if not 0 < margin < 100:
+            raise PoolwiseError(f"--margin {margin:g}: give points, above 0 and below 100")
         result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
     place = to or Path(result["data"]).parent / f"{result['name']}-ab"
     paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
@@ -328,6 +330,8 @@ def probe(
     model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
 ) -> None:
     """Show which tokens see which, and whether the model supports both attention modes."""
+    if model.endswith(".toml"):
+        raise PoolwiseError(f"{model} is a study file; give a base model: `nano`, a folder or a Hub name")
     _quiet()
     from poolwise.model.attention import verdict
     from poolwise.model.base import load_base

@@ -1,8 +1,8 @@
 """`poolwise ab`: models compared on one data set of the user's, from its files to a decision.
 
 The data are an own retrieval folder, or pairs (STS, pair classification) or labelled texts as a folder or one file.
-The corpus of a retrieval folder is streamed, embeddings are kept on disk by content and the search is exact, block by
-block, so that memory does not grow with the corpus (lexical models keep its words in memory).
+The corpus is streamed, embeddings are kept on disk by content and the search is exact, block by block, so that memory
+does not grow with the corpus (lexical models keep its words in memory).
 """
 
 from __future__ import annotations
@@ -380,14 +380,13 @@ def _table(
     name: str, task_type: str, entries: Sequence[Contender], scores: Mapping[str, list[Scores]], items: int,
     rows: Sequence[Mapping[str, Any]],
 ) -> Any:  # fmt: skip
-    """The long table of all item scores, with the gold value of each pair. Items are numbered, so that they keep their
-    order in a data set, which sorts them by id."""
+    """The long table of all item scores, with the gold value of each pair and the model of each run (two trainings may
+    score alike). Items are numbered, so that they keep their order in a data set, which sorts them by id."""
     gold, numbers = [row.get("score", row.get("labels")) for row in rows], [f"{n:09}" for n in range(items)]
-    found = []
+    of_task, found = {"task": name, "task_type": task_type}, []
     for entry in entries:
         for (seed, model), run in zip(entry.runs, scores[entry.label], strict=True):
-            common = {"design": entry.label, "seed": seed, "task": name, "task_type": task_type}
-            common["model_identity"] = str(model)  # two trainings may score alike on every item and be no copies
+            common = {**of_task, "design": entry.label, "seed": seed, "model_identity": str(model)}
             for metric, values in run.items():
                 golds = gold if metric == "cosine" else [None] * items
                 found += [

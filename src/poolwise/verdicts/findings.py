@@ -316,7 +316,8 @@ def _candidates(comparison: Comparison) -> list[str]:
 
 
 def _below_reference(comparison: Comparison, group: str) -> tuple[str, float, float] | None:
-    """(reference, its mean, the best design's mean) if TF-IDF beats every design on the tasks that both have."""
+    """(reference, its mean, the best design's mean) if TF-IDF beats every design on the tasks that both have, by more
+    than the margin: it is not tested, and a smaller difference does not matter."""
     arms = {arm.design: arm for arm in comparison.arms if arm.group == group}
     designs = [arms[name] for name in _candidates(comparison)]
     for name in LEXICAL_FLOOR:
@@ -324,7 +325,7 @@ def _below_reference(comparison: Comparison, group: str) -> tuple[str, float, fl
         shared = [task for task in designs[0].tasks if floor and task in floor.tasks]
         if floor and shared:
             best = max(arm.on(shared).mean for arm in designs)
-            if best < floor.on(shared).mean:
+            if best + comparison.margin < floor.on(shared).mean:
                 return name, floor.on(shared).mean, best
     return None
 

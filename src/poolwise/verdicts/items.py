@@ -425,7 +425,8 @@ def _over_runs(data: DataSet, base: str, name: str) -> Estimate:
         data.per_item(other) for other in data.runs if other not in (base, name) and data.seeds[other] == seeds
     ] if data.seeds[name] == seeds else []  # fmt: skip
     result = stats.crossed(data.per_item(base), data.per_item(name), pool=lent)
-    note = f"{len(data.seeds[name])} and {len(seeds)} runs, run effect sd {result.run_sd:.4f} ({result.scope})"
+    effect = f"run effect sd {100 * result.run_sd:.2f} points"
+    note = f"{len(data.seeds[name])} and {len(seeds)} runs, {effect} ({result.scope})"
     inner = stats.equivalence(result, 1.0)  # its 90 % interval does not depend on the margin
     run_se = result.run_sd * math.sqrt(1 / len(seeds) + 1 / len(data.seeds[name]))
     return Estimate(

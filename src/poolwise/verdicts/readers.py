@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 from poolwise.data.reading import DELIMITERS, UnreadableError, file_format, read_lines, read_table
 from poolwise.errors import DataError, suggest
 from poolwise.verdicts.mteb_files import NEWEST, RUNS, Choice, Log, Result, benchmark_cells, known_task, read_file
-from poolwise.verdicts.table import REQUIRED, Note, Scores, first_few, table, to_polars, validate
+from poolwise.verdicts.table import OPTIONAL, REQUIRED, Note, Scores, first_few, table, to_polars, validate
 
 if TYPE_CHECKING:
     import polars as pl
 
 
+DEFAULTS = {"seed": "0", "task_type": "all", "metric": "score"}
+"""Columns that a table of scores may lack -> what every row is taken to have."""
 EXTERNAL, EXPERIMENTS, META = "external", "experiments", "model_meta.json"
 UNNAMED = "no_revision_available"
 REVISION = re.compile(rf"[0-9a-f]{{7,64}}|{UNNAMED}|main|master|v?\d[\w.-]*")
@@ -58,14 +60,18 @@ def read(path: str | Path, choice: Choice = Choice()) -> Scores:
     kind = file_format(path)
     try:
         if kind == "parquet":
-            return selected(
-                validate(to_polars(read_table(path), str(path)), str(path), unit="row", first=1), choice, str(path)
-            )
+            frame, notes = completed(to_polars(read_table(path), str(path)), str(path))
+            return selected(validate(frame, str(path), unit="row", first=1), choice, str(path), notes)
         if kind in DELIMITERS:
             _, header = next(read_lines(path), ("", ""))
             separator = max(DELIMITERS[kind], key=header.count)
             frame = pl.read_csv(path, separator=separator, infer_schema=False, encoding="utf8")
-            return selected(validate(frame, str(path), unit="line", first=2), choice, str(path))
+            rows = frame.height
+            frame, notes = completed(frame, str(path))
+            unit, start = (
+                ("line", 2) if rows == frame.height else ("row", 1)
+            )  # of a wide table a line has several scores
+            return selected(validate(frame, str(path), unit, start), choice, str(path), notes)
     except UnreadableError as error:
         raise DataError(f"{path}: {error}") from error
     except pl.exceptions.NoDataError as error:
@@ -77,8 +83,36 @@ def read(path: str | Path, choice: Choice = Choice()) -> Scores:
     raise DataError(f"{path}: unknown file type {path.suffix!r}; allowed: {allowed}")
 
 
-def selected(frame: pl.DataFrame, choice: Choice, where: str) -> Scores:
+def completed(frame: pl.DataFrame, where: str) -> tuple[pl.DataFrame, tuple[Note, ...]]:
+    """A table whose columns are designs as one row per score, and `DEFAULTS` for columns that it lacks;
+    with a note on each.
+
+    Raises DataError if a column is missing that has no default.
+    """
+    import polars as pl
+
+    frame = frame.rename({name: name.strip().removeprefix("\ufeff") for name in frame.columns})
+    notes = list[Note]()
+    others = [name for name in frame.columns if name not in (*REQUIRED, *OPTIONAL)]
+    if "task" in frame.columns and not {"design", "score"} & set(frame.columns) and len(others) > 1:
+        kept = [name for name in frame.columns if name not in others]
+        texts = frame.with_columns(pl.col(others).cast(pl.String))
+        frame = texts.unpivot(others, index=kept, variable_name="design", value_name="score")
+        notes.append(Note(f"{where}: one column for each design: {', '.join(others)}."))
+    if {"design", "task", "score"} <= set(frame.columns):
+        lacking = [name for name in DEFAULTS if name not in frame.columns]
+        frame = frame.with_columns(pl.lit(DEFAULTS[name]).alias(name) for name in lacking)
+        meaning = {"seed": "every design was run once", "task_type": "all tasks are one group", "metric": "one metric"}
+        if lacking:
+            taken = "; ".join(meaning[name] for name in lacking)
+            notes.append(Note(f"{where}: no column {', '.join(lacking)}: {taken}."))
+    return frame, tuple(notes)
+
+
+def selected(frame: pl.DataFrame, choice: Choice, where: str, notes: tuple[Note, ...] = ()) -> Scores:
     """The rows of a table with the splits, subsets and tasks of a choice; a task without subsets is kept whole.
+
+    notes: on how the table was read.
 
     Raises:
         DataError: the table has no column to choose by; no row is left.
@@ -95,7 +129,7 @@ def selected(frame: pl.DataFrame, choice: Choice, where: str) -> Scores:
         if named[column] and frame[column].null_count() == frame.height:
             raise DataError(f"{where}: --{column} needs a column {column!r}, which the table does not have")
     if not wanted and not any(named.values()):
-        return Scores(frame)
+        return Scores(frame, notes)
     alone = pl.col("subset").is_null() | (pl.col("subset") == "default")
     kept = frame
     if wanted:
@@ -119,7 +153,7 @@ def selected(frame: pl.DataFrame, choice: Choice, where: str) -> Scores:
         raise DataError(f"{where}: no score is left by {text}; tasks in it: {first_few(sorted(set(frame['task'])))}")
     lost = tuple(sorted(set(frame["task"]) - set(kept["task"])))
     note = f"Kept: {text}, {kept['task'].n_unique()} of {frame['task'].n_unique()} tasks."
-    return Scores(kept, (Note(note, tuple(f"{task}: left out" for task in lost)),))
+    return Scores(kept, (*notes, Note(note, tuple(f"{task}: left out" for task in lost))))
 
 
 def read_mteb(folder: str | Path, choice: Choice = Choice()) -> Scores:
