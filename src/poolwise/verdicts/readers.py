@@ -100,7 +100,9 @@ def completed(frame: pl.DataFrame, where: str) -> tuple[pl.DataFrame, tuple[Note
         frame = texts.unpivot(others, index=kept, variable_name="design", value_name="score")
         notes.append(Note(f"{where}: one column for each design: {', '.join(others)}."))
     if {"design", "task", "score"} <= set(frame.columns):
-        lacking = [name for name in DEFAULTS if name not in frame.columns]
+        unknown = [name for name in frame.columns if name not in (*REQUIRED, *OPTIONAL)]
+        # a column that is nearly called so is a slip, which `validate` reports
+        lacking = [name for name in DEFAULTS if name not in frame.columns and not suggest(name, unknown)]
         frame = frame.with_columns(pl.lit(DEFAULTS[name]).alias(name) for name in lacking)
         meaning = {"seed": "every design was run once", "task_type": "all tasks are one group", "metric": "one metric"}
         if lacking:
