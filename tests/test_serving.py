@@ -294,7 +294,7 @@ def test_an_address_that_cannot_be_had(server: Server, monkeypatch):
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch):
-    from poolwise.cli import serve
+    from poolwise.commands.models import serve
 
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "poolwise.encoding.server")

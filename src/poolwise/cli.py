@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from poolwise.commands import models
+from poolwise.commands.options import (
+    KEPT,
+    Benchmark,
+    Json,
+    Revisions,
+    Source,
+    Sources,
+    Split,
+    StudyFile,
+    Subset,
+    quiet,
+    say,
+    shard_of,
+    stdout_to_stderr,
+)
 from poolwise.errors import PoolwiseError, StudyError, printable, redact
 from poolwise.files import check_place
 
@@ -26,36 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
-Source = Annotated[
-    str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")
-]
-Sources = Annotated[
-    list[str],
-    typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
-]
-Split = Annotated[
-    list[str] | None,
-    typer.Option(help="Keep this split of published scores; repeat for more (default: each task's evaluation split)."),
-]
-Subset = Annotated[
-    list[str] | None,
-    typer.Option(help="Keep this subset, such as a language; repeat for more (default: all, averaged)."),
-]
-Benchmark = Annotated[
-    str | None, typer.Option(help="Keep the tasks, splits and subsets of a benchmark, such as 'MTEB(eng, v2)'.")
-]
-Revisions = Annotated[
-    str, typer.Option(help="Of several revisions of a model in mteb results: newest, or runs (each is a run).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
-]
-KEPT = "\n\t"
-"""Control characters that messages may contain; all others come from names and are escaped."""
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]
 PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 """Errors of the operating system that the user can fix by naming another path or changing its permissions."""
 
@@ -124,10 +108,10 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
-    _quiet()
+    quiet()
     from poolwise.runs.check import check as check_study
 
-    with _stdout_to_stderr():
+    with stdout_to_stderr():
         preview = check_study(loaded)
     print(json.dumps(preview, indent=1)) if as_json else show_check(preview)
 
@@ -150,7 +134,7 @@ def run(
     from poolwise.study.study import Study
 
     loaded = Study.load(study)
-    _say(loaded.place)
+    say(loaded.place)
     start_server()  # before this process imports the libraries itself, which takes as long
     from poolwise.runs.run import all_done
     from poolwise.screen import run_with_grid
@@ -159,7 +143,7 @@ def run(
         if as_json:
             print(json.dumps(event_record(event)), flush=True)
 
-    failed = run_with_grid(loaded, workers, _shard(shard), extend, per_gpu, follow)
+    failed = run_with_grid(loaded, workers, shard_of(shard), extend, per_gpu, follow)
     if all_done(loaded):
         if loaded.tasks and len(loaded.designs) > 1:
             if as_json:
@@ -185,7 +169,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
     from poolwise.screen import show_status
 
     loaded = layout.open_study(study)
-    _say(loaded.place)
+    say(loaded.place)
     rows = trials(loaded)
     try:
         layout.guard(loaded)
@@ -267,195 +251,13 @@ def report(
         print(path.resolve())
 
 
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A sentence-transformers model, by name or folder, or a run folder.")],
-    tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
-    batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 32,
-    dtype: Dtype = None,
-    template: Annotated[
-        str | None, typer.Option(help="Prompt with {instruction}, which becomes each task's instruction in mteb.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens to which texts are cut.", min=2)] = None,
-    release: Annotated[str | None, typer.Option(help="Design, m1 to m5, of a release by the paper's authors.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model of that release.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Score a model on mteb tasks or your own data."""
-    _quiet()
-    from poolwise.api import evaluate as score
-    from poolwise.screen import show_scores
-
-    with _stdout_to_stderr():  # what libraries print must not mix with the JSON
-        rows = score(
-            model, tasks, batch_size=batch_size, dtype=dtype, template=template and template.replace("\\n", "\n"),
-            max_length=max_length, release=release, base=base, note=lambda line: _say(f"note: {line}"),
-        )  # fmt: skip
-    print(json.dumps(rows, indent=1)) if as_json else show_scores(rows)
-
-
-@app.command()
-def ab(
-    data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL_A MODEL_B", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
-    ],
-    margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
-    to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder of kept embeddings; .poolwise beside the data.")] = None,
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Switch or stay: compare models on your own data; the first is the one in use."""
-    check_place(to)
-    _quiet()
-    from poolwise.reports.ab import render
-    from poolwise.runs.ab import ab as compare_models
-    from poolwise.screen import show_ab
-
-    with _stdout_to_stderr():
-        if not 0 < margin < 100:
-            raise PoolwiseError(f"--margin {margin:g}: give points, above 0 and below 100")
-        result = compare_models(data, models, margin=margin / 100, dtype=dtype, cache=cache, say=_say)
-    place = to or Path(result["data"]).parent / f"{result['name']}-ab"
-    paths = render(result, " ".join(["poolwise ab", str(data), *models, f"--margin {margin:g}"]), place)
-    print(json.dumps(result, indent=1)) if as_json else show_ab(result)
-    for path in paths:
-        _say(str(path.resolve()))
-
-
-@app.command()
-def probe(
-    model: Annotated[str, typer.Argument(help="A causal LM: `nano`, a folder or a Hub name.")], as_json: Json = False
-) -> None:
-    """Show which tokens see which, and whether the model supports both attention modes."""
-    if model.endswith(".toml"):
-        raise PoolwiseError(f"{model} is a study file; give a base model: `nano`, a folder or a Hub name")
-    _quiet()
-    from poolwise.model.attention import verdict
-    from poolwise.model.base import load_base
-    from poolwise.screen import show_probe
-
-    with _stdout_to_stderr():
-        result = verdict(load_base(model))
-    print(json.dumps(result, indent=1)) if as_json else show_probe(model, result)
-
-
-@app.command()
-def export(
-    study: StudyFile,
-    design: Annotated[str, typer.Argument(help="Name of the design.")],
-    to: Annotated[Path, typer.Option(help="Folder to write.")],
-    seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model of the run; the study's first by default.")] = None,
-    force: Force = False,
-) -> None:
-    """Write a trained design as a sentence-transformers folder, LoRA merged."""
-    from poolwise.study.study import Study
-
-    loaded = Study.load(study)
-    exported = loaded.design(design)
-    check_place(to, force, "exists and is not empty")
-    _quiet()
-    from poolwise.api import export_design
-    from poolwise.encoding.fast import MASKED
-
-    print(export_design(loaded, design, to, seed, base, force))
-    if exported.spec.reads_padding(exported.factors()):
-        _say(f"note: {MASKED}")
-
-
-@app.command()
-def encode(
-    model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
-    texts: Annotated[Path, typer.Argument(help="A .txt, one text a line; a .jsonl, .csv, .tsv or .parquet.")],
-    to: Annotated[Path, typer.Option(help="NumPy file to write, such as vectors.npy.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to put before each; none by default.")] = None,
-    query: Annotated[
-        bool | None,
-        typer.Option("--query/--document", help="Use the model's own prompt for queries or documents."),
-    ] = None,
-    field: Annotated[str, typer.Option(help="Field or column that holds the texts.")] = "text",
-    dtype: Dtype = None,
-    force: Force = False,
-) -> None:
-    """Encode a file of texts into a NumPy file, one row for each text, in order."""
-    check_place(to, force, "exists")
-    _quiet()
-    from poolwise.encoding.encode import encode_file
-
-    side = {True: "query", False: "document", None: None}[query]
-    with _stdout_to_stderr():
-        path = encode_file(model, texts, to, prompt=prompt, side=side, field=field, dtype=dtype, say=_say)
-    print(path)
-
-
-@app.command()
-def serve(
-    model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
-    name: Annotated[
-        list[str] | None, typer.Option(help="What clients call the model, as often as needed; MODEL by default.")
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; use a proxy for access from other machines.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8080,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="With POOLWISE_TOKEN: a further name by which clients and pages reach it; '*': any."),
-    ] = None,
-    dtype: Dtype = None,
-) -> None:
-    """Serve a model's embeddings over HTTP, in the format of OpenAI's /v1/embeddings.
-
-    Clients must send the key in the environment variable POOLWISE_TOKEN, if it is set.
-    """
-    _quiet()
-    try:
-        from poolwise.encoding.server import serve as serve_forever
-    except ModuleNotFoundError as error:
-        raise PoolwiseError(f"serving needs {error.name!r}; install it: pip install 'poolwise[serve]'") from None
-
-    serve_forever(model, host, port, say=_say, dtype=dtype, names=name or (), hosts=allow_host or ())
-
-
-@app.command()
-def layers(
-    run: Annotated[
-        str | None, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")
-    ] = None,
-    untuned: Annotated[str | None, typer.Option(help="Instead of a run: a base model before training.")] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="With --untuned: task, benchmark or folder; repeat for more.")
-    ] = None,
-    design: Annotated[str | None, typer.Option(help="Only this design.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    base: Annotated[str | None, typer.Option(help="Only this base model.")] = None,
-    to: Annotated[Path, typer.Option(help="HTML page to write, with the pictures.")] = Path("layers.html"),
-    as_json: Json = False,
-) -> None:
-    """Show the inside of trained designs: attention over layers, layer weights, the score of each single layer.
-
-    With --untuned the scores of a base model's layers before training, and how alike two layers rank pairs of texts.
-    """
-    if (run is None) == (untuned is None) or bool(tasks) != bool(untuned):
-        raise PoolwiseError("give a study or a run folder, or a base model and tasks: --untuned NAME --tasks TASK")
-    check_place(to)
-    _quiet()
-    from poolwise.screen import show_layers
-
-    with _stdout_to_stderr():
-        if run is None or untuned:
-            from poolwise.data.tasks import resolve_tasks
-            from poolwise.scoring.layers import untuned as view_untuned
-
-            view = view_untuned(str(untuned), resolve_tasks(tasks or (), Path.cwd()))
-        else:
-            from poolwise.api import layers as view_layers
-
-            view = view_layers(run, design=design, seed=seed, base=base, progress=_say)
-    print(json.dumps(view, indent=1)) if as_json else show_layers(view, to)
+app.command()(models.evaluate)
+app.command()(models.ab)
+app.command()(models.probe)
+app.command()(models.export)
+app.command()(models.encode)
+app.command()(models.serve)
+app.command()(models.layers)
 
 
 @app.command()
@@ -532,37 +334,3 @@ def _only(sources: list[str]) -> str:
     if len(sources) > 1:
         raise PoolwiseError(f"{len(sources)} sources were given: give one, or TREC runs with --qrels FILE")
     return sources[0]
-
-
-def _say(line: str) -> None:
-    print(redact(printable(line, keep=KEPT)), file=sys.stderr, flush=True)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise PoolwiseError(f"--shard {text!r}: give i/n with 1 <= i <= n, such as 2/8")
-    return int(first), int(last)
-
-
-def _quiet() -> None:
-    """Keep progress bars and notices of the libraries out of the tables."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what libraries print to stderr, at the level of file descriptors."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)

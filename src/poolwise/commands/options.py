@@ -1,0 +1,79 @@
+"""Arguments and options that several commands take, and how commands speak: on stderr, without the libraries' noise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poolwise.errors import PoolwiseError, printable, redact
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
+Source = Annotated[
+    str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")
+]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
+]
+Split = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this split of published scores; repeat for more (default: each task's evaluation split)."),
+]
+Subset = Annotated[
+    list[str] | None,
+    typer.Option(help="Keep this subset, such as a language; repeat for more (default: all, averaged)."),
+]
+Benchmark = Annotated[
+    str | None, typer.Option(help="Keep the tasks, splits and subsets of a benchmark, such as 'MTEB(eng, v2)'.")
+]
+Revisions = Annotated[
+    str, typer.Option(help="Of several revisions of a model in mteb results: newest, or runs (each is a run).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of a table.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
+]
+KEPT = "\n\t"
+"""Control characters that messages may contain; all others come from names and are escaped."""
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]
+
+
+def say(line: str) -> None:
+    print(redact(printable(line, keep=KEPT)), file=sys.stderr, flush=True)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise PoolwiseError(f"--shard {text!r}: give i/n with 1 <= i <= n, such as 2/8")
+    return int(first), int(last)
+
+
+def quiet() -> None:
+    """Keep progress bars and notices of the libraries out of the tables."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send what libraries print to stderr, at the level of file descriptors."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
