@@ -36,11 +36,10 @@ from scipy.special import fdtrc, ndtr, stdtr
 from poolwise.stats.exact import largest_rejected_sum, signed_rank
 from poolwise.stats.many import TWO_LOOK_ALPHA
 from poolwise.stats.variance import (
+    AGREE,
     ARM_LEVEL,
-    FEW_RUNS_LEVEL,
     LENDER_LEVEL,
     MEASURED_DF,
-    SHARE_DF,
     MeanSquares,
     chi_square_over_df,
     null_distribution,
@@ -50,7 +49,7 @@ ALPHA = 0.05
 TYPES = 4
 POWER_AT = (0.25, 0.5, 1.0, 2.0)
 SCENARIOS = ("base", "shared seeds", "run effects by type", "heavy tails", "compared x3", "lender x3")
-COARSE = {1: (14, 14, 4), 2: (8, 8, 8, 2), 3: (4, 6, 6, 8, 2)}  # grid points by number of run variances
+COARSE = {1: (14, 14, 4), 2: (8, 8, 8, 2)}  # grid points by number of run variances
 MORE_STUDIES = {"compared x3": 5}  # times as many studies where rates come close to .08, so that .08 is a line to hold
 CLOSE = 0.35  # p within this share of alpha on the coarse grid is computed on the shipped one
 
@@ -197,7 +196,7 @@ def unstable(runs: np.ndarray, seeds: int) -> tuple[np.ndarray, np.ndarray]:
     relative = (runs / runs.mean(axis=2, keepdims=True)).mean(axis=1)
     df = groups * (seeds - 1.0)
     levels = np.full(k, LENDER_LEVEL)
-    levels[:2] = ARM_LEVEL if df >= MEASURED_DF else FEW_RUNS_LEVEL
+    levels[:2] = ARM_LEVEL
     out = np.zeros((n, k), dtype=bool)
     for left in range(k, 2, -1):
         waiting = np.flatnonzero(out.sum(axis=1) == k - left)
@@ -220,8 +219,8 @@ def two_arms(y: np.ndarray) -> Contrasts:
     return Contrasts.of(y, run_mean_squares(y[:, :2]) / 2, (0.5, 0.5), (s - 1.0, s - 1.0), error, error_df)
 
 
-def study_form(y: np.ndarray, runs: np.ndarray, pooled: bool = False) -> Iterator[tuple[np.ndarray, Contrasts]]:
-    """The study form, of (studies, designs, seeds, tasks): the places of studies of one shape, and their contrasts.
+def pooled_form(y: np.ndarray, runs: np.ndarray) -> Iterator[tuple[np.ndarray, Contrasts]]:
+    """The form with pooled runs, of (studies, designs, seeds, tasks): places of studies of one shape, their contrasts.
 
     runs: (studies, groups, designs) run mean squares in all groups of the study.
     """
@@ -236,21 +235,17 @@ def study_form(y: np.ndarray, runs: np.ndarray, pooled: bool = False) -> Iterato
         order = np.argsort(out[places, 2:], axis=1, kind="stable")[:, :lent] + 2  # the stable lenders
         chosen = np.concatenate([np.tile([0, 1], (len(places), 1)), order], axis=1)
         known = ratios[places, :2] if groups > 1 else None
-        yield places, _with_lenders(y[places[:, None], chosen], (not first, not second), known, groups, pooled)
+        yield places, _with_lenders(y[places[:, None], chosen], (not first, not second), known, groups)
 
 
-def _with_lenders(
-    y: np.ndarray, stable: tuple[bool, bool], ratios: np.ndarray | None, groups: int, pooled: bool
-) -> Contrasts:
+def _with_lenders(y: np.ndarray, stable: tuple[bool, bool], ratios: np.ndarray | None, groups: int) -> Contrasts:
     """`study_mean_squares` or `shared_mean_squares` of the first two designs and their lenders."""
     _, k, s, t = y.shape
-    measured = pooled or groups * (s - 1) >= MEASURED_DF
     keep = [*[i for i in (0, 1) if stable[i]], *range(2, k)]
-    count, lenders = len(keep), k - 2
+    count = len(keep)
     deviations = _centred(_centred(y.mean(axis=3)[:, keep], 1), 2)
     squares = t * max(count, 2) / max(count - 1, 1) * (deviations**2).sum(axis=2) / (s - 1)
-    total_df, own_df = (count - 1.0) * (s - 1), (s - 1) / (1 + max(count - 1, 1) ** -2)
-    weight = 1.0 if measured else SHARE_DF / (SHARE_DF + s - 1)
+    total_df = (count - 1.0) * (s - 1)
     parts, shares, dfs = list[np.ndarray](), list[float](), list[float]()
     for i in (0, 1):
         own = run_mean_squares(y[:, i])
@@ -262,15 +257,11 @@ def _with_lenders(
             parts.append(np.maximum(own, ratios[:, i] * squares.mean(axis=1)) / 2)
             shares.append(0.5)
             dfs.append(1 / (1 / (groups * (s - 1)) + 1 / total_df))
-        elif not measured:
-            parts.append((1 - weight) / 2 * squares[:, keep.index(i)])
-            shares.append((1 - weight) / 2)
-            dfs.append(own_df)
     if any(stable):
-        lent = weight * sum(stable) / 2
-        parts.insert(0, lent * (squares if measured else squares[:, -lenders:]).mean(axis=1))
+        lent = sum(stable) / 2
+        parts.insert(0, lent * squares.mean(axis=1))
         shares.insert(0, lent)
-        dfs.insert(0, total_df if measured else max(total_df - own_df * (count - lenders), 1.0))
+        dfs.insert(0, total_df)
     error_df = (k - 1.0) * (s - 1) * (t - 1)
     error = (_centred(_centred(_centred(y, 1), 2), 3) ** 2).sum(axis=(1, 2, 3)) / error_df
     return Contrasts.of(y, np.stack(parts, axis=1), shares, dfs, error, error_df)
@@ -312,10 +303,12 @@ def study_rejects(
     if y.shape[2] == 2:
         return rejected(two_arms(y[:, group]), alpha, shift)
     runs = np.roll(run_mean_squares(y), -group, axis=1)
-    found = np.ones(len(y), dtype=bool)
-    for pooled in (False, True) if cautious else (False,):
-        for places, contrasts in study_form(y[:, group], runs, pooled):
-            found[places] &= rejected(contrasts, alpha, shift)
+    found, level = np.ones(len(y), dtype=bool), alpha
+    if runs.shape[1] * (y.shape[3] - 1) < MEASURED_DF:
+        found = rejected(two_arms(y[:, group]), alpha, shift)
+        level *= 1.0 if cautious else AGREE
+    for places, contrasts in pooled_form(y[:, group], runs):
+        found[places] &= rejected(contrasts, level, shift)
     return found
 
 

@@ -14,6 +14,7 @@ from scipy.stats import chi2, norm
 from poolwise.errors import StatisticsError
 from poolwise.stats import crossed
 from poolwise.stats.crossed import crossed_overall, equivalence, minimum_detectable_effect, one_seed
+from poolwise.stats.variance import TaskTypes, contrast_mean_squares, null_distribution
 
 PROTOTYPE = Path(__file__).parents[2] / "shared" / "notes" / "prototypes" / "crossed.py"
 FIELDS = ("difference", "p_value", "ci_low", "ci_high", "se", "run_sd")
@@ -156,18 +157,25 @@ def monte_carlo(result, rng, redraws=200_000):
     return (np.abs(z) / np.sqrt(spread) >= abs(result.difference) / result.se).mean()
 
 
-def test_three_runs_are_lent_a_third_of_the_run_variance():
-    """Two degrees of freedom of a design's own beside one of the others': its runs count 2/3, theirs 1/3."""
+def test_three_runs_decide_for_themselves_if_the_study_agrees():
+    """The larger of the p of the two arms and a third of the p with all runs pooled; the interval is the wider one."""
     rng = np.random.default_rng(2026)
-    a, b, *pool = scores(rng, designs=5, run_sd=0.003)
-    result = crossed(a, b, pool)
-    assert (result.scope, result.note, result.designs) == ("the compared designs, with a share of the study", "", 5)
-    means = np.stack([a, b, *pool]).mean(axis=2)
-    residual = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean()
-    squares = 8 * 5 / 4 * (residual**2).sum(axis=1) / 2  # 8 tasks; 5 designs around their mean, 3 seeds around theirs
-    own, lent = squares[:2], squares[2:].mean()
-    assert result.mean_squares.runs == pytest.approx((lent / 3, *own / 3))
-    assert result.p_value == pytest.approx(monte_carlo(result, rng), abs=0.005)
+    decisive = {"own": 0, "pooled": 0}
+    for _ in range(40):
+        a, b, *pool = scores(rng, designs=5, run_sd=0.003)
+        result, own = crossed(a, b, pool), crossed(a, b)
+        assert (result.scope, result.note) == ("the compared designs, and the study agrees", "")
+        assert (result.se, result.run_sd, result.designs) == (own.se, own.run_sd, 2)
+        squares, *_ = contrast_mean_squares([a, b], (-1.0, 1.0), pool, TaskTypes.one(8), pooled=True)
+        se, null = np.sqrt(squares.variance()), null_distribution(squares)
+        pooled = null.p_value(abs(own.difference) / se)
+        assert result.p_value == pytest.approx(max(own.p_value, pooled / 3), rel=1e-12)
+        wide = own.difference + null.critical(0.85) * se  # alpha .15: three times .05
+        assert result.ci_high == pytest.approx(max(own.ci_high, wide), abs=1e-9)
+        careful = crossed(a, b, pool, cautious=True)
+        assert careful.p_value == pytest.approx(max(own.p_value, pooled), rel=1e-12)
+        decisive["own" if result.p_value == pytest.approx(own.p_value) else "pooled"] += 1
+    assert min(decisive.values()) > 1
 
 
 def test_other_groups_of_tasks_show_which_runs_are_unstable():

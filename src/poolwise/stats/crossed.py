@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,9 +23,11 @@ from scipy.special import stdtr, stdtrit
 from poolwise.errors import StatisticsError, suggest
 from poolwise.stats.exact import Array, check_level, finite_array
 from poolwise.stats.variance import (
+    AGREE,
+    AGREED,
     MEASURED_DF,
     POOLED,
-    SHARED,
+    Guard,
     MeanSquares,
     Null,
     TaskTypes,
@@ -115,18 +117,14 @@ def crossed(
         elsewhere: (groups, designs) `variance.run_mean_square` of a, b and the pool, in this order, in other groups of
             tasks: evidence on whose runs are unstable.
         cautious: for many pairs at once. Where the compared designs' own few runs decide, the runs of the whole study
-            must agree: of the two results, the one with the larger p.
+            must agree at the same level, not only at `variance.AGREE` times it.
 
     Raises:
         StatisticsError: one seed, one task, different tasks, missing scores.
     """
     arms, others = _pair(a, b, pool)
     types = TaskTypes.one(arms[0].shape[1])
-    result = _contrast(arms, (-1.0, 1.0), others, types, level, elsewhere)
-    if cautious and result.scope == SHARED:
-        pooled = _contrast(arms, (-1.0, 1.0), others, types, level, elsewhere, pooled=True)
-        result = max(result, pooled, key=lambda found: found.p_value)
-    return result
+    return _contrast(arms, (-1.0, 1.0), others, types, level, elsewhere, 1.0 if cautious else AGREE)
 
 
 def crossed_overall(
@@ -284,14 +282,14 @@ def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, t
 
 def _contrast(
     arms: list[Array], coefficients: tuple[float, ...], others: list[Array], types: TaskTypes, level: float,
-    elsewhere: ArrayLike | None = None, pooled: bool = False,
+    elsewhere: ArrayLike | None = None, agree: float = AGREE,
 ) -> Crossed:  # fmt: skip
     check_level(level, "crossed")
     tasks = sorted({arm.shape[1] for arm in [*arms, *others]})
     if len(tasks) > 1:
         raise StatisticsError(f"crossed: designs with {tasks} tasks; every design needs the same tasks")
     known = None if elsewhere is None else finite_array(elsewhere, "crossed: elsewhere", "group", "design", least=0)
-    mean_squares, scope, note, designs = contrast_mean_squares(arms, coefficients, others, types, known, pooled)
+    mean_squares, scope, note, designs = contrast_mean_squares(arms, coefficients, others, types, known)
     by_task = sum((c * arm.mean(axis=0) for c, arm in zip(coefficients, arms, strict=True)), start=np.zeros(tasks))
     difference = float(by_task @ types.task_weights)
     se = float(np.sqrt(mean_squares.variance()))
@@ -300,6 +298,11 @@ def _contrast(
         null, critical, se, p = None, 0.0, 0.0, float(abs(difference) <= 1e-12)
     else:
         null = null_distribution(mean_squares)
+        if scope == AGREED:
+            study, *_ = contrast_mean_squares(arms, coefficients, others, types, known, pooled=True)
+            if study.variance() > 0:
+                scale = se / float(np.sqrt(study.variance()))
+                null = replace(null, guard=Guard(null_distribution(study), scale, agree))
         critical, p = null.critical(level), null.p_value(abs(difference) / se)
     cut = mean_squares.truncated()
     run_low, run_high = mean_squares.run_variance_interval(level)

@@ -25,6 +25,7 @@ from scipy.special import fdtrc, fdtri, gammaincinv, ndtr
 from poolwise.stats.exact import Array
 
 POOLED = "pooled over the study"
+AGREED = "the compared designs, and the study agrees"
 SHARED = "the compared designs, with a share of the study"
 TWO_ARMS = "two arms"
 OWN_ARMS = "the compared designs"
@@ -39,16 +40,16 @@ NO_RUN_VARIANCE = "no design of the study varies between its runs"
 MEASURED_DF = 4
 
 # Levels of the F test that sets aside a design whose runs vary more than the others'. For a compared design the test is
-# lenient, more so while its runs are few: pooling it wrongly makes p too small. For a lender it is strict: leaving out
-# the largest of several equal variances makes p too small, keeping an unstable lender only costs power.
-ARM_LEVEL, FEW_RUNS_LEVEL, LENDER_LEVEL = 0.05, 0.15, 0.02
+# lenient: pooling it wrongly makes p too small. For a lender it is strict: leaving out the largest of several equal
+# variances makes p too small, keeping an unstable lender only costs power.
+ARM_LEVEL, LENDER_LEVEL = 0.05, 0.02
 
-# What the other designs contribute to the run variance of a compared design whose runs are few: as much as this many
-# degrees of freedom of its own. More gives power, and false alarms if that design is less stable (results/type1.md).
-SHARE_DF = 1.0
+# Where the compared designs' own few runs decide, a verdict at level alpha needs the pooled runs of the study to agree
+# at this many times alpha: runs that happen to lie close together are weak evidence on their own (results/type1.md).
+AGREE = 3.0
 
 # Grid points of the null distribution by the number of run components: (runs …, tasks, error).
-GRIDS = {1: (48, 48, 8), 2: (20, 20, 20, 4), 3: (6, 10, 10, 14, 3)}
+GRIDS = {1: (48, 48, 8), 2: (20, 20, 20, 4)}
 
 
 @dataclass(frozen=True)
@@ -137,22 +138,38 @@ class MeanSquares:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A second test that must agree: `null` at its own standard error, which is the first one's / `scale`.
+
+    Its p counts 1 / `times`: 3 lets it object only where its p is above three times the level.
+    """
+
+    null: Null
+    scale: float
+    times: float
+
+
+@dataclass(frozen=True)
 class Null:
     """Distribution of |difference| / (estimated standard error) when there is no difference.
 
     `se` is the standard error at the variances taken as true; `ratios` (points,) are equally likely values of
-    (estimated / true) standard error.
+    (estimated / true) standard error. With a `guard`, p value and critical value are the larger of both tests.
     """
 
     se: float
     ratios: Array = field(repr=False, compare=False)
+    guard: Guard | None = field(default=None, repr=False, compare=False)
 
     def p_value(self, t: float) -> float:
         """Two-sided p: twice the upper tail at `t`, so above 1 for t < 0, as one-sided tests need it."""
-        return float(2 * ndtr(-t * self.ratios).mean())
+        p = float(2 * ndtr(-t * self.ratios).mean())
+        if self.guard is None:
+            return p
+        return max(p, self.guard.null.p_value(t * self.guard.scale) / self.guard.times)
 
     def critical(self, level: float) -> float:
-        """The statistic that is exceeded with probability 1 - level."""
+        """The statistic that is exceeded with probability 1 - level, and by which the guard, if any, agrees."""
         return float(brentq(lambda t: self.p_value(t) - 1 + level, 0, 1e4))
 
     def power(self, effect: float, critical: float) -> float:
@@ -192,9 +209,9 @@ def contrast_mean_squares(
 ) -> tuple[MeanSquares, str, str, int]:
     """Mean squares of a contrast, with as much of the study's run variance as is sound.
 
-    Designs whose runs vary more than those of the rest (`unstable`) lend nothing, and a compared one keeps its own run
-    variance. The stable designs are pooled if each is measured by `MEASURED_DF` or more; otherwise a compared design's
-    own runs decide, and the others count as `SHARE_DF`.
+    Two designs with few runs (less than `MEASURED_DF` degrees of freedom each) keep their own run variance. With more,
+    the stable designs of the study are pooled; those whose runs vary more than the rest (`unstable`) lend nothing, and
+    a compared one keeps its own run variance.
 
     Args:
         arms: one (seeds_k, tasks) array per compared design.
@@ -204,8 +221,8 @@ def contrast_mean_squares(
         pooled: pool the stable designs however few their runs are.
 
     Returns:
-        The mean squares, their scope (`POOLED`, `SHARED`, `TWO_ARMS`, `OWN_ARMS`), why the other designs were not
-        pooled, and the number of designs whose runs are in the run variance.
+        The mean squares, their scope (`POOLED`, `SHARED`, `TWO_ARMS`, `OWN_ARMS`, or `AGREED`: own runs, and the pooled
+        ones must agree), why the other designs were not pooled, and the number of designs in the run variance.
     """
     own = own_mean_squares(arms, coefficients, types), TWO_ARMS if len(arms) == 2 else OWN_ARMS
     designs = [*arms, *others]
@@ -219,19 +236,20 @@ def contrast_mean_squares(
     if elsewhere is not None and len(elsewhere):
         runs = np.vstack([runs, elsewhere])
     seeds = len(arms[0])
-    measured = pooled or len(runs) * (seeds - 1) >= MEASURED_DF
+    if not pooled and len(arms) == 2 and len(runs) * (seeds - 1) < MEASURED_DF:
+        return own[0], AGREED, "", 2
     noisy, ratios = unstable(runs, seeds, len(arms))
     lenders = [x for x, out in zip(others, noisy[len(arms) :], strict=True) if not out]
     note = NOISIER if noisy[: len(arms)].any() else ""
     if (others and not lenders) or (note and len(arms) > 2):
         return *own, note or UNSTABLE_LENDERS, len(arms)
-    if not note and (measured or len(arms) > 2):
+    if not note:
         study = np.stack([*arms, *lenders])
         return study_mean_squares(study, [*coefficients, *[0.0] * len(lenders)], types), POOLED, "", len(study)
     if noisy[: len(arms)].all() and len(runs) == 1:
         return *own, note, len(arms)
     known = ratios[: len(arms)] if len(runs) > 1 else None
-    squares = shared_mean_squares(arms, coefficients, lenders, noisy[: len(arms)], types, measured, known, len(runs))
+    squares = shared_mean_squares(arms, coefficients, lenders, noisy[: len(arms)], types, known, len(runs))
     return squares, SHARED, note, 2 + len(lenders)
 
 
@@ -253,7 +271,7 @@ def unstable(runs: Array, seeds: int, compared: int) -> tuple[NDArray[np.bool_],
     relative = (runs / np.where(scale > 0, scale, 1.0)).mean(axis=0)
     df = float(len(runs) * (seeds - 1))
     levels = np.full(runs.shape[1], LENDER_LEVEL)
-    levels[:compared] = ARM_LEVEL if df >= MEASURED_DF else FEW_RUNS_LEVEL
+    levels[:compared] = ARM_LEVEL
     kept = np.arange(runs.shape[1])
     while kept.size > 2:
         rest = (relative[kept].sum() - relative[kept]) / (kept.size - 1)
@@ -274,16 +292,14 @@ def shared_mean_squares(
     lenders: Sequence[Array],
     noisy: NDArray[np.bool_],
     types: TaskTypes,
-    measured: bool,
     ratios: Array | None,
     groups: int,
 ) -> MeanSquares:
-    """Mean squares of two compared designs whose own runs decide, as far as the other designs may not.
+    """Mean squares of two compared designs, one or both of which are unstable.
 
     A stable design has its deviations from the mean run of the stable designs, seed by seed, as in
-    `study_mean_squares`: with `measured` they are pooled with those of the lenders, otherwise the lenders count as
-    `SHARE_DF` beside the design's own seeds − 1. An unstable design has its own variance over runs, or, if larger, that
-    of the stable designs times its ratio over all `groups` (`ratios`; None with a single group).
+    `study_mean_squares`, pooled with those of the lenders. An unstable design has its own variance over runs, or, if
+    larger, that of the stable designs times its ratio over all `groups` (`ratios`; None with a single group).
     """
     study = np.stack([*arms, *lenders])
     seeds = study.shape[1]
@@ -292,28 +308,23 @@ def shared_mean_squares(
     deviations = _centred(_centred((study @ types.task_weights)[stable], 0), 1)
     # Deviations of `count` designs from their mean have (count - 1) / count of the variance, and are correlated.
     factor = count / (count - 1) if count > 1 else 1.0
-    squares = factor * (deviations**2).sum(axis=1) / (seeds - 1) / types.squared
-    own_df = (seeds - 1) / (1 + (count - 1) ** -2) if count > 1 else float(seeds - 1)
+    typical = float((factor * (deviations**2).sum(axis=1) / (seeds - 1) / types.squared).mean())
     total_df = (count - 1.0) * (seeds - 1)
     scale = float(sum(c**2 for c in coefficients)) / seeds
     parts: list[tuple[float, float, float]] = []  # of the run variance: mean square, share, degrees of freedom
-    lent, weight = 0.0, 1.0 if measured else SHARE_DF / (SHARE_DF + seeds - 1)
+    lent = 0.0
     for i, arm in enumerate(arms):
         share = coefficients[i] ** 2 / seeds / scale
         if stable[i]:
-            lent += share * weight
-            if not measured:
-                parts.append((float(squares[int(stable[:i].sum())]), share * (1 - weight), own_df))
+            lent += share
         elif ratios is None or count < 2:
             parts.append((run_mean_square(arm, types), share, seeds - 1.0))
         else:
             # A ratio of two mean squares is as uncertain as both together.
             df = 1 / (1 / (groups * (seeds - 1)) + 1 / total_df)
-            parts.append((max(run_mean_square(arm, types), float(ratios[i] * squares.mean())), share, df))
+            parts.append((max(run_mean_square(arm, types), float(ratios[i]) * typical), share, df))
     if lent:
-        pool = squares if measured else squares[-len(lenders) :]
-        left = total_df if measured else max(total_df - own_df * (count - len(lenders)), 1.0)
-        parts.insert(0, (float(pool.mean()), lent, left))  # first, so that the compared designs share one grid
+        parts.insert(0, (typical, lent, total_df))  # first, so that the compared designs share one grid
     runs, shares, dfs = (tuple(column) for column in zip(*((ms * w, w, df) for ms, w, df in parts), strict=True))
     error, error_df = _interaction(study, types)
     tasks, task_df = _task_mean_square(list(arms), coefficients, types, scale)
