@@ -394,6 +394,8 @@ def _built_in(name: str) -> list[Task]:
     task = task_from_data(name, TaskData(**demo.task_data(name)), source=mechanism or name)
     if task.task_type == "Classification":  # mteb's ten draws from so small a training set would hardly differ
         task.mteb.n_experiments = DEMO_EXPERIMENTS
+    if task.task_type == "Retrieval":  # the corpora have 30 to 72 documents
+        task.mteb.k_values = (1, 3, 10)
     return [task]
 
 

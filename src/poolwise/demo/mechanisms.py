@@ -204,18 +204,18 @@ MECHANISMS: dict[str, Mechanism] = {
 SEED = 2025  # of every evaluation task: the tasks are fixed, only training varies
 
 # Sizes of each form. `sts`: pairs. `retrieval`: groups in the corpus, meanings of each that are searched for, in two
-# wordings. `classification`: training and test texts. `clustering`: sets.
+# wordings. `classification`: training and test texts.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "overlap": {"sts": (80,), "retrieval": (12, 3), "classification": (32, 40), "clustering": (3,)},
-    "roles": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
-    "negation": {"sts": (80,), "retrieval": (8, 5), "classification": (32, 40)},
-    "number": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
-    "swap": {"sts": (80,), "retrieval": (3, 10), "classification": (32, 40), "clustering": (2,)},
-    "early": {"sts": (60,), "retrieval": (10, 3), "classification": (32, 40), "clustering": (3,)},
-    "late": {"sts": (60,), "retrieval": (10, 3), "classification": (32, 40), "clustering": (3,)},
-    "context": {"sts": (80,), "retrieval": (8, 5), "classification": (32, 40)},
-    "tail": {"sts": (80,), "retrieval": (10, 3), "classification": (30, 60)},
-    "topic": {"sts": (80,), "retrieval": (3, 8), "classification": (64, 64), "clustering": (3,)},
+    "overlap": {"sts": (100,), "retrieval": (12, 3), "classification": (32, 40)},
+    "roles": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
+    "negation": {"sts": (100,), "retrieval": (8, 5), "classification": (32, 40)},
+    "number": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
+    "swap": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
+    "early": {"sts": (100,), "retrieval": (10, 3), "classification": (32, 40)},
+    "late": {"sts": (100,), "retrieval": (10, 3), "classification": (32, 40)},
+    "context": {"sts": (100,), "retrieval": (8, 5), "classification": (32, 40)},
+    "tail": {"sts": (100,), "retrieval": (10, 3), "classification": (30, 60)},
+    "topic": {"sts": (100,), "retrieval": (3, 8), "classification": (64, 64)},
 }
 
 
@@ -231,7 +231,6 @@ def records(name: str, kind: str) -> dict[str, list[dict[str, Any]]]:
         "sts": _sts,
         "retrieval": _retrieval,
         "classification": _classification,
-        "clustering": _clustering,
     }
     return forms[kind](MECHANISMS[name], *SIZES[name][kind])
 
@@ -304,21 +303,6 @@ def _classification(mechanism: Mechanism, train: int, test: int) -> dict[str, li
                 break
         del rows[side][count:]
     return rows
-
-
-def _clustering(mechanism: Mechanism, sets: int) -> dict[str, list[dict[str, Any]]]:
-    """Each set holds every wording of up to eight meanings of one group; the meaning is the cluster."""
-    rng = generator("clustering", mechanism.name, SEED)
-    rows = []
-    for group in unique(mechanism.groups("eval", "clustering", SEED, most=8), sets):
-        items = [
-            (text, "/".join(code))
-            for code, queries, documents in zip(group.codes, group.queries, group.documents, strict=True)
-            for text in (documents if len(documents) > len(queries) else (*queries, *documents))
-        ]
-        rng.shuffle(items)
-        rows.append({"sentences": [text for text, _ in items], "labels": [label for _, label in items]})
-    return {"test": rows}
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:

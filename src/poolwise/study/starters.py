@@ -153,7 +153,7 @@ TEMPLATES = {
 # The built-in model and tasks: runs offline in minutes and shows how designs differ on planted mechanisms.
 name = "demo"
 baseline = "m1"
-seeds = [0, 1, 2]
+seeds = [0, 1, 2, 3, 4]
 tasks = ["demo"]
 references = ["untuned", "tfidf", "tfidf_chars", "bm25"]
 evaluate_at = [1.0]
