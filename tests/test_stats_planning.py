@@ -67,6 +67,8 @@ def test_more_seeds_settle_it_unless_the_tasks_do_not():
     reached = planned_detectable_effect(fewest, 10, result.run_sd_low, *plan)
     before = planned_detectable_effect(fewest - 1, 10, result.run_sd_low, *plan) if fewest > 2 else np.inf
     assert reached <= 0.006 < before
+    assert result.designs == 5  # with five seeds their runs will be pooled, so fewer suffice than for two alone
+    assert seeds_to_settle(result, 0.004)[0] < seeds_to_settle(replace(result, designs=2), 0.004)[0]
     assert seeds_to_settle(result, 0.00001) == (None, None)
     with pytest.raises(StatisticsError, match="effect=0"):
         seeds_to_settle(result, 0)

@@ -48,7 +48,7 @@ class Crossed:
     The interval is difference ± critical * se. `run_sd`: sd of the effect of ONE run on a design's mean over tasks,
     with its own interval at `level`; `noise_sd`: sd of a single score around its run and task; `task_sd`: sd over tasks
     of the true difference. `scope`: where the run variance comes from; `note`: why it does not come from the whole
-    study, if designs to pool were given. `designs`: the number of designs whose runs estimate it.
+    study, if designs to pool were given. `designs`: the number of designs whose runs take part.
     """
 
     difference: float

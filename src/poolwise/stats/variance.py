@@ -222,7 +222,7 @@ def contrast_mean_squares(
 
     Returns:
         The mean squares, their scope (`POOLED`, `SHARED`, `TWO_ARMS`, `OWN_ARMS`, or `AGREED`: own runs, and the pooled
-        ones must agree), why the other designs were not pooled, and the number of designs in the run variance.
+        ones must agree), why the other designs were not pooled, and the number of designs whose runs take part.
     """
     own = own_mean_squares(arms, coefficients, types), TWO_ARMS if len(arms) == 2 else OWN_ARMS
     designs = [*arms, *others]
@@ -237,7 +237,7 @@ def contrast_mean_squares(
         runs = np.vstack([runs, elsewhere])
     seeds = len(arms[0])
     if not pooled and len(arms) == 2 and len(runs) * (seeds - 1) < MEASURED_DF:
-        return own[0], AGREED, "", 2
+        return own[0], AGREED, "", len(designs)
     noisy, ratios = unstable(runs, seeds, len(arms))
     lenders = [x for x, out in zip(others, noisy[len(arms) :], strict=True) if not out]
     note = NOISIER if noisy[: len(arms)].any() else ""
