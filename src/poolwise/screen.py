@@ -279,16 +279,8 @@ def show_check(preview: Mapping[str, Any]) -> None:
         )  # fmt: skip
     for note in preview["grid"]:
         console.print(f"grid, left out: {note}", style="dim", markup=False, soft_wrap=True)
-    if preview["tasks"]:
-        body = tuple(
-            (
-                group["task_type"], str(group["tasks"]), str(group["sources"]),
-                f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
-            )
-            for group in preview["tasks"]
-        )  # fmt: skip
-        columns = ("task type", "tasks", "sources", "smallest p", f"after Holm over {preview['contrasts']}")
-        print_table(console, Table("", columns, (("", body),)))
+    for table in tables.planned(preview):
+        print_table(console, table)
     if planted := preview["mechanisms"]:
         items = ", ".join(f"{group['mechanism']} {group['items']}" for group in planted)
         console.print(

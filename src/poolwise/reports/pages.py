@@ -68,8 +68,8 @@ def _with_contents(html: str) -> str:
 
 
 def at_a_glance(findings: Findings) -> tables.Table:
-    """A row for each group: the winner, the contrast that decides it, what that design costs, and what would settle an
-    open question."""
+    """A row for each group: the winner, the contrast that decides it, what that design costs, and what a contrast
+    that is still open lacks."""
     costs = encode_flops(findings.costs)
     own = costs.get(findings.baseline)
 
@@ -81,7 +81,7 @@ def at_a_glance(findings: Findings) -> tables.Table:
         winner = words.get(word, "no winner")  # single runs have none, whatever their checkpoints show
         span = interval(shown.ci_low, shown.ci_high)
         return (
-            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _to_settle(findings, row),
+            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _needed(findings, row),
         )  # fmt: skip
 
     base = findings.baseline
@@ -91,24 +91,26 @@ def at_a_glance(findings: Findings) -> tables.Table:
         f"Largest gap to {base}",
         "Interval" if findings.interim else f"{findings.percent} % interval",
         "Encoding",
-        "To settle it",
+        "Needed to decide",
     )
     note = (
         f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}. Encoding: FLOPs "
-        f"over {base}’s. To settle it: what would detect a difference of {points(findings.margin, 1)} points."
+        f"over {base}’s. Needed to decide: what this contrast lacks for a verdict; seeds are those of each design that "
+        f"would find a true difference of {points(findings.margin, 1)} points, the smallest that counts as one, with "
+        "80 % power."
     )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
     return tables.Table("At a glance", columns, (("", tuple(cells(group) for group in findings.groups)),), note, 2)
 
 
-def _to_settle(findings: Findings, row: Row) -> str:
-    """What a contrast without a verdict needs: finished runs, sources, seeds, or more tasks or items."""
+def _needed(findings: Findings, row: Row) -> str:
+    """What a contrast without a verdict lacks: finished runs, sources, seeds, or more tasks or items."""
     verdict, word = row.verdict, outcome(findings, row)
     if findings.interim:
         return "the missing runs"
     if word in ("better", "worse", "equivalent") and verdict:
-        return "shown" if word == "better" else f"shown: {row.design} is {word}"
+        return "decided" if word == "better" else f"decided: {row.design} is {word}"
     if min(findings.seeds[row.design], findings.seeds[row.baseline]) < 2:
         return "two seeds or more"
     arm = findings.arm(row.group, row.baseline)
@@ -200,7 +202,7 @@ def _task_words(comparison: Comparison) -> str:
 
     parts = [f"{tasks([group])} {group_words(group)}" for group in types]
     parts += [f"{tasks(planted)} on {count(len(planted), 'mechanism')}"] if planted else []
-    parts += [f"{len(own)} of your own"] if own else []
+    parts += [count(len(own), "single task")] if own else []
     return f"{total} ({listing(parts)})"
 
 
@@ -232,7 +234,7 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
         kind
         for kind, some in (
             ("mechanism", any(map(findings.of_mechanism, findings.groups))),
-            ("own task", any(map(findings.of_own_task, findings.groups))),
+            ("single task", any(map(findings.of_own_task, findings.groups))),
         )
         if some
     ]

@@ -388,7 +388,7 @@ def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Est
     interval = stats.paired_bootstrap(x, y, rng)
     moved, notes = int((x != y).sum()), _size_notes(data, len(x))
     if data.task_type == "Clustering":
-        notes.append("sets that were drawn repeatedly from one data set overlap, so p and the interval are too small")
+        notes.append("sets that mteb draws repeatedly from one data set overlap: then p and the interval are too small")
     if data.task_type == "Classification" and np.isin([x, y], (0, 1)).all():
         test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum()))
     else:
