@@ -168,7 +168,8 @@ def own_tasks(comparison: Comparison) -> Table | None:
     scope = "for runs and items like these" if all(row.verdict for row in comparison.rows if row.group in groups) else (
         "for these checkpoints and items like these where a design was run once"
     )  # fmt: skip
-    note = f"Each task is tested over its items. Points, {scope}; p after Holm over {count(comparison.family, 'contrast')}."
+    family = count(comparison.family, "contrast")
+    note = f"Each task is tested over its items. Points, {scope}; p after Holm over {family}."
     columns = (
         "Design", "Score", f"Score of {comparison.baseline}", "Difference", f"{comparison.percent} % interval",
         "p Holm", "Verdict",

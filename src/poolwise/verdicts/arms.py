@@ -283,7 +283,7 @@ def whole_task(name: str) -> str:
 def by_items(frame: pl.DataFrame, main: pl.DataFrame, by: str) -> pl.DataFrame:
     """`main` (rows of main scores, one checkpoint per run) with the columns `over_items` and `unit`.
 
-    `over_items` is the group of a task that is compared over items: its mechanism, or the single task itself if tasks are
+    `over_items` is the group of a task that is compared over items: its mechanism, or the single task if tasks are
     grouped `by` task type or task. The main score of such a task is replaced by rows for its items, each treated as a
     task, if every run has items in `frame` (the long table). `unit` is null in the other rows.
     """
@@ -317,8 +317,8 @@ def by_items(frame: pl.DataFrame, main: pl.DataFrame, by: str) -> pl.DataFrame:
 
 
 def _own_tasks(main: pl.DataFrame, many: Collection[str]) -> list[str]:
-    """Tasks that are tested singly: made from texts in memory and not built in; or of unknown identity, unless there are `many`
-    tasks of their type."""
+    """Tasks that are tested singly: made from texts in memory and not built in; or of unknown identity, unless there
+    are `many` tasks of their type."""
     import polars as pl
 
     identity = pl.col("task_identity") if "task_identity" in main.columns else pl.lit(None, pl.String)
