@@ -50,7 +50,7 @@ def terminal(*, stderr: bool = False) -> Console:
 def lines(table: Table) -> list[Text]:
     """The lines of a table, without its note: words flush left, numbers flush right."""
     widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
+    words = [table.is_words(index) for index in range(len(table.columns))]
 
     def line(row: Cells, style: str = "") -> Text:
         text = Text(style=style)

@@ -93,15 +93,20 @@ def at_a_glance(findings: Findings) -> tables.Table:
         "Encoding",
         "Needed to decide",
     )
+    rows = tuple(cells(group) for group in findings.groups)
     note = (
-        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}. Encoding: FLOPs "
-        f"over {base}’s. Needed to decide: what this contrast lacks for a verdict; seeds are those of each design that "
-        f"would find a true difference of {points(findings.margin, 1)} points, the smallest that counts as one, with "
-        "80 % power."
+        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}; the interval is "
+        f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: what the contrast lacks for a "
+        "verdict."
     )
+    if any("seeds" in row[-1] for row in rows):
+        note += (
+            f" With so many seeds of each design a true difference of {points(findings.margin, 1)} points would be "
+            "found with 80 % power."
+        )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
-    return tables.Table("At a glance", columns, (("", tuple(cells(group) for group in findings.groups)),), note, 2)
+    return tables.Table("At a glance", columns, (("", rows),), note, 2)
 
 
 def _needed(findings: Findings, row: Row) -> str:
@@ -145,7 +150,15 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
     view: the dictionary of `poolwise layers --json`.
     """
-    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    facts = {
+        "title": f"{view['study']}: layers",
+        "pictures": layer_report.panels(view),
+        "sentences": layer_report.sentences(view),
+        "tables": layer_report.tables(view),
+        "untuned": any("correlation" in run for run in view["runs"]),
+        "attends": any(run["attention"] for run in view["runs"]),
+        "several": len(view["runs"]) > len({(run["design"], run["base"]) for run in view["runs"]}),
+    }
     return page("layers.html.j2", facts)
 
 
@@ -194,6 +207,8 @@ def _task_words(comparison: Comparison) -> str:
         return f"{total} ({count(len(comparison.groups), 'group')})"
     planted = [group for group in comparison.groups if comparison.of_mechanism(group)]
     own = [group for group in comparison.groups if comparison.of_own_task(group)]
+    if len(own) == len(comparison.groups):
+        return f"{total}, each tested over its items"
     if not types and not own:
         return f"{total} on {count(len(planted), 'mechanism')}"
 

@@ -54,6 +54,10 @@ ROLES = {
 }
 
 
+WORDS = ("Verdict", "Needed to decide")
+"""Columns of words, wherever they are in a table."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of strings under `columns`, in sections with or without a heading; the first `text` columns are words."""
@@ -63,6 +67,10 @@ class Table:
     sections: tuple[tuple[str, tuple[Cells, ...]], ...]
     note: str = ""
     text: int = 1
+
+    def is_words(self, place: int) -> bool:
+        """Whether a column holds words, which are flush left, and not numbers."""
+        return place < self.text or self.columns[place] in WORDS
 
     @property
     def rows(self) -> list[Cells]:

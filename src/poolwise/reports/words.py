@@ -205,7 +205,8 @@ def verdict_claim(comparison: Comparison, pair: tuple[str, str], verdict: Verdic
             f"{design} against {baseline}: {points(verdict.difference, digits, True)} points ({span}; {context}), Holm "
             f"p {probability(verdict.p_holm)}, {withheld_words(verdict)}."
         )
-    return f"{design} against {baseline} is inconclusive: differences from {span} points are compatible ({context})."
+    open_ = "inconclusive" if verdict.ci_low <= 0 <= verdict.ci_high else "inconclusive after Holm’s correction"
+    return f"{design} against {baseline} is {open_}: differences from {span} points are compatible ({context})."
 
 
 def withheld_words(verdict: Verdict | Given) -> str:
