@@ -238,3 +238,11 @@ def test_sets_that_overlap_or_a_single_set_are_reported_as_untested() -> None:
     assert untestable([one]).startswith("one clustering set: designs are scored on it, not tested")
     nearly = {**other, "sentences": [*one["sentences"][:2], *other["sentences"][2:]]}  # a tenth is shared
     assert untestable([one, nearly]) == ""
+
+
+def test_a_correlation_within_a_range_is_one(here: Path) -> None:
+    """The score of a part of the pairs is the statistic of that part, which cannot leave its bounds."""
+    result = ab("data/similar", ["tfidf", "tfidf_chars"])
+    for rows in result["by_feature"].values():
+        for row in rows:
+            assert all(score is None or -1 <= score <= 1 for score in row["scores"].values())

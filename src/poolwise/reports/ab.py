@@ -159,18 +159,20 @@ def by_feature(result: Mapping[str, Any]) -> Table:
         low, high = ((f"{100 * v:.0f} %" if name == "overlap" else f"{v:.0f}") for v in (row["from"], row["to"]))
         return low if low == high else f"{low} to {high}"
 
+    def cell(value: float | None) -> str:
+        return "–" if value is None else points(value, 1)
+
     sections = tuple(
         (
             names[name],
             tuple(
-                (span(name, row), f"{row['items']:,}", *(points(row["scores"][label], 1) for label in labels))
+                (span(name, row), f"{row['items']:,}", *(cell(row["scores"][label]) for label in labels))
                 for row in rows
             ),
         )
         for name, rows in result["by_feature"].items()
     )
-    pairs = result["kind"] in ("sts", "pair_classification")
-    note = "Mean contribution of the pairs to the statistic, ×100." if pairs else f"{METRICS[result['metric']]} ×100."
+    note = f"{METRICS[result['metric']]} ×100 within each range."
     return Table("Where they differ", ("Range", result["noun"].capitalize(), *labels), sections, note)
 
 

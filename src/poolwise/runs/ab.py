@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from poolwise.scoring.evaluate import model_identity
 from poolwise.scoring.references import DEPTH, MEASURES, content_words, measured, reference, search_words
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.study import Study
-from poolwise.verdicts.items import Answer, DataSet, answers, compare_items, data_sets, decision
+from poolwise.verdicts.items import Answer, DataSet, answers, compare_items, data_sets, decision, score
 from poolwise.verdicts.table import table
 
 KEPT = ".poolwise"
@@ -136,9 +136,8 @@ def ab(
     if not 0 < margin < 1:
         raise StatisticsError(f"margin = {margin}: a difference of scores above 0 and below 1 (1 point is .01)")
     entries = contenders(models)
-    for entry in entries:
-        for note in entry.notes:
-            say(f"note: {entry.label}: {note}")
+    for line in [f"note: {entry.label}: {note}" for entry in entries for note in entry.notes]:
+        say(line)
     if path.is_dir() and not any(file.is_file() for file in path.iterdir()) and (inside := task_folders(path)):
         raise TaskError(
             f"{path} holds the tasks {enumerate_words(inside)}; ab compares models on one of them: "
@@ -426,6 +425,14 @@ def _extremes(work: _Search | _Texts, data: DataSet, base: str, label: str, apar
     return {"gains": [shown(n) for n in gains], "losses": [shown(n) for n in losses]}
 
 
+def _score_on(data: DataSet, label: str, some: np.ndarray) -> float | None:
+    """The score of a model on `some` (items,) of the items; None for pairs that all have the same gold value."""
+    gold = None if data.gold is None else data.gold[some]
+    if gold is not None and np.ptp(gold) == 0:
+        return None
+    return score(replace(data, gold=gold), data.runs[label][:, some])
+
+
 def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean score of each model on the thirds of the items by each feature, where the thirds differ."""
     found: dict[str, Any] = {}
@@ -436,7 +443,7 @@ def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.
             {
                 "from": float(values[place == third].min()), "to": float(values[place == third].max()),
                 "items": int((place == third).sum()),
-                "scores": {label: float(data.per_item(label)[:, place == third].mean()) for label in labels},
+                "scores": {label: _score_on(data, label, place == third) for label in labels},
             }
             for third in np.unique(place)
         ]  # fmt: skip

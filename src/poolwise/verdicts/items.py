@@ -359,7 +359,7 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
     lines = [(estimate, runs)]
-    scores = (_score(data, b), _score(data, a))
+    scores = (score(data, b), score(data, a))
     if min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
@@ -372,7 +372,7 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     ]  # fmt: skip
 
 
-def _score(data: DataSet, runs: Array) -> float:
+def score(data: DataSet, runs: Array) -> float:
     """The score of a design on the items: their mean, or the mean over runs of what is measured against gold."""
     if data.gold is None:
         return float(runs.mean())
