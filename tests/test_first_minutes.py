@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from poolwise.cli import app
 from poolwise.data.rows import clustering_sets, untestable
 from poolwise.errors import DataError, ModelError, TaskError
 from poolwise.model.checkpoint import load_any
+from poolwise.reports import layers as layer_report
+from poolwise.reports.pages import layers_page, page
 from poolwise.runs.ab import ab
 from poolwise.runs.check import check
 from poolwise.study.design import Design
@@ -246,3 +249,38 @@ def test_a_correlation_within_a_range_is_one(here: Path) -> None:
     for rows in result["by_feature"].values():
         for row in rows:
             assert all(score is None or -1 <= score <= 1 for score in row["scores"].values())
+
+
+def look(attention: list[float] | None) -> dict:
+    """What `poolwise layers --json` prints of one design on two task types, whose scores differ thirtyfold."""
+    scores = {"STS": (0.30, 0.60, 0.45), "Retrieval": (0.01, 0.012, 0.02)}
+    rows = [
+        {"task": kind, "task_type": kind, "layer": layer, "score": score, "split": "test", "subset": "default"}
+        for kind, values in scores.items()
+        for layer, score in enumerate(values, 1)
+    ]
+    own = [{"task": "STS", "task_type": "STS", "score": 0.63}, {"task": "R", "task_type": "Retrieval", "score": 0.015}]
+    run = {"design": "m5", "base": "b", "scores": rows, "own": own, "reduce": "mean"}
+    inside = {"attention": attention, "weights": None}
+    return {"study": "s", "runs": [{**run, **inside, "seed": 0}, {**run, **inside, "seed": 1}]}
+
+
+def test_layers_of_task_types_share_one_scale_with_their_names_inside_the_picture() -> None:
+    sts, retrieval = layer_report.lines(look(None)["runs"])
+    assert [sts.scaled(value) for value in sts.layers] == pytest.approx([0, 1, 0.5])
+    assert [retrieval.scaled(value) for value in retrieval.layers] == pytest.approx([0, 0.2, 1])
+    assert sts.scaled(sts.design) == pytest.approx(1.1)
+    (panel,) = layer_report.panels(look([0.1, 0.2, 0.7]))
+    for text in ("STS: layer 2 best, 60.0; design 63.0", "retrieval: layer 3 best, 2.0", "attention, 70 % at most"):
+        assert text in panel.svg
+    assert "attention" not in layer_report.panels(look(None))[0].svg
+
+
+def test_the_page_of_layers_has_the_style_of_the_report() -> None:
+    text = layers_page(look([0.1, 0.2, 0.7]))
+    style = page("style.css.j2", {})
+    assert style.strip() in text
+    assert "prefers-color-scheme: dark" in style
+    assert not re.search(r"#[0-9a-f]{6}", text.replace(style.strip(), ""))  # pictures take the colours of the page
+    assert "m5: layer 2 is the best single one on STS (60.0), where the design scores 63.0" in text
+    assert "attends most to layer 3 (70\u00a0%)" in text

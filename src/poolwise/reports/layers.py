@@ -79,7 +79,9 @@ def attention_panel(shares: Shares) -> list[plots.Panel]:
 def _ticks(layers: Sequence[int]) -> list[int]:
     """About eight layers to label, the first and the last among them."""
     every = max(1, -(-len(layers) // 8))
-    return [layer for layer in layers if layer % every == 0 or layer in (layers[0], layers[-1])]
+    ends = (layers[0], layers[-1])
+    # A number that would touch that of the first or the last layer is left out.
+    return [n for n in layers if n in ends or (n % every == 0 and min(abs(n - end) for end in ends) > every / 2)]
 
 
 def _by_design(view: Mapping[str, Any]) -> dict[str, list[Run]]:

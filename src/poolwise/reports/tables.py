@@ -54,7 +54,7 @@ ROLES = {
 }
 
 
-WORDS = ("Verdict", "Needed to decide")
+WORDS = ("Verdict", "Needed to decide", "Test")
 """Columns of words, wherever they are in a table."""
 
 
