@@ -87,8 +87,10 @@ def classification() -> Task:
 
 
 def clustering() -> Task:
-    sentences = ["a 0", "b 1", "c 90", "d 91"]
-    sets = [{"sentences": sentences, "labels": list(labels)} for labels in ("xxyy", "xyxy")]
+    sets = [
+        {"sentences": [f"{name} 0", f"{name} 1", f"{name} 90", f"{name} 91"], "labels": list(labels)}
+        for name, labels in (("a", "xxyy"), ("b", "xyxy"))
+    ]
     return task("clustering", {"test": sets})
 
 
@@ -122,7 +124,7 @@ def test_sts_is_the_rank_correlation_of_cosines():
 def test_pair_classification_is_average_precision():
     main, items = split_rows(evaluate(Angles(), [pairs()], identity="m"))
     # ranked by cosine: 1 0 1 0, so (1/1 + 2/3) / 2
-    assert main["metric"] == "max_ap"
+    assert main["metric"] == "cosine_ap"
     assert main["score"] == pytest.approx(5 / 6)
     assert [items[str(n)]["gold"] for n in range(4)] == [1, 0, 1, 0]
 
@@ -154,6 +156,13 @@ def test_clustering_is_v_measure_of_each_set():
     # the first labels are the two directions, the second are independent of them
     assert main["score"] == pytest.approx(0.5)
     assert [items[str(n)]["score"] for n in range(2)] == pytest.approx([1, 0], abs=1e-12)
+
+
+def test_clustering_sets_that_overlap_have_a_score_and_no_items_to_test():
+    sets = [{"sentences": ["a 0", "b 1", "c 90", "d 91"], "labels": list(labels)} for labels in ("xxyy", "xyxy")]
+    main, items = split_rows(evaluate(Angles(), [task("clustering", {"test": sets})], identity="m"))
+    assert main["score"] == pytest.approx(0.5)
+    assert items == {}
 
 
 def test_mtebs_fast_clustering_does_not_depend_on_what_ran_before():
@@ -254,6 +263,7 @@ def test_a_failure_names_its_task():
 
 def test_a_mean_that_is_not_mtebs_score_is_an_error():
     made = clustering()
+    made.load()
     scores = {"test": [{"hf_subset": "default", "v_measures": [1.0, 0.0], "v_measure": 0.6, "main_score": 0.6}]}
     with pytest.raises(TaskError, match=r"mean of v_measure of 2 items is 0\.500000, mteb says 0\.600000"):
         item_scores(made, {"default": {"test": []}}, scores)

@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from poolwise.data.own_tasks import TaskData, draw_sets
+from poolwise.data.own_tasks import TaskData
+from poolwise.data.rows import clustering_sets
 from poolwise.data.tasks import resolve_tasks, task_from_data
 from poolwise.errors import TaskError
 
@@ -92,22 +93,23 @@ def test_sets_are_preferred_to_drawing(tmp_path):
     (tmp_path / "f" / "task.toml").write_text('kind = "clustering"')
     drawn = one("./f", tmp_path)
     drawn.load()
-    assert len(drawn.mteb.dataset["test"]) == 10
+    assert len(drawn.mteb.dataset["test"]) == 1  # of nine texts
     write(tmp_path / "f" / "sets.jsonl", [{"sentences": ["a", "b"], "labels": ["x", "y"]}])
     given = one("./f", tmp_path)
     given.load()
     assert given.mteb.dataset["test"].to_list() == [{"sentences": ["a", "b"], "labels": [0, 1]}]
 
 
-def test_drawn_sets_are_seeded_samples_without_replacement():
-    rows = [{"text": str(i), "label": str(i % 2)} for i in range(5001)]
-    sets = draw_sets(rows)
-    assert sets == draw_sets(rows)
+def test_labelled_texts_become_clustering_sets_that_share_no_text_and_have_the_same_labels():
+    rows = [{"text": str(i), "label": str(i % 2)} for i in range(21_000)]
+    sets = clustering_sets(rows)
+    assert sets == clustering_sets(rows)
     assert [len(s["sentences"]) for s in sets] == [2000] * 10
-    assert all(len(set(s["sentences"])) == 2000 for s in sets)
+    assert len({text for s in sets for text in s["sentences"]}) == 20_000
     assert all(str(int(t) % 2) == label for t, label in zip(sets[3]["sentences"], sets[3]["labels"], strict=True))
-    assert sets[0] != sets[1]
-    assert [len(s["sentences"]) for s in draw_sets(rows[:7])] == [4] * 10  # half of few texts, so that sets differ
+    few = clustering_sets(rows[:67])  # ten texts a label and set
+    assert [sorted(s["labels"]).count("0") for s in few] == [12, 11, 11]
+    assert [len(s["sentences"]) for s in clustering_sets(rows[:7])] == [7]
 
 
 def test_task_toml_says_kind_name_source_and_split(tmp_path):
@@ -230,7 +232,7 @@ def test_retrieval_leaves_out_queries_without_a_relevant_document(tmp_path):
             "sentence1,sentence2,score,score\na,b,1,9\nc,d,2,8\n",
             "test.csv: column(s) 'score' more than once in the header; keep one of each",
         ),
-        ("test.csv", "", "test.csv: holds no row"),
+        ("test.csv", "", "test.csv: the file is empty; expected a header and a row below it"),
     ],
 )
 def test_malformed_folders_are_refused_with_file_and_line(file, content, expected, tmp_path):

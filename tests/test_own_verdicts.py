@@ -1,4 +1,4 @@
-"""The user's own tasks get a verdict each, over runs × items, and a recommendation that follows from it."""
+"""Tasks read from folders get a verdict each, over runs × items, and a recommendation that follows from it."""
 
 from __future__ import annotations
 
@@ -170,8 +170,8 @@ def test_a_task_named_like_a_task_type_stays_by_itself() -> None:
     rows = items(0.1, task="STS", task_identity="sha256:1")
     several = of_tasks({"a": 0, "b": 0.0}, types={"STS": 6})
     c = compared(pl.concat([table.table(rows), several], how="diagonal_relaxed"), "a")
-    assert c.groups == ("STS", "STS (own)")
-    assert c.row("STS (own)", "b").verdict.verdict == "better"
+    assert c.groups == ("STS", "STS (single task)")
+    assert c.row("STS (single task)", "b").verdict.verdict == "better"
     assert c.row("STS", "b").verdict.tasks == 6
 
 

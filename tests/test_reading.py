@@ -78,7 +78,7 @@ def test_the_delimiter_is_found_and_reported(tmp_path, name, delimiter, note):
 def test_a_header_that_fits_under_no_delimiter_is_reported_as_the_file_has_it(tmp_path):
     assert wrong(tmp_path, "t.csv", b"x;c;d\n1;2;3\n") == "t.csv: no column 'a'"
     assert wrong(tmp_path, "t.csv", b'"x",c\n1,2\n') == "t.csv: no column 'a'"
-    assert wrong(tmp_path, "t.csv", b"") == "t.csv: no column 'a'"
+    assert wrong(tmp_path, "t.csv", b"") == "t.csv: the file is empty; expected a header and a row below it"
     (tmp_path / "t.csv").write_text("id;body\n1;x\n")
     assert "no field 'text', it has 'id', 'body'; name it" in str(missing(tmp_path / "t.csv"))
 

@@ -94,9 +94,9 @@ def test_references_by_name(tmp_path):
         ("tfidf", "retrieval/Cranfield", 0.3494, 225),
         ("bm25", "retrieval/Cranfield", 0.3777, 225),
         ("tfidf", "reranking/TrecQA", 0.6709, 133),
-        ("tfidf", "pair_classification/MRPC", 0.8642, 1725),
-        ("tfidf", "clustering/StackOverflowTitles", 0.4550, 10),
-        ("tfidf", "clustering/SearchSnippets", 0.1106, 10),
+        ("tfidf", "pair_classification/MRPC", 0.8513, 1725),
+        ("tfidf", "clustering/StackOverflowTitles", 0.4550, 0),  # its sets overlap
+        ("tfidf", "clustering/SearchSnippets", 0.1106, 0),
     ],
 )
 def test_references_on_real_folders(name, folder, score, items, shared):

@@ -309,7 +309,7 @@ def evaluate(
     from poolwise.data.tasks import resolve_tasks
     from poolwise.encoding.encode import open_encoder
     from poolwise.encoding.fast import MASKED, reads_padding
-    from poolwise.model.checkpoint import recipe_of
+    from poolwise.model.checkpoint import default_pooling, recipe_of
     from poolwise.model.encoder import evaluation_prompts, instructions
     from poolwise.model.release import load_release
     from poolwise.scoring.evaluate import evaluate as score
@@ -340,8 +340,8 @@ def evaluate(
     before = ours and ours.max_seq_length
     if ours and (limit := max_length or (recipe and recipe.scored_length)):
         ours.max_seq_length = limit
-    if ours and reads_padding(ours):
-        note(MASKED)
+    for line in filter(None, [MASKED * reads_padding(ours), default_pooling(ours)] if ours else ()):
+        note(line)
     try:
         identity = model_identity(model)
         rows = score(model, resolved, identity=identity, batch_size=batch_size, items=False, prompts=prompts)

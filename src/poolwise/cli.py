@@ -16,6 +16,7 @@ from poolwise.commands import models
 from poolwise.commands.options import (
     KEPT,
     Benchmark,
+    Command,
     Json,
     Revisions,
     Source,
@@ -74,7 +75,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@app.command()
+@app.command(cls=Command)
 def init(
     template: Annotated[str, typer.Argument(help="paper, demo, factorial, or own: a study of your own data.")],
     folder: Annotated[Path | None, typer.Argument(help="With own: the folder of your data; the current one.")] = None,
@@ -101,7 +102,7 @@ def init(
     print(f"wrote {write(template, to)}; next: poolwise check {to or template + '.toml'}")
 
 
-@app.command()
+@app.command(cls=Command)
 def check(study: StudyFile, as_json: Json = False) -> None:
     """Validate a study; show its factors, sizes, cost, trials, negatives and the smallest reachable p."""
     from poolwise.screen import show_check
@@ -116,7 +117,7 @@ def check(study: StudyFile, as_json: Json = False) -> None:
     print(json.dumps(preview, indent=1)) if as_json else show_check(preview)
 
 
-@app.command()
+@app.command(cls=Command)
 def run(
     study: StudyFile,
     workers: Annotated[int, typer.Option(help="Trials at a time; 0: by GPUs, else one per core.", min=0)] = 0,
@@ -161,7 +162,7 @@ def run(
     raise typer.Exit(1 if failed else 0)
 
 
-@app.command()
+@app.command(cls=Command)
 def status(study: StudyFile, as_json: Json = False) -> None:
     """Print the grid of trials: waiting, started, done, failed and why; on which device, with how much memory."""
     from poolwise.runs import layout
@@ -178,7 +179,7 @@ def status(study: StudyFile, as_json: Json = False) -> None:
     print(json.dumps(rows, indent=1)) if as_json else show_status(rows)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     sources: Sources,
     baseline: Annotated[str | None, typer.Option(help="Baseline (default: the study's, or the first design).")] = None,
@@ -232,7 +233,7 @@ def compare(
     print(json.dumps(findings.to_json(), indent=1)) if as_json else show_findings(findings, details)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
     source: Source,
     to: Annotated[Path | None, typer.Option(help="Folder to write into; for a study, its own by default.")] = None,
@@ -251,16 +252,16 @@ def report(
         print(path.resolve())
 
 
-app.command()(models.evaluate)
-app.command()(models.ab)
-app.command()(models.probe)
-app.command()(models.export)
-app.command()(models.encode)
-app.command()(models.serve)
-app.command()(models.layers)
+app.command(cls=Command)(models.evaluate)
+app.command(cls=Command)(models.ab)
+app.command(cls=Command)(models.probe)
+app.command(cls=Command)(models.export)
+app.command(cls=Command)(models.encode)
+app.command(cls=Command)(models.serve)
+app.command(cls=Command)(models.layers)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Only m1 and m5, two seeds, three mechanisms.")] = False,
     to: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("demo"),

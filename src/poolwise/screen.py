@@ -50,7 +50,7 @@ def terminal(*, stderr: bool = False) -> Console:
 def lines(table: Table) -> list[Text]:
     """The lines of a table, without its note: words flush left, numbers flush right."""
     widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    words = [index < table.text or name == "Verdict" for index, name in enumerate(table.columns)]
+    words = [table.is_words(index) for index in range(len(table.columns))]
 
     def line(row: Cells, style: str = "") -> Text:
         text = Text(style=style)
@@ -279,16 +279,8 @@ def show_check(preview: Mapping[str, Any]) -> None:
         )  # fmt: skip
     for note in preview["grid"]:
         console.print(f"grid, left out: {note}", style="dim", markup=False, soft_wrap=True)
-    if preview["tasks"]:
-        body = tuple(
-            (
-                group["task_type"], str(group["tasks"]), str(group["sources"]),
-                f"{group['min_reachable_p']:.4f}", f"{group['min_reachable_p_holm']:.4f}",
-            )
-            for group in preview["tasks"]
-        )  # fmt: skip
-        columns = ("task type", "tasks", "sources", "smallest p", f"after Holm over {preview['contrasts']}")
-        print_table(console, Table("", columns, (("", body),)))
+    for table in tables.planned(preview):
+        print_table(console, table)
     if planted := preview["mechanisms"]:
         items = ", ".join(f"{group['mechanism']} {group['items']}" for group in planted)
         console.print(

@@ -15,7 +15,7 @@ from poolwise.files import check_place
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A sentence-transformers model, by name or folder, or a run folder.")],
-    tasks: Annotated[list[str], typer.Option(help="Task, benchmark or folder; repeat for more.")],
+    tasks: Annotated[list[str], typer.Option(metavar="TASK", help="Task, benchmark or folder; repeat for more.")],
     batch_size: Annotated[int, typer.Option(help="Texts at a time.", min=1)] = 32,
     dtype: Dtype = None,
     template: Annotated[
@@ -43,7 +43,10 @@ def ab(
     data: Annotated[Path, typer.Argument(help="A retrieval folder; or a CSV or folder of pairs or labelled texts.")],
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL_A MODEL_B", help="Folder, Hub name, tfidf, bm25 or STUDY.toml:DESIGN."),
+        typer.Argument(
+            metavar="MODEL_A MODEL_B [MODEL...]",
+            help="The model in use, then its rivals: each a folder, a Hub name, tfidf, bm25 or STUDY.toml:DESIGN.",
+        ),
     ],
     margin: Annotated[float, typer.Option(help="The smallest difference that matters, in points.")] = 1.0,
     to: Annotated[Path | None, typer.Option(help="Folder of ab.html, .md and .json; NAME-ab beside the data.")] = None,
@@ -88,7 +91,7 @@ def probe(
 def export(
     study: StudyFile,
     design: Annotated[str, typer.Argument(help="Name of the design.")],
-    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write.")],
     seed: Annotated[int | None, typer.Option(help="Seed of the run; the study's first by default.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model of the run; the study's first by default.")] = None,
     force: Force = False,
@@ -111,7 +114,7 @@ def export(
 def encode(
     model: Annotated[str, typer.Argument(help="A trial's or an exported folder, or a sentence-transformers name.")],
     texts: Annotated[Path, typer.Argument(help="A .txt, one text a line; a .jsonl, .csv, .tsv or .parquet.")],
-    to: Annotated[Path, typer.Option(help="NumPy file to write, such as vectors.npy.")],
+    to: Annotated[Path, typer.Option(metavar="FILE", help="NumPy file to write, such as vectors.npy.")],
     prompt: Annotated[str | None, typer.Option(help="Text to put before each; none by default.")] = None,
     query: Annotated[
         bool | None,
@@ -162,7 +165,7 @@ def serve(
 
 def layers(
     run: Annotated[
-        str | None, typer.Argument(metavar="STUDY.toml|FOLDER", help="A study, its run folder, or one trial's.")
+        str | None, typer.Argument(metavar="STUDY.toml", help="A study, its run folder, or one trial's.")
     ] = None,
     untuned: Annotated[str | None, typer.Option(help="Instead of a run: a base model before training.")] = None,
     tasks: Annotated[

@@ -7,19 +7,20 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from poolwise.errors import PoolwiseError, printable, redact
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
 Source = Annotated[
-    str, typer.Argument(metavar="STUDY.toml|SCORES", help="A study, a CSV or Parquet file, mteb results.")
+    str, typer.Argument(metavar="SOURCE", help="A study, a CSV or Parquet file of scores, or a folder of mteb results.")
 ]
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="STUDY.toml|SCORES|RUN...", help="As for `report`; or TREC runs, with --qrels."),
+    typer.Argument(metavar="SOURCE [RUN...]", help="As for `report`; or TREC runs, with --qrels."),
 ]
 Split = Annotated[
     list[str] | None,
@@ -40,6 +41,32 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16, or auto: bfloat16 if the device has it. Default: as stored."),
 ]
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose usage line a reader can copy: `poolwise ab DATA MODEL_A MODEL_B [MODEL...] [OPTIONS]`.
+
+    Brackets mean optional. Options without which the command does not run are in the line.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        for parameter in self.params:
+            if parameter.param_type_name == "argument" and parameter.metavar is None:
+                parameter.metavar = str(parameter.name).upper()
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words after the command's name."""
+        arguments, needed = [], []
+        for parameter in self.params:
+            name = parameter.metavar or str(parameter.name).upper()
+            if parameter.param_type_name == "argument":
+                arguments.append(name if parameter.required else f"[{name}]")
+            elif parameter.required:
+                needed.append(f"{parameter.opts[0]} {name}")
+        return [*arguments, *needed, "[OPTIONS]"]
+
+
 KEPT = "\n\t"
 """Control characters that messages may contain; all others come from names and are escaped."""
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --to.")]

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from poolwise.data.reading import FORMATS, PAGE, Placed, file_format, is_delimited, is_list, read_records, text_problem
+from poolwise.data.reading import (
+    FORMATS,
+    PAGE,
+    Placed,
+    file_format,
+    is_delimited,
+    is_list,
+    read_records,
+    stem_of,
+    task_folders,
+    text_problem,
+)
 from poolwise.errors import Mistakes, TaskError, enumerate_words, name_problem, short, suggest
 from poolwise.files import MOST_TOML_BYTES, parse_json, parse_toml, read_bytes
 from poolwise.study.catalogue import origin
@@ -20,17 +31,16 @@ MTEB_TYPES = {
     "retrieval": ("Retrieval", "ndcg_at_10"),
     "reranking": ("Reranking", "map_at_1000"),
     "sts": ("STS", "cosine_spearman"),
-    "pair_classification": ("PairClassification", "max_ap"),
+    "pair_classification": ("PairClassification", "cosine_ap"),
     "classification": ("Classification", "accuracy"),
     "clustering": ("Clustering", "v_measure"),
 }
-"""Kind -> mteb's task type and its main score."""
+"""Kind -> mteb's task type and the main score: mteb's own, but for pair classification, where mteb has `max_ap`, the
+largest of four similarities' average precisions. Each pair's cosine is what can be compared and what is deployed."""
 KINDS = tuple(MTEB_TYPES)
 HIGHEST_GRADE = 1000
 """The highest relevance grade: trec_eval allocates memory for every grade up to it and crashes on very high ones."""
 TOML_KEYS = ("kind", "name", "source", "split", "ignore_identical_ids")
-SETS, SET_SIZE = 10, 2000
-"""Clustering sets that are drawn from labelled texts, and the texts of each."""
 
 
 @dataclass(frozen=True)
@@ -72,25 +82,13 @@ def content_identity(data: TaskData) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()[:24]}"
 
 
-def draw_sets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Clustering sets from labelled texts: `SETS` seeded random subsets without replacement, each of `SET_SIZE` texts
-    or, of fewer than twice that, of half of the texts, so that the sets differ."""
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    count = min(SET_SIZE, math.ceil(len(rows) / 2))
-    drawn = []
-    for _ in range(SETS):
-        chosen = [rows[i] for i in generator.permutation(len(rows))[:count]]
-        drawn.append({"sentences": [row["text"] for row in chosen], "labels": [row["label"] for row in chosen]})
-    return drawn
-
-
 def read_folder(path: Path) -> Folder:
     """Read and check a user's folder.
 
     Raises TaskError with every mistake found: file, line, column, value and what is allowed.
     """
+    from poolwise.data.rows import clustering_sets, untestable  # with numpy and pyarrow, which most names do not need
+
     reader = Reader(path)
     settings = reader.settings()
     split = str(settings.get("split", "test"))
@@ -103,13 +101,15 @@ def read_folder(path: Path) -> Folder:
     reader.mistakes.check()
     records = {part: [row for _, row in rows] for part, rows in placed.items()}
     if kind == "clustering" and "text" in records[split][0]:
-        records[split] = draw_sets(records[split])
+        records[split] = clustering_sets(records[split])
     name = str(settings.get("name", path.resolve().name))
     if problem := name_problem(name):
         reader.mistakes.add("", f"the folder's name {problem}, or give the task a name in task.toml")
         reader.mistakes.check()
     data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
     notes = [*reader.mistakes.notes, *(search_notes(data) if kind == "retrieval" else [])]
+    if kind == "clustering":
+        notes += filter(None, [untestable(records[split])])
     source, known = settings.get("source"), origin(name)
     if source is None and known:
         notes.append(f"by its name, its source is {known!r}, as for mteb's task; `source` in task.toml overrides it")
@@ -231,14 +231,15 @@ COLUMNS: dict[str, Columns] = {
 OPTIONAL = {"title"}
 
 
-def _chooser(columns: Columns) -> Callable[[Sequence[str]], Sequence[str]]:
-    """Picks these columns from a file's; see `reading.Choose`."""
+def chooser(part: str) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Picks the columns of a part of a task (a key of `COLUMNS`) from a file's; see `reading.Choose`."""
+    columns = COLUMNS[part]
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         if twice := [name for name in columns if list(names).count(name) > 1]:
             raise ValueError(f"column(s) {', '.join(map(repr, twice))} more than once in the header; keep one of each")
         if missing := [name for name in columns if name not in names and name not in OPTIONAL]:
-            raise ValueError(f"missing column(s) {', '.join(missing)}; found {', '.join(names)}")
+            raise ValueError(f"missing column(s) {', '.join(missing)}; found {', '.join(names) or 'none'}")
         return [name for name in columns if name in names]
 
     return choose
@@ -307,7 +308,11 @@ class Reader:
             return "clustering"
         path = self.find(split)
         if path is None:
-            files = ", ".join(sorted(f.name for f in self.folder.iterdir() if f.is_file())) or "nothing"
+            files = ", ".join(sorted(f.name for f in self.folder.iterdir() if f.is_file())) or "no file"
+            if files == "no file" and (inside := task_folders(self.folder)):
+                shown = enumerate_words(inside[:5], max(0, len(inside) - 5))
+                self.mistakes.add("", f"holds the tasks {shown}; name one of them, such as {self.folder / inside[0]}")
+                return ""
             self.mistakes.add(
                 "",
                 f"holds {files}; expected {split}.jsonl (or csv, tsv, parquet, gz), sets.*, or corpus.*, queries.* and "
@@ -373,7 +378,7 @@ class Reader:
         """`read` of the file at `path`, row by row."""
         where, columns, some = str(path.relative_to(self.folder)), COLUMNS[part], False
         mistakes, cells = self.mistakes.within(where), is_delimited(path)
-        for place, record in read_records(path, mistakes, _chooser(columns)):
+        for place, record in read_records(path, mistakes, chooser(part)):
             clean = {}
             for name, parse in columns.items():
                 value = record.get(name)
@@ -433,8 +438,3 @@ class Reader:
                 self.mistakes.add("qrels", f"{len(unknown)} {column}(s) not in {part}, e.g. {', '.join(unknown[:5])}")
         if not any(row["score"] > 0 for _, row in qrels):
             self.mistakes.add("qrels", "no document is relevant to any query (no score above 0)")
-
-
-def stem_of(path: Path) -> str:
-    """A file's name without its format and `.gz`: "test" of test.jsonl.gz."""
-    return Path(path.name.removesuffix(".gz")).stem

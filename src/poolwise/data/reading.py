@@ -60,6 +60,18 @@ def file_format(path: Path) -> str | None:
     return kind if kind in FORMATS else None
 
 
+def stem_of(path: Path) -> str:
+    """A file's name without its format and `.gz`: "test" of test.jsonl.gz."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def task_folders(folder: Path) -> list[str]:
+    """The names of the sub-folders that look like evaluation tasks, by the names of their files."""
+    places = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    stems = {path.name: {stem_of(file) for file in path.iterdir()} for path in places}
+    return [name for name, inside in stems.items() if inside & {"corpus", "queries", "sets", "test", "task"}]
+
+
 def is_delimited(path: Path) -> bool:
     """Whether the cells of a file are plain texts, without null, numbers and lists."""
     return file_format(path) in DELIMITERS
@@ -189,6 +201,8 @@ def _header(file: Path, columns: _Columns) -> tuple[str, list[str]]:
         header: list[str] = []
         try:
             _, header = next(_cells(file, delimiter), ("", []))
+            if not header:
+                raise UnreadableError("", "the file is empty; expected a header and a row below it")
             columns.of(header)
             return delimiter, header
         except UnreadableError as error:

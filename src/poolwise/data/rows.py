@@ -1,14 +1,17 @@
 """Rows of training texts as Arrow columns and hashes: repeated texts are found, and missing negatives drawn, by number.
 
-Each text has two hashes: `exact` (128 bits) of its letters and `near` (64 bits) of its normal form.
+Each text has two hashes: `exact` (128 bits) of its letters and `near` (64 bits) of its normal form. Rows of labelled
+texts become sets to be clustered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -21,6 +24,13 @@ TRIES = 64
 """Random draws for a missing negative before every candidate is looked at."""
 HASHES = np.dtype([("exact", "<u8", 2), ("near", "<u8")])
 MISSING = bytes(HASHES.itemsize)
+SETS, SET_SIZE = 10, 2000
+"""Clustering sets into which labelled texts are divided, and the texts of each: at most."""
+TEXTS_PER_LABEL = 10
+"""Texts of a set for each label, on average at least: with few, any clustering has a high V-measure."""
+SHARED_TEXTS = 0.1
+"""Share of the texts of clustering sets that may be in another set as well. At a tenth the variance of the mean over
+sets is underestimated by a tenth at most."""
 _PUNCTUATION = " " + "".join(c for c in map(chr, range(0x11000)) if unicodedata.category(c).startswith("P"))
 
 
@@ -246,3 +256,44 @@ class RowsBuilder:
             near=np.ascontiguousarray(together["near"]),
             filled=np.zeros((len(source), self.width - 2), dtype=bool),
         )
+
+
+def clustering_sets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Clustering sets from labelled texts, which share no text: sets that overlap are no independent observations, and
+    a test over them finds differences where there are none.
+
+    The texts of each label, in a seeded random order, are dealt to the sets in turn, so that all sets have the same
+    mixture of labels. There are as many sets as leave `TEXTS_PER_LABEL` to each label, `SETS` at most.
+    """
+    generator = np.random.default_rng(0)
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for i in generator.permutation(len(rows)):
+        by_label.setdefault(rows[i]["label"], []).append(rows[i])
+    count = max(1, min(SETS, len(rows) // (TEXTS_PER_LABEL * len(by_label))))
+    dealt = [row for label in sorted(by_label) for row in by_label[label]]
+    drawn = [dealt[start::count] for start in range(count)]
+    # A set that is too large is cut at random, not by label.
+    drawn = [[rows[i] for i in generator.permutation(len(rows))[:SET_SIZE]] for rows in drawn]
+    return [{"sentences": [row["text"] for row in rows], "labels": [row["label"] for row in rows]} for rows in drawn]
+
+
+def shared_texts(sets: Sequence[Mapping[str, Any]]) -> float:
+    """The share of the texts of clustering sets that are in another set as well, 0–1."""
+    counts = Counter(text for each in sets for text in set(each["sentences"]))
+    total = sum(counts.values())
+    return sum(n for n in counts.values() if n > 1) / total if total else 0.0
+
+
+def untestable(sets: Sequence[Mapping[str, Any]]) -> str:
+    """Why designs cannot be tested over clustering sets, an empty string if they can: there is one, or they overlap."""
+    if len(sets) == 1:
+        return (
+            "one clustering set: designs are scored on it, not tested. A test takes two sets or more of "
+            f"{TEXTS_PER_LABEL} texts for each label"
+        )
+    if (share := shared_texts(sets)) > SHARED_TEXTS:
+        return (
+            f"{share:.0%} of the texts are in more than one set, so the sets are no independent observations: designs "
+            "are scored on them, not tested. Give sets that share no text, or a file of texts and labels"
+        )
+    return ""

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.data.own_tasks import Folder, Reader, TaskData, kind_of, read_folder, search_notes, stem_of
+from poolwise.data.own_tasks import Folder, Reader, TaskData, kind_of, read_folder, search_notes
 from poolwise.data.pairs import SPLIT_WORDS, choose, find_columns
-from poolwise.data.reading import PAGE, file_format, read_records
+from poolwise.data.reading import PAGE, file_format, read_records, stem_of
 from poolwise.data.tasks import document_text
 from poolwise.errors import Mistakes, PoolwiseError, TaskError, enumerate_words
 
@@ -138,7 +138,8 @@ def _size(read: Folder) -> str:
         labels = {row["label"] for row in data.records["train"]}
         size = f"{len(data.records['train']):,} training and {len(rows):,} test texts, {len(labels):,} labels"
     elif data.kind == "clustering":
-        size = f"{len(rows):,} sets, the first of {len(rows[0]['sentences']):,} texts"
+        sets = "1 set" if len(rows) == 1 else f"{len(rows):,} sets, the first"
+        size = f"{sets} of {len(rows[0]['sentences']):,} texts"
     else:
         size = f"{len(rows):,} pairs"
     return f"{data.kind} task {read.name!r}: {size}"

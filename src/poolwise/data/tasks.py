@@ -228,6 +228,11 @@ class Task:
         """Whether the data are here already, as those of a folder and of a built-in task; else they are downloaded."""
         return self.identity.startswith("sha256:")
 
+    @property
+    def from_folder(self) -> bool:
+        """Whether the data were read from a folder of files."""
+        return self.in_memory and not self.name.startswith("demo/")
+
     def parts(self) -> list[Task]:
         """The tasks of an aggregate (CQADupstackRetrieval); any other task is its own only part."""
         if not self.mteb.is_aggregate:

@@ -34,6 +34,7 @@ from poolwise.encoding.shortcuts import (
     shared_prefix,
 )
 from poolwise.model.backbone import DIFFERENT, Backbone
+from poolwise.model.checkpoint import default_pooling
 from poolwise.model.encoder import PoolingHead
 from poolwise.model.hooks import PackedReduction, base_model, decoder_layers, lock_of
 from poolwise.model.packing import Ragged, Segments, flat_index, packed_attention_on, pinned, refusal, run_pack, sent
@@ -113,6 +114,7 @@ class FastEncoder:
             except Exception as error:  # an unknown model may raise anything
                 self.ours, encoder, reason = False, self.given, str(error).split("\n")[0].split(". Fix")[0]
                 self.notes = [f"{UNSHORTENED}: {reason or type(error)}"]
+            self.notes += filter(None, [default_pooling(self.given)])
         self.encoder = lighten(encoder.eval()) if self.ours else encoder
         self.kept = VectorCache(self.keep)
         self.layout = "padded"

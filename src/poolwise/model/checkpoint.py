@@ -166,7 +166,8 @@ def load_any(model: str | Path) -> SentenceTransformer:
 
     Raises CheckpointError for a damaged folder, ModelError for a name that cannot be loaded.
     """
-    folder = Path(model)
+    folder = Path(model).expanduser()
+    model = folder if str(model).startswith("~") else model
     steps = {read_run(path.parent)["step"]: path.parent for path in folder.glob(f"*/*/{RUN_FILE}")}
     folder = steps[max(steps)] if steps else folder
     refuse_bare_adapter(folder, RUN_FILE)
@@ -176,6 +177,8 @@ def load_any(model: str | Path) -> SentenceTransformer:
 
 def load_named(name: str) -> SentenceTransformer:
     """A sentence-transformers model by Hub name or folder. Raises ModelError if it cannot be loaded."""
+    if problem := _no_model(name):
+        raise ModelError(problem)
     try:
         check_modules(Path(name))
         with cached_if_unreachable(name):
@@ -191,6 +194,58 @@ def load_named(name: str) -> SentenceTransformer:
     if not Path(name).is_dir() and isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
         refuse_bare_adapter(Path(cached).parent, RUN_FILE)  # a snapshot of the Hub
     return encoder
+
+
+def _no_model(name: str) -> str:
+    """Why a name cannot be that of a model, found without asking the Hub; an empty string if it can be."""
+    path = Path(name)
+    if name == "nano":
+        return (
+            "'nano' is the built-in base model: a decoder to train, not an embedding model. `poolwise init demo` "
+            "writes a study that trains designs on it, `poolwise run demo.toml` runs it, and `poolwise export "
+            "demo.toml m1 --to my-embedder` writes a model whose folder can be named here (`poolwise ab` also takes "
+            "demo.toml:m1)"
+        )
+    if path.suffix == ".toml":
+        return (
+            f"{name} is a study, not a model; give the folder that `poolwise export {name} DESIGN --to FOLDER` writes "
+            f"(`poolwise ab` also takes {name}:DESIGN)"
+        )
+    if path.is_file():
+        return f"{name} is a file; give the folder of a sentence-transformers model, or its name on the Hub"
+    # `org/model` may be a name on the Hub, unless a folder called `org` is here.
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and path.parent.is_dir())
+    if local and not path.is_dir():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        return (
+            f"model {name!r}: there is no such folder (allowed: {', '.join(LEXICAL)}, a sentence-transformers model's "
+            f"folder, or its name on the Hub){suggest(path.name, beside)}"
+        )
+    return ""
+
+
+def default_pooling(encoder: SentenceTransformer) -> str:
+    """A note on a model whose folder does not say how it pools; an empty string for any other.
+
+    sentence-transformers averages the states of such a model, most often a base that nobody has tuned for embeddings.
+    """
+    config = getattr(getattr(encoder[0], "auto_model", None), "config", None)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name or isinstance(encoder[0], Backbone) or not isinstance(encoder[0], Transformer):
+        return ""
+    folder = Path(name)
+    if folder.is_dir():
+        found = (folder / "modules.json").exists()
+    else:
+        found = isinstance(try_to_load_from_cache(name, "modules.json"), str)
+    return (
+        ""
+        if found
+        else (
+            f"{name} has no modules.json, so it does not say how it pools: sentence-transformers takes the mean of its "
+            "last hidden states. If it is a base model, its scores are those of an untuned one"
+        )
+    )
 
 
 def _import_own(pooling: str, folder: Path) -> None:

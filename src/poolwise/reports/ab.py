@@ -123,7 +123,7 @@ def differences(result: Mapping[str, Any]) -> Table:
         sections.append((design, rows))
     note = (
         f"Points above {result['baseline']}; Holm over the models, metric by metric. {METRICS[result['metric']]} "
-        "decides; the other metrics are for reading."
+        "decides; the other metrics are shown for information."
     )
     columns = ("Metric", "About", "Difference", "95 % interval", "p", "p Holm", "W/T/L", "Test")
     return Table(f"Differences to {result['baseline']}", columns, tuple(sections), note, text=2)
@@ -143,10 +143,11 @@ def speed(result: Mapping[str, Any]) -> Table:
         for model in result["models"]
     )  # fmt: skip
     note = (
-        "Milliseconds for one text at a time on this machine, a query with its exact search; the texts/s are those of "
-        "the run that encoded them."
+        "Latencies in milliseconds (median, 95th and 99th percentile) of one text at a time on this machine, for a "
+        "query with its exact search. Texts/s are those of the run that encoded the texts."
     )
-    columns = ("Model", "Texts/s", "Index", "text p50", "p95", "p99", "query p50", "p95", "p99")
+    latencies = (f"{side} p{share}" for side in ("text", "query") for share in (50, 95, 99))
+    columns = ("Model", "Texts/s", "Index", *latencies)
     return Table("Speed and size", columns, (("", rows),), note)
 
 
@@ -159,18 +160,20 @@ def by_feature(result: Mapping[str, Any]) -> Table:
         low, high = ((f"{100 * v:.0f} %" if name == "overlap" else f"{v:.0f}") for v in (row["from"], row["to"]))
         return low if low == high else f"{low} to {high}"
 
+    def cell(value: float | None) -> str:
+        return "–" if value is None else points(value, 1)
+
     sections = tuple(
         (
             names[name],
             tuple(
-                (span(name, row), f"{row['items']:,}", *(points(row["scores"][label], 1) for label in labels))
+                (span(name, row), f"{row['items']:,}", *(cell(row["scores"][label]) for label in labels))
                 for row in rows
             ),
         )
         for name, rows in result["by_feature"].items()
     )
-    pairs = result["kind"] in ("sts", "pair_classification")
-    note = "Mean contribution of the pairs to the statistic, ×100." if pairs else f"{METRICS[result['metric']]} ×100."
+    note = f"{METRICS[result['metric']]} ×100 within each range."
     return Table("Where they differ", ("Range", result["noun"].capitalize(), *labels), sections, note)
 
 

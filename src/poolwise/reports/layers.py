@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from poolwise.reports import plots
@@ -78,7 +79,9 @@ def attention_panel(shares: Shares) -> list[plots.Panel]:
 def _ticks(layers: Sequence[int]) -> list[int]:
     """About eight layers to label, the first and the last among them."""
     every = max(1, -(-len(layers) // 8))
-    return [layer for layer in layers if layer % every == 0 or layer in (layers[0], layers[-1])]
+    ends = (layers[0], layers[-1])
+    # A number that would touch that of the first or the last layer is left out.
+    return [n for n in layers if n in ends or (n % every == 0 and min(abs(n - end) for end in ends) > every / 2)]
 
 
 def _by_design(view: Mapping[str, Any]) -> dict[str, list[Run]]:
@@ -136,15 +139,70 @@ def mean(scores: Sequence[Mapping[str, Any]], kind: str, layer: int | None = Non
     return sum(means) / len(means) if means else float("nan")
 
 
-def panels(view: Mapping[str, Any]) -> list[plots.Panel]:
-    """One panel for each design and task type: the score of every layer, a thin line per run; bars: attention."""
+@dataclass(frozen=True)
+class Line:
+    """The scores of a design's layers on one task type, ×100: `layers` (L,) mean over runs, `runs` (runs, L), and what
+    the design itself scores, None if that is unknown."""
+
+    kind: str
+    layers: tuple[float, ...]
+    runs: tuple[tuple[float, ...], ...]
+    design: float | None
+
+    @property
+    def best(self) -> int:
+        """The number of the best layer, from 1."""
+        return self.layers.index(max(self.layers)) + 1
+
+    def scaled(self, value: float) -> float:
+        """0 for the worst single layer, 1 for the best, so that task types of different scale share a picture."""
+        low, high = min(self.layers), max(self.layers)
+        return (value - low) / (high - low) if high > low else 0.5
+
+    @property
+    def label(self) -> str:
+        """`STS: layer 9 best, 61.2; design 63.0`."""
+        whole = "" if self.design is None else f"; design {number(self.design, 1)}"
+        return f"{group_words(self.kind)}: layer {self.best} best, {number(max(self.layers), 1)}{whole}"
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """A line for each task type."""
+    found = []
+    for kind in dict.fromkeys(score["task_type"] for run in runs for score in run["scores"]):
+        count_ = max(score["layer"] for score in runs[0]["scores"])
+        each = [tuple(100 * mean(run["scores"], kind, layer) for layer in range(1, count_ + 1)) for run in runs]
+        design = [100 * mean(run["own"], kind) for run in runs if run["own"]]
+        middle = tuple(sum(values) / len(values) for values in zip(*each, strict=True))
+        found.append(Line(kind, middle, tuple(each), sum(design) / len(design) if design else None))
+    return found
+
+
+def sentences(view: Mapping[str, Any]) -> list[str]:
+    """For each design, which single layer is best on which task type, and how the design compares with it."""
     made = []
     for name, runs in _by_design(view).items():
-        for kind in dict.fromkeys(score["task_type"] for run in runs for score in run["scores"]):
-            layers = sorted({score["layer"] for score in runs[0]["scores"]})
-            lines = [[100 * mean(run["scores"], kind, layer) for layer in layers] for run in runs]
-            design = [100 * mean(run["own"], kind) for run in runs if run["own"]]
-            made.append(_panel(f"{name} · {group_words(kind)}", layers, lines, design, runs[0]["attention"]))
+        parts = []
+        for line in lines(runs):
+            text = (
+                f"layer {line.best} is the best single one on {group_words(line.kind)} ({number(max(line.layers), 1)})"
+            )
+            if line.design is not None:
+                text += f", where the design scores {number(line.design, 1)}"
+            parts.append(text)
+        if attention := runs[0]["attention"]:
+            share = max(attention)
+            parts.append(f"its pooling attends most to layer {list(attention).index(share) + 1} ({100 * share:.0f} %)")
+        made += [f"{name}: {'; '.join(parts)}."] if parts else []
+    return made
+
+
+def panels(view: Mapping[str, Any]) -> list[plots.Panel]:
+    """One panel for each design: the scores of its layers on every task type, and the attention of its pooling."""
+    made = []
+    for name, runs in _by_design(view).items():
+        if found := lines(runs):
+            made.append(_panel(name, found, runs[0]["attention"]))
         if correlation := runs[0].get("correlation"):
             made.append(_correlation_panel(f"{name} · correlation between layers", correlation))
     return made
@@ -174,31 +232,57 @@ def _correlation_panel(title: str, correlation: Sequence[Sequence[float]]) -> pl
     return plots.sketch(title, alt, plots.WIDTH, 40, plots.RIGHT, draw)
 
 
-def _panel(
-    title: str, layers: Sequence[int], lines: Sequence[Sequence[float]], design: Sequence[float], attention: Any
-) -> plots.Panel:
-    """`lines`: the scores of each run by layer; `design`: the design's score in each run."""
-    middle = [sum(values) / len(values) for values in zip(*lines, strict=True)]
-    best = layers[middle.index(max(middle))]
-    alt = f"{title}: score of every layer; the best single layer is {best} with {max(middle):.1f}"
-    alt += f"; the design scores {sum(design) / len(design):.1f}." if design else "."
+STYLES = ((plots.BETTER, "-"), (plots.WORSE, "-"), (plots.INK, "-"), (plots.BETTER, ":"), (plots.WORSE, ":"),
+          (plots.INK, ":"))  # fmt: skip
+"""Colour and line of each task type in a panel."""
+LABEL = 16  # px
+
+
+def _panel(title: str, found: Sequence[Line], attention: Sequence[float] | None) -> plots.Panel:
+    """Lines from the worst single layer (bottom) to the best (top), each with its name inside the picture; diamonds:
+    the design itself, beside the last layer; bars: attention."""
+    layers = len(found[0].layers)
+    drawn = [(line, *STYLES[place % len(STYLES)]) for place, line in enumerate(found)]
+    ends = [0.0, 1.0, *(line.scaled(line.design) for line in found if line.design is not None)]
+    ends += [line.scaled(value) for line in found for run in line.runs for value in run]
+    # One very good design must not flatten the lines of the layers.
+    low, high = max(min(ends), -0.6), min(max(ends), 1.6)
+    floor = low - (0.55 if attention else 0.12) * (high - low)  # the bars have a place below the lines
+    rows = len(found) + bool(attention)
+    height = HEIGHT + LABEL * rows
+    room = height - plots.TOP - plots.AXIS
+    top = floor + (high + 0.08 - floor) * room / (room - LABEL * rows - 4)
+
+    span = layers + (2.0 if any(line.design is not None for line in found) else 0.2)
 
     def draw(axes: Axes) -> None:
-        values = [value for line in lines for value in line] + list(design)
-        low, high = min(values), max(values)
-        pad = max(0.08 * (high - low), 0.5)
-        axes.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
-        axes.set_ylim(low - 2 * pad, high + pad)
+        axes.set_xlim(0.4, 0.4 + span)
+        axes.set_ylim(floor, top)
+        axes.set_yticks([])
+        for level in (0, 1):
+            axes.axhline(level, color=plots.RULE, linewidth=0.7, zorder=0)
         if attention:
-            for layer, share in zip(layers, attention, strict=False):
-                tall = share / max(attention) * (high - low + 3 * pad)
-                axes.bar(layer, tall, bottom=low - 2 * pad, width=0.9, color=plots.BAND)
-        for line in lines:
-            axes.plot(layers, line, color=plots.BETTER, linewidth=1.2, alpha=0.6)
-        axes.plot(layers, middle, "o", color=plots.BETTER, markersize=5)
-        if design:
-            axes.axhline(sum(design) / len(design), color=plots.INK, linewidth=1, linestyle=(0, (4, 3)))
+            tall = 0.42 * (high - low) / max(attention)
+            for layer, share in enumerate(attention, 1):
+                axes.bar(layer, tall * share, bottom=floor, width=0.86, color=plots.MUTED, alpha=0.55, linewidth=0)
+        for line, colour, style in drawn:
+            along = range(1, layers + 1)
+            for run in line.runs if len(line.runs) > 1 else ():
+                axes.plot(along, [line.scaled(value) for value in run], color=colour, linewidth=0.7, alpha=0.35)
+            axes.plot(along, [line.scaled(value) for value in line.layers], style, color=colour, linewidth=1.5)
+            axes.plot([line.best], [1.0], "o", color=colour, markersize=5)
+            if line.design is not None:
+                place = min(max(line.scaled(line.design), low), high)
+                axes.plot([layers + 1.5], [place], "D", color=colour, markersize=5.5, clip_on=False)
+        texts = [(line.label, colour) for line, colour, _ in drawn]
+        texts += [(f"bars: attention, {100 * max(attention):.0f} % at most", plots.MUTED)] if attention else []
+        for row, (text, colour) in enumerate(texts):
+            place = top - (LABEL * row + 6) * (top - floor) / room
+            if row < len(drawn):
+                axes.plot([0.5, 0.5 + span / 18], [place, place], drawn[row][2], color=colour, linewidth=1.5)
+            axes.text(0.5 + span / 14, place, text.replace("$", r"\$"), color=colour, fontsize=11, va="center")
         axes.set_xlabel("layer", color=plots.MUTED, fontsize=11, labelpad=4)
-        axes.set_xticks(_ticks(layers))
+        axes.set_xticks(_ticks(list(range(1, layers + 1))))
 
-    return plots.sketch(title, alt, HEIGHT, 46, plots.RIGHT, draw)
+    alt = f"{title}: scores of {layers} layers. {'; '.join(line.label for line in found)}."
+    return plots.sketch(title, alt, height, 6, plots.RIGHT, draw)

@@ -68,8 +68,8 @@ def _with_contents(html: str) -> str:
 
 
 def at_a_glance(findings: Findings) -> tables.Table:
-    """A row for each group: the winner, the contrast that decides it, what that design costs, and what would settle an
-    open question."""
+    """A row for each group: the winner, the contrast that decides it, what that design costs, and what a contrast
+    that is still open lacks."""
     costs = encode_flops(findings.costs)
     own = costs.get(findings.baseline)
 
@@ -81,7 +81,7 @@ def at_a_glance(findings: Findings) -> tables.Table:
         winner = words.get(word, "no winner")  # single runs have none, whatever their checkpoints show
         span = interval(shown.ci_low, shown.ci_high)
         return (
-            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _to_settle(findings, row),
+            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _needed(findings, row),
         )  # fmt: skip
 
     base = findings.baseline
@@ -91,24 +91,31 @@ def at_a_glance(findings: Findings) -> tables.Table:
         f"Largest gap to {base}",
         "Interval" if findings.interim else f"{findings.percent} % interval",
         "Encoding",
-        "To settle it",
+        "Needed to decide",
     )
+    rows = tuple(cells(group) for group in findings.groups)
     note = (
-        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}. Encoding: FLOPs "
-        f"over {base}’s. To settle it: what would detect a difference of {points(findings.margin, 1)} points."
+        f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}; the interval is "
+        f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: what the contrast lacks for a "
+        "verdict."
     )
+    if any("seeds" in row[-1] for row in rows):
+        note += (
+            f" With so many seeds of each design a true difference of {points(findings.margin, 1)} points would be "
+            "found with 80 % power."
+        )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
-    return tables.Table("At a glance", columns, (("", tuple(cells(group) for group in findings.groups)),), note, 2)
+    return tables.Table("At a glance", columns, (("", rows),), note, 2)
 
 
-def _to_settle(findings: Findings, row: Row) -> str:
-    """What a contrast without a verdict needs: finished runs, sources, seeds, or more tasks or items."""
+def _needed(findings: Findings, row: Row) -> str:
+    """What a contrast without a verdict lacks: finished runs, sources, seeds, or more tasks or items."""
     verdict, word = row.verdict, outcome(findings, row)
     if findings.interim:
         return "the missing runs"
     if word in ("better", "worse", "equivalent") and verdict:
-        return "shown" if word == "better" else f"shown: {row.design} is {word}"
+        return "decided" if word == "better" else f"decided: {row.design} is {word}"
     if min(findings.seeds[row.design], findings.seeds[row.baseline]) < 2:
         return "two seeds or more"
     arm = findings.arm(row.group, row.baseline)
@@ -143,7 +150,15 @@ def layers_page(view: Mapping[str, Any]) -> str:
 
     view: the dictionary of `poolwise layers --json`.
     """
-    facts = {"title": view["study"], "pictures": layer_report.panels(view), "tables": layer_report.tables(view)}
+    facts = {
+        "title": f"{view['study']}: layers",
+        "pictures": layer_report.panels(view),
+        "sentences": layer_report.sentences(view),
+        "tables": layer_report.tables(view),
+        "untuned": any("correlation" in run for run in view["runs"]),
+        "attends": any(run["attention"] for run in view["runs"]),
+        "several": len(view["runs"]) > len({(run["design"], run["base"]) for run in view["runs"]}),
+    }
     return page("layers.html.j2", facts)
 
 
@@ -192,6 +207,8 @@ def _task_words(comparison: Comparison) -> str:
         return f"{total} ({count(len(comparison.groups), 'group')})"
     planted = [group for group in comparison.groups if comparison.of_mechanism(group)]
     own = [group for group in comparison.groups if comparison.of_own_task(group)]
+    if len(own) == len(comparison.groups):
+        return f"{total}, each tested over its items"
     if not types and not own:
         return f"{total} on {count(len(planted), 'mechanism')}"
 
@@ -200,7 +217,7 @@ def _task_words(comparison: Comparison) -> str:
 
     parts = [f"{tasks([group])} {group_words(group)}" for group in types]
     parts += [f"{tasks(planted)} on {count(len(planted), 'mechanism')}"] if planted else []
-    parts += [f"{len(own)} of your own"] if own else []
+    parts += [count(len(own), "single task")] if own else []
     return f"{total} ({listing(parts)})"
 
 
@@ -232,7 +249,7 @@ def paragraph(info: Mapping[str, Any], findings: Findings) -> str:
         kind
         for kind, some in (
             ("mechanism", any(map(findings.of_mechanism, findings.groups))),
-            ("own task", any(map(findings.of_own_task, findings.groups))),
+            ("single task", any(map(findings.of_own_task, findings.groups))),
         )
         if some
     ]

@@ -54,6 +54,10 @@ ROLES = {
 }
 
 
+WORDS = ("Verdict", "Needed to decide", "Test")
+"""Columns of words, wherever they are in a table."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of strings under `columns`, in sections with or without a heading; the first `text` columns are words."""
@@ -63,6 +67,10 @@ class Table:
     sections: tuple[tuple[str, tuple[Cells, ...]], ...]
     note: str = ""
     text: int = 1
+
+    def is_words(self, place: int) -> bool:
+        """Whether a column holds words, which are flush left, and not numbers."""
+        return place < self.text or self.columns[place] in WORDS
 
     @property
     def rows(self) -> list[Cells]:
@@ -114,8 +122,42 @@ def means(comparison: Comparison) -> Table:
     return Table("Mean scores", ("Design", *heads), (("", body),), note)
 
 
+def planned(preview: Mapping[str, Any]) -> list[Table]:
+    """What a study that has not run yet will be tested on, from the result of `poolwise check`: task types over their
+    tasks, with the smallest p that is possible; tasks read from folders over their items, with what could be found."""
+    made, contrasts = [], preview["contrasts"]
+    if groups := [group for group in preview["tasks"] if group["tested_over"] == "tasks"]:
+        rows: list[Cells] = [
+            (
+                group["task_type"], str(group["tasks"]), str(group["sources"]), probability(group["min_reachable_p"]),
+                probability(group["min_reachable_p_holm"]),
+            )
+            for group in groups
+        ]  # fmt: skip
+        columns = ("Tested over tasks", "Tasks", "Sources", "Smallest p", f"Holm over {contrasts}")
+        note = "Smallest p: that of Wilcoxon's test if all tasks agree."
+        made.append(Table("", columns, (("", tuple(rows)),), note))
+    if preview["folders"]:
+        runs = count(len(preview["seeds"]), "seed")
+        rows = [
+            (
+                row["task"], row["task_type"], f"{runs} × {count(row['items'], row['unit'])}",
+                "–" if row["detectable"] is None else detectable_words(row["detectable"]),
+            )
+            for row in preview["folders"]
+        ]  # fmt: skip
+        note = (
+            f"Detectable: the true difference, in points, that is found with 80 % power after Holm over "
+            f"{count(contrasts, 'contrast')}, if runs and items vary as on SmolLM2-135M (docs/results.md)."
+        )
+        note += " With one seed it is about these checkpoints, not the designs." if len(preview["seeds"]) == 1 else ""
+        heads = ("Tested over items", "Task type", "Sample", "Detectable")
+        made.append(Table("", heads, (("", tuple(rows)),), note, text=3))
+    return made
+
+
 def own_tasks(comparison: Comparison) -> Table | None:
-    """The verdict on each of the user's own tasks: scores, difference, interval, Holm's p; None without such tasks."""
+    """The verdict on each task that is tested over its items: scores, difference, interval, Holm's p; None without."""
     groups = [group for group in comparison.groups if comparison.of_own_task(group)]
     if not groups or comparison.interim:
         return None
@@ -134,12 +176,13 @@ def own_tasks(comparison: Comparison) -> Table | None:
     scope = "for runs and items like these" if all(row.verdict for row in comparison.rows if row.group in groups) else (
         "for these checkpoints and items like these where a design was run once"
     )  # fmt: skip
-    note = f"Points, {scope}; p after Holm over {count(comparison.family, 'contrast')}."
+    family = count(comparison.family, "contrast")
+    note = f"Each task is tested over its items. Points, {scope}; p after Holm over {family}."
     columns = (
         "Design", "Score", f"Score of {comparison.baseline}", "Difference", f"{comparison.percent} % interval",
         "p Holm", "Verdict",
     )  # fmt: skip
-    return Table("Your own tasks", columns, body, note)
+    return Table("Single tasks", columns, body, note)
 
 
 def verdicts(comparison: Comparison) -> Table | None:
@@ -168,7 +211,7 @@ def verdicts(comparison: Comparison) -> Table | None:
     if not body:
         return None
     kinds = {comparison.of_own_task(row.group) for row, _ in judged}
-    units = "items" if kinds == {True} else "tasks (items, on your own tasks)" if True in kinds else "tasks"
+    units = "items" if kinds == {True} else "tasks (items, on single tasks)" if True in kinds else "tasks"
     unpooled: dict[str, list[str]] = {}
     for row, verdict in judged:
         if verdict.note:
@@ -244,7 +287,7 @@ def checkpoints(comparison: Comparison) -> Table | None:
         "matched-pairs rank-biserial effect size, wins/ties/losses."
     )
     if own:
-        note += " Own tasks: mean difference and Student's t over their items."
+        note += " Single tasks: mean difference and Student's t over their items."
     columns = ["Design", "Difference", f"{comparison.percent} % interval", "p", "p Holm", "Effect size", "W/T/L"]
     if tipping:
         columns.append("Tipping point")

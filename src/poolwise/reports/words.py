@@ -79,7 +79,7 @@ def count(n: int, noun: str) -> str:
 
 def sample_words(tasks: int, sources: int, unit: str = "task") -> str:
     """`10 tasks`, `10 tasks from 7 sources`; for a mechanism, whose items are sources, `152 items of 4 tasks`; for an
-    own task, whose items are of some `unit`, `30 queries`."""
+    single task, whose items are of some `unit`, `30 queries`."""
     if unit not in ("task", "item"):
         return count(sources, unit)
     if sources > tasks:
@@ -205,7 +205,8 @@ def verdict_claim(comparison: Comparison, pair: tuple[str, str], verdict: Verdic
             f"{design} against {baseline}: {points(verdict.difference, digits, True)} points ({span}; {context}), Holm "
             f"p {probability(verdict.p_holm)}, {withheld_words(verdict)}."
         )
-    return f"{design} against {baseline} is inconclusive: differences from {span} points are compatible ({context})."
+    open_ = "inconclusive" if verdict.ci_low <= 0 <= verdict.ci_high else "inconclusive after Holm’s correction"
+    return f"{design} against {baseline} is {open_}: differences from {span} points are compatible ({context})."
 
 
 def withheld_words(verdict: Verdict | Given) -> str:
@@ -325,11 +326,11 @@ def _price(row: Row, relative: float | None) -> str:
 
 
 def group_noun(comparison: Comparison) -> str:
-    """The name of a group of the comparison: `mechanism`, `own task`, `task type` or `group`."""
+    """The name of a group of the comparison: `mechanism`, `task`, `task type` or `group`."""
     if all(comparison.of_mechanism(group) for group in comparison.groups):
         return "mechanism"
     if all(comparison.of_own_task(group) for group in comparison.groups):
-        return "own task"
+        return "task"
     plain = not any(comparison.of_items(group) for group in comparison.groups)
     return "task type" if comparison.by == "task_type" and plain else "group"
 

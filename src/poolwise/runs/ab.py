@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,23 @@ import numpy as np
 
 from poolwise import stats
 from poolwise.data.own_tasks import MTEB_TYPES, Reader
+from poolwise.data.reading import task_folders
 from poolwise.data.survey import FOLDS, SearchData, TextData
 from poolwise.encoding.encode import finite, keep_vectors, latency, lengths, open_encoder, prompt_of, search, unit
 from poolwise.encoding.fast import FastEncoder
-from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, suggest
+from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, enumerate_words, suggest
 from poolwise.model.checkpoint import recipe_of
 from poolwise.runs import layout
 from poolwise.runs.run import started, trials
 from poolwise.scoring.evaluate import model_identity
-from poolwise.scoring.references import content_words, reference, search_words
+from poolwise.scoring.references import DEPTH, MEASURES, content_words, measured, reference, search_words
 from poolwise.study.catalogue import LEXICAL
 from poolwise.study.study import Study
-from poolwise.verdicts.items import Answer, DataSet, answers, compare_items, data_sets, decision
+from poolwise.verdicts.items import Answer, DataSet, answers, compare_items, data_sets, decision, score
 from poolwise.verdicts.table import table
 
 KEPT = ".poolwise"
 """Folder of the kept embeddings, beside the data."""
-DEPTH = 1000
-"""Documents that are ranked for each query, as in mteb."""
-MEASURES = {
-    "ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10", "recall_at_100": "recall_100", "mrr": "recip_rank",
-    "map": "map_cut_1000",
-}  # fmt: skip
-"""Metric -> what trec_eval calls it; the first decides."""
 EXTREMES = 20
 """Gains and losses that are shown with their texts."""
 Say = Callable[[str], None]
@@ -76,12 +70,18 @@ def contenders(names: Sequence[str]) -> list[Contender]:
             "ab compares two models or more: poolwise ab DATA MODEL_A MODEL_B; the first is the one in use"
         )
     found: list[Contender] = []
+    known: dict[tuple[str, str], str] = {}  # (folder or name, design of a study) -> label
     for name in names:
-        path, _, design = name.rpartition(":")
-        runs = _runs_of(Study.load(path), design) if path.endswith(".toml") else [(0, name)]
-        label = design if path.endswith(".toml") else Path(name).name if name.startswith((".", "/", "~")) else name
+        path, _, design = name.rpartition(":") if ".toml:" in name else ("", "", "")
+        runs = _runs_of(Study.load(path), design) if path else [(0, name)]
+        label = design if path else Path(name).name if name.startswith((".", "/", "~")) else name
         number = sum(each.label.partition(" #")[0] == label for each in found)
-        found.append(Contender(f"{label} #{number + 1}" if number else label, [(s, p) for s, p in runs]))
+        entry = Contender(f"{label} #{number + 1}" if number else label, [(s, p) for s, p in runs])
+        place = Path(path or name).expanduser()
+        first = known.setdefault((str(place.resolve()) if place.exists() else name, design), entry.label)
+        if first != entry.label:
+            entry.notes.append(f"the same model as {first}, given twice: the two can only score alike")
+        found.append(entry)
     return found
 
 
@@ -136,6 +136,13 @@ def ab(
     if not 0 < margin < 1:
         raise StatisticsError(f"margin = {margin}: a difference of scores above 0 and below 1 (1 point is .01)")
     entries = contenders(models)
+    for line in [f"note: {entry.label}: {note}" for entry in entries for note in entry.notes]:
+        say(line)
+    if path.is_dir() and not any(file.is_file() for file in path.iterdir()) and (inside := task_folders(path)):
+        raise TaskError(
+            f"{path} holds the tasks {enumerate_words(inside)}; ab compares models on one of them: "
+            f"poolwise ab {path / inside[0]} {' '.join(models)}"
+        )
     searched = path.is_dir() and (Reader(path).find("corpus") or Reader(path).find("queries"))
     found = SearchData(path) if searched else TextData(path)
     if "bm25" in models and found.kind != "retrieval":
@@ -216,25 +223,10 @@ class _Search(_Work):
                 "query_ms": latency(ask, texts),
             }  # fmt: skip
             self.best[entry.label] = places[:, 0]
-        return self._measured(places, found)
+        return measured(self.data.ids, self.data.relevant, self.items, places, found, self.data.without_itself)
 
     def _some_documents(self) -> list[str]:
         return [text for text in self.data.judged.values() if text]
-
-    def _measured(self, places: np.ndarray, found: np.ndarray) -> Scores:
-        import pytrec_eval
-
-        scores: Scores = {metric: np.zeros(len(self.items)) for metric in MEASURES}
-        wanted = {"ndcg_cut.10", "recall.10,100", "recip_rank", f"map_cut.{DEPTH}"}
-        for row, query in enumerate(self.items):
-            ranked = {self.data.ids[place]: float(score) for place, score in zip(places[row], found[row], strict=True)}
-            if self.data.without_itself:
-                ranked.pop(query, None)
-            grades = {query: self.data.relevant[query]}
-            measured = pytrec_eval.RelevanceEvaluator(grades, wanted).evaluate({query: ranked})[query]
-            for metric, name in MEASURES.items():
-                scores[metric][row] = measured[name]
-        return scores
 
     def texts_of(self, row: int) -> dict[str, str]:
         """What is shown of a query: its text and one relevant document."""
@@ -433,6 +425,14 @@ def _extremes(work: _Search | _Texts, data: DataSet, base: str, label: str, apar
     return {"gains": [shown(n) for n in gains], "losses": [shown(n) for n in losses]}
 
 
+def _score_on(data: DataSet, label: str, some: np.ndarray) -> float | None:
+    """The score of a model on `some` (items,) of the items; None for pairs that all have the same gold value."""
+    gold = None if data.gold is None else data.gold[some]
+    if gold is not None and np.ptp(gold) == 0:
+        return None
+    return score(replace(data, gold=gold), data.runs[label][:, some])
+
+
 def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Mean score of each model on the thirds of the items by each feature, where the thirds differ."""
     found: dict[str, Any] = {}
@@ -443,7 +443,7 @@ def _by_feature(data: DataSet, labels: Sequence[str], features: Mapping[str, np.
             {
                 "from": float(values[place == third].min()), "to": float(values[place == third].max()),
                 "items": int((place == third).sum()),
-                "scores": {label: float(data.per_item(label)[:, place == third].mean()) for label in labels},
+                "scores": {label: _score_on(data, label, place == third) for label in labels},
             }
             for third in np.unique(place)
         ]  # fmt: skip

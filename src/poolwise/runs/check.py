@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from pathlib import Path
 from typing import Any
 
+from scipy.special import ndtri, stdtrit
+
 from poolwise.data.batches import effective_negatives, plan
 from poolwise.data.pairs import DEMO, REMOVED, decontaminate, is_hub_name, load_pairs
-from poolwise.data.tasks import Task, resolve_tasks
+from poolwise.data.rows import untestable
+from poolwise.data.tasks import SEARCH_TYPES, Task, resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
 from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.pooling.cost import base_costs
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
+from poolwise.stats.crossed import POWER, planned_detectable_effect
 from poolwise.stats.exact import min_reachable_p
 from poolwise.study.pooling_spec import AUTO
 from poolwise.study.recipe import Recipe, settings
 from poolwise.study.study import Study
+from poolwise.verdicts.arms import FEW_SOURCES, ITEM_UNITS
 
 HEAD_SHARE = 0.05
 """A head of default size should cost less than this share of the base's FLOPs at 32 tokens."""
+ASSUMED_SDS = (0.01, 0.14, 0.20)
+"""Standard deviations for planning, in scores 0–1: of the effect of one run, of a single score around its run and item,
+and of the true difference of two designs over items. They are the medians over the eight data sets of
+`results/smollm2-h200` (per data set .0 to .02, .09 to .19 and .10 to .27), to a hundredth."""
 
 
 def check(study: Study) -> dict[str, Any]:
     """Validate a study against its base model and tasks, without training anything.
 
     Returns a JSON-able dictionary: `designs` (factors that differ from the baseline, and the rows of
-    `pooling.cost.base_costs`), `trials`, `effective_negatives`, `tasks` by type with the smallest two-sided p that a
-    Wilcoxon test over them can reach, before and after Holm's first step, `mechanisms` (the built-in tasks, which are
-    compared over seeds × items rather than over tasks), `training_flops` of all trainings together (evaluation not
-    counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each combination that is not a design),
-    `bfloat16_gain`, `data` (counts of the training pairs) and `warnings`. Training pairs on the Hub are read only when
-    the study runs.
+    `pooling.cost.base_costs`), `trials`, `effective_negatives`, `tasks` by type with what they are tested over and the
+    smallest two-sided p that a Wilcoxon test over them can reach, before and after Holm's first step, `folders` (tasks
+    read from folders, tested over seeds × items: their items, and the difference that would be detected if runs and
+    items vary as in `ASSUMED_SDS`), `mechanisms` (the built-in tasks, tested over items as well), `training_flops` of
+    all trainings together (evaluation not counted), `tuning` (what `[tuning]` adds to them), `grid` (a line for each
+    combination that is not a design), `bfloat16_gain`, `data` (counts of the training pairs) and `warnings`. Training
+    pairs on the Hub are read only when the study runs.
 
     Raises:
         ModelError: the base model cannot be loaded (AttentionError: it ignores a design's attention mode).
@@ -55,17 +65,38 @@ def check(study: Study) -> dict[str, Any]:
     tasks = every_task = resolve_tasks(study.tasks, study.base_dir)
     planted = _mechanisms([task.name for task in tasks if task.name.startswith(DEMO_TASKS)])
     tasks = [task for task in tasks if not task.name.startswith(DEMO_TASKS)]
-    types = Counter(task.task_type for task in tasks)
-    contrasts = (len(study.designs) - 1) * max(1, len(types) + len(planted))
+    items = {task.name: (_items(task), task.task_type) for task in tasks if task.from_folder}
+    # As in `verdicts.arms`: tasks read from folders are tested over their items, and with enough sources of one type
+    # over tasks as well.
+    by_type: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_type.setdefault(task.task_type, []).append(task)
+    rest = {kind: [task for task in each if not items.get(task.name, (0, ""))[0]] for kind, each in by_type.items()}
+    many = {kind for kind, each in by_type.items() if len({task.source for task in each}) >= FEW_SOURCES}
+    over_tasks = {kind: by_type[kind] if kind in many else rest[kind] for kind in by_type if kind in many or rest[kind]}
+    tested = len(over_tasks) + sum(count > 0 for count, _ in items.values()) + len(planted)
+    contrasts = (len(study.designs) - 1) * max(1, tested)
     groups = [
         {
             "task_type": kind,
-            "tasks": count,
-            "sources": len({task.source for task in tasks if task.task_type == kind}),
-            "min_reachable_p": min_reachable_p(count),
-            "min_reachable_p_holm": min(1.0, min_reachable_p(count) * max(1, contrasts)),
+            "tasks": len(each := over_tasks.get(kind, by_type[kind])),
+            "sources": len({task.source for task in each}),
+            "tested_over": "tasks" if kind in over_tasks else "items",
+            "min_reachable_p": min_reachable_p(len(each)),
+            "min_reachable_p_holm": min(1.0, min_reachable_p(len(each)) * max(1, contrasts)),
         }
-        for kind, count in sorted(types.items())
+        for kind in sorted(by_type)
+    ]
+    folders = [
+        {
+            "task": name,
+            "task_type": kind,
+            "items": count,
+            "unit": ITEM_UNITS[kind],
+            "detectable": _detectable(count, len(study.seeds), len(study.designs), 0.05 / max(1, contrasts)),
+        }
+        for name, (count, kind) in items.items()
+        if count
     ]
     controls = 2 * len(study.seeds) if study.controls else 0
     untuned = len(study.designs) if "untuned" in study.references else 0
@@ -91,6 +122,7 @@ def check(study: Study) -> dict[str, Any]:
         "effective_negatives": effective_negatives(study.recipe),
         "contrasts": contrasts,
         "tasks": groups,
+        "folders": folders,
         "mechanisms": planted,
         "bfloat16_gain": _bfloat16_gain(study.recipe),
         "data": [
@@ -99,6 +131,26 @@ def check(study: Study) -> dict[str, Any]:
         ],
         "warnings": unchecked + list(dict.fromkeys(_warnings(study, designs, groups))),
     }
+
+
+def _items(task: Task) -> int:
+    """The queries, examples, sets or pairs of a task read from a folder, over which it is tested; 0: it is not."""
+    task.load()
+    data = task.split_data(task.splits[0], task.subsets[0])
+    if task.task_type == "Clustering" and untestable(data):
+        return 0
+    return len(data["queries"] if task.task_type in SEARCH_TYPES else data)
+
+
+def _detectable(items: int, seeds: int, designs: int, alpha: float) -> float | None:
+    """The true difference that a test over seeds × items finds with 80 % power, planned with `ASSUMED_SDS`; None for a
+    single item. With one seed it is that of Student's t over the items, about the checkpoints."""
+    run_sd, noise_sd, item_sd = ASSUMED_SDS
+    if items < 2 or designs < 2:
+        return None
+    if seeds > 1:
+        return planned_detectable_effect(seeds, items, run_sd, noise_sd, item_sd, designs, 1 - alpha)
+    return float((stdtrit(items - 1, 1 - alpha / 2) + ndtri(POWER)) * math.sqrt((2 * noise_sd**2 + item_sd**2) / items))
 
 
 def _mechanisms(names: list[str]) -> list[dict[str, Any]]:
@@ -191,7 +243,8 @@ def _warnings(study: Study, designs: list[dict[str, Any]], groups: list[dict[str
             crowded.setdefault(f"{excess} {share:.1%}", []).append(who)
     for excess, who in crowded.items():
         warnings.append(f"{', '.join(who)}: this base is so small that {excess} of its FLOPs.")
-    thin = [group for group in groups if group["min_reachable_p_holm"] > 0.05]
+    over_tasks = [group for group in groups if group["tested_over"] == "tasks"]
+    thin = [group for group in over_tasks if group["min_reachable_p_holm"] > 0.05]
     if thin and len(study.designs) > 1:
         where = ", ".join(group["task_type"] for group in thin) if len(thin) < len(groups) else "any task type"
         warnings.append(f"A Wilcoxon test over tasks cannot reach .05 after Holm on {where}: too few tasks.")

@@ -26,6 +26,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
+from poolwise.data.rows import untestable
 from poolwise.data.tasks import Task
 from poolwise.encoding.fast import KEPT_BYTES, FastEncoder
 from poolwise.errors import PoolwiseError, TaskError
@@ -135,7 +136,10 @@ def _examples(task: Task, split: str, subset: str, runs: list[list[Any]], scores
 
 
 def _sets(task: Task, split: str, subset: str, predicted: Any, scores: Mapping[str, Any]) -> Rows:
-    """V-measure of each set; in mteb's fast clustering, of each run at each level of labels."""
+    """V-measure of each set; in mteb's fast clustering, of each run at each level of labels. No items of a folder's
+    sets that overlap, which a test would take for independent observations."""
+    if task.from_folder and untestable(task.split_data(split, subset)):
+        return []
     measures = scores["v_measures"]
     named = measures.items() if isinstance(measures, Mapping) else [("", measures)]
     items = [

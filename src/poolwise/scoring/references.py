@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,13 @@ from poolwise.verdicts.controls import RUNGS
 DENSE_LIMIT = 2**27
 """Numbers in the dense rows of one task (half a gigabyte in fp32); beyond it `encode_dense` approximates."""
 DENSE_SIZE = 2048
+DEPTH = 1000
+"""Documents that are ranked for each query, as in mteb."""
+MEASURES = {
+    "ndcg_at_10": "ndcg_cut_10", "recall_at_10": "recall_10", "recall_at_100": "recall_100", "mrr": "recip_rank",
+    "map": "map_cut_1000",
+}  # fmt: skip
+"""Metric -> what trec_eval calls it; the first decides."""
 _WORD = re.compile(r"(?u)\b\w+\b")
 
 
@@ -131,6 +138,31 @@ def search_words(model: Any, texts: Sequence[str], depth: int, rank: np.ndarray)
             dense = np.asarray(rows[[row]].toarray().ravel(), np.float32)
             places[low + row], scores[low + row] = top(np.arange(len(dense)), dense, depth, rank)
     return places, scores
+
+
+def measured(
+    ids: Sequence[str], relevant: Mapping[str, Mapping[str, int]], queries: Sequence[str], places: np.ndarray,
+    scores: np.ndarray, without_itself: bool = False,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Metric -> (Q,) trec_eval's value for each query.
+
+    Args:
+        ids: of the documents. relevant: query -> document -> grade. queries: ids of the Q queries.
+        places, scores: (Q, K) the documents that were found for each query, as indices into `ids`, and their scores.
+        without_itself: leave out the document with the id of the query.
+    """
+    import pytrec_eval
+
+    found = {metric: np.zeros(len(queries)) for metric in MEASURES}
+    wanted = {"ndcg_cut.10", "recall.10,100", "recip_rank", f"map_cut.{DEPTH}"}
+    for row, query in enumerate(queries):
+        ranked = {ids[place]: float(score) for place, score in zip(places[row], scores[row], strict=True)}
+        if without_itself:
+            ranked.pop(query, None)
+        values = pytrec_eval.RelevanceEvaluator({query: relevant[query]}, wanted).evaluate({query: ranked})[query]
+        for metric, name in MEASURES.items():
+            found[metric][row] = values[name]
+    return found
 
 
 def content_words(text: str) -> list[str]:

@@ -47,6 +47,18 @@ def _translated(call: Callable[[Any], Any], pooling: Any) -> Any:
         raise ValueError("; ".join(error.problems)) from error
 
 
+def _unknown_preset(preset: Any) -> str:
+    """The message for a preset that does not exist: the names of all, and the one that was probably meant."""
+    word = str(preset).lower() if isinstance(preset, str) else ""
+    guess = suggest(word, [*PRESETS, *ALIASES])
+    if word in POOLINGS or (not guess and (near := suggest(word, POOLINGS))):
+        pooling = word if word in POOLINGS else near.split("'")[1]
+        guess = f'; {pooling} is a pooling: write attention = "causal" and pooling = "{pooling}" instead of a preset'
+    if not guess and word[:1] == "m" and word[1:].isdigit():
+        guess = "; the designs of the paper are m1 to m5"
+    return f"preset {short(preset)} is unknown; allowed: {', '.join(PRESETS)}{guess}"
+
+
 MOST_DESIGNS = 1000
 LARGEST_ARGUMENT = 65_536
 """The largest number that an argument of a pooling may be: heads, widths and latents of real models are far below."""
@@ -75,9 +87,7 @@ class Design(Strict):
         if preset is not None:
             known = ALIASES.get(preset, preset) if isinstance(preset, str) else None
             if known not in PRESETS:
-                allowed = [*PRESETS, *ALIASES]
-                guess = suggest(preset, allowed)
-                raise ValueError(f"preset {preset!r} is unknown; allowed: {', '.join(allowed)}{guess}")
+                raise ValueError(_unknown_preset(preset))
             for key, value in PRESETS[known].items():
                 if key in raw and raw[key] != value:
                     raise ValueError(

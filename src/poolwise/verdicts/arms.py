@@ -7,8 +7,8 @@ Two kinds of tasks are compared over seeds and items, their items taking the pla
 
 - Built-in tasks, by mechanism: ten tasks generated from one grammar are not ten independent tasks. Tasks named
   `demo/<mechanism>-<form>` are grouped by mechanism, whatever a comparison groups by.
-- The user's own tasks, one group each: whoever has one index asks about that index, and its queries are the sample. A
-  task is the user's own if its data came from a folder. With `FEW_SOURCES` sources of one type there is a contrast
+- Single tasks, one group each: whoever has one index asks about that index, and its queries are the sample. These are
+  the tasks whose data were read from a folder. With `FEW_SOURCES` sources of one type there is a contrast
   over tasks of that type as well; a task of which the table does not say where its data came from is compared over
   items only if its type has fewer.
 
@@ -49,7 +49,7 @@ ITEM_UNITS = {
     "Retrieval": "query", "Reranking": "query", "Classification": "example", "Clustering": "set", "STS": "pair",
     "PairClassification": "pair",
 }  # fmt: skip
-"""Task type -> what an item of an own task is called; a task of any other type is not compared over items."""
+"""Task type -> what an item of a single task is called; a task of any other type is not compared over items."""
 WORDINGS = 2  # queries with the same meaning in a built-in retrieval task; they are numbered consecutively
 
 # With fewer sources of tasks than this there is no verdict. In simulations of equal designs, p < .0005 occurs in up to
@@ -63,7 +63,7 @@ class Arm:
 
     `sources` (tasks,) names the data set behind each task; a task without one is its own source. `unit` is `item` if
     the columns are items of a mechanism's tasks; each form of the mechanism then has the same weight in every mean. It
-    is `query`, `example`, `set` or `pair` if they are items of an own task.
+    is `query`, `example`, `set` or `pair` if they are items of a single task.
     """
 
     group: str
@@ -76,7 +76,7 @@ class Arm:
 
     @property
     def of_own_task(self) -> bool:
-        """Whether the group is one of the user's own tasks. It stands for itself, as in `compare --task`: what the runs
+        """Whether the group is a single task. It stands for itself, as in `compare --task`: what the runs
         of the designs do elsewhere is not used."""
         return self.unit not in ("task", "item")
 
@@ -283,7 +283,7 @@ def whole_task(name: str) -> str:
 def by_items(frame: pl.DataFrame, main: pl.DataFrame, by: str) -> pl.DataFrame:
     """`main` (rows of main scores, one checkpoint per run) with the columns `over_items` and `unit`.
 
-    `over_items` is the group of a task that is compared over items: its mechanism, or the own task itself if tasks are
+    `over_items` is the group of a task that is compared over items: its mechanism, or the single task if tasks are
     grouped `by` task type or task. The main score of such a task is replaced by rows for its items, each treated as a
     task, if every run has items in `frame` (the long table). `unit` is null in the other rows.
     """
@@ -310,15 +310,15 @@ def by_items(frame: pl.DataFrame, main: pl.DataFrame, by: str) -> pl.DataFrame:
         kind = rows["task_type"][0]
         if ITEM not in name and _all_runs(mine, rows):
             # A folder may be called like a task type, whose group it must not join.
-            group = f"{name} (own)" if name in groups else name
+            group = f"{name} (single task)" if name in groups else name
             parts.append(_item_rows(mine, rows.with_columns(over_items=pl.lit(group)), pl.lit(ITEM_UNITS[kind])))
             replaced |= {name} if kind not in many else set()
     return pl.concat([main.filter(~pl.col("task").is_in(list(replaced))), *parts], how="diagonal_relaxed")
 
 
 def _own_tasks(main: pl.DataFrame, many: Collection[str]) -> list[str]:
-    """The user's own tasks: made from texts in memory and not built in; or of unknown identity, unless there are `many`
-    tasks of their type."""
+    """Tasks that are tested singly: made from texts in memory and not built in; or of unknown identity, unless there
+    are `many` tasks of their type."""
     import polars as pl
 
     identity = pl.col("task_identity") if "task_identity" in main.columns else pl.lit(None, pl.String)

@@ -4,7 +4,7 @@
   Hodges–Lehmann difference, rank-biserial effect size. The claim is about the trained checkpoints over tasks like
   these. With one run per design this is all there is, besides the tipping point: the largest run effect at which the
   result would hold.
-- Own tasks are compared over their items (`verdicts.arms`); with one run per design, by Student's t over items.
+- Single tasks are compared over their items (`verdicts.arms`); with one run per design, by Student's t over items.
 - Scope designs: two or more runs on either side. Random runs × random sources (`poolwise.stats.crossed`). The claim is
   about the designs, for runs and tasks like these; only this scope carries a verdict.
 
@@ -104,7 +104,7 @@ class Comparison:
         return tuple(dict.fromkeys(whole))
 
     def of_items(self, group: str) -> bool:
-        """Whether a group is compared over items: a mechanism of the built-in tasks, or one of the user's own tasks."""
+        """Whether a group is compared over items: a mechanism of the built-in tasks, or a single task."""
         return self.arm(group, self.baseline).unit != "task"
 
     def of_mechanism(self, group: str) -> bool:
@@ -112,7 +112,7 @@ class Comparison:
         return self.arm(group, self.baseline).unit == "item"
 
     def of_own_task(self, group: str) -> bool:
-        """Whether a group is one of the user's own tasks, compared over its items."""
+        """Whether a group is a single task, compared over its items."""
         return self.arm(group, self.baseline).of_own_task
 
     @property

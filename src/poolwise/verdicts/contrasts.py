@@ -128,8 +128,8 @@ class Row:
     """One contrast of one group (scope: checkpoints), with the verdict on designs if the runs allow one.
 
     `difference` is design − baseline (Hodges–Lehmann over `n` sources, the tasks of a source and seeds averaged);
-    unbounded ends are None. `wins`, `ties` and `losses` are sources too, `tasks` is the number of tasks. On an own task
-    `n` counts items, and single runs are compared by the mean difference and Student's t over them.
+    unbounded ends are None. `wins`, `ties` and `losses` are sources too, `tasks` is the number of tasks. On a single
+    task `n` counts items, and single runs are compared by the mean difference and Student's t over them.
     `p_value`, `p_holm` and `effect_size` are None if there is only one source, or if runs are still missing.
     `single`: one run on either side. Then `tipping_run_sd` is the largest run effect at which the mean difference would
     still be significant at the step of Holm's correction at which the row is; None if the row is not significant.

@@ -174,8 +174,8 @@ def _at_equal_encoding(comparison: Comparison, prices: Mapping[str, float], note
     near = [name for name in priced if name != base and apart(name, base) <= TOLERANCE]
     if near:
         notes.append(
-            f"Encoding costs the same FLOPs as {base} within {100 * TOLERANCE:.0f} %, so the main contrast is already "
-            f"at equal encode cost: {', '.join(near)}."
+            f"To encode a text takes as many FLOPs as with {base}, within {100 * TOLERANCE:.0f} %: {', '.join(near)}. "
+            f"The differences to {base} above are therefore differences at equal cost."
         )
     far = [name for name in priced if name != base and name not in near]
     alone = []

@@ -53,7 +53,7 @@ class Recommendation:
     others cost more), `below_reference` (every design scores below `reference`; `design` is None). `judged`: the group
     carries verdicts on designs that are not exploratory. `stays` (the share of `folds` with the same choice) and
     `expected_regret` (0–1) are given for a design that is better, as that a default stays the default is no evidence;
-    not on an own task, which is one source. `cost` is the encode cost in FLOPs, `relative_cost` that over the
+    not on a single task, which is one source. `cost` is the encode cost in FLOPs, `relative_cost` that over the
     baseline's.
     """
 

@@ -359,7 +359,7 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     if len(a) + len(b) > 2:
         runs = f"these checkpoints (runs averaged: {len(b)} of {name}, {len(a)} of {base})"
     lines = [(estimate, runs)]
-    scores = (_score(data, b), _score(data, a))
+    scores = (score(data, b), score(data, a))
     if min(len(a), len(b)) > 1 and n > 1:
         lines.append((_over_runs(data, base, name), "these two designs, runs like these"))
     return [
@@ -372,7 +372,7 @@ def _contrast(data: DataSet, base: str, name: str, steps: Mapping[str, int | Non
     ]  # fmt: skip
 
 
-def _score(data: DataSet, runs: Array) -> float:
+def score(data: DataSet, runs: Array) -> float:
     """The score of a design on the items: their mean, or the mean over runs of what is measured against gold."""
     if data.gold is None:
         return float(runs.mean())
@@ -388,7 +388,7 @@ def _by_mean(data: DataSet, a: Array, b: Array, rng: np.random.Generator) -> Est
     interval = stats.paired_bootstrap(x, y, rng)
     moved, notes = int((x != y).sum()), _size_notes(data, len(x))
     if data.task_type == "Clustering":
-        notes.append("sets that were drawn repeatedly from one data set overlap, so p and the interval are too small")
+        notes.append("sets that mteb draws repeatedly from one data set overlap: then p and the interval are too small")
     if data.task_type == "Classification" and np.isin([x, y], (0, 1)).all():
         test, p = "exact McNemar", stats.mcnemar(int((x > y).sum()), int((x < y).sum()))
     else:

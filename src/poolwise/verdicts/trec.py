@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from poolwise.data.own_tasks import HIGHEST_GRADE
-from poolwise.data.reading import UnreadableError, read_lines
-from poolwise.errors import DataError, suggest
+from poolwise.data.own_tasks import HIGHEST_GRADE, chooser
+from poolwise.data.reading import PAGE, UnreadableError, file_format, read_lines, read_records
+from poolwise.errors import DataError, Mistakes, suggest
 from poolwise.verdicts.items import Paired, compare_items
 from poolwise.verdicts.table import NOT_IN_RUN, table
 
@@ -54,7 +54,8 @@ def read_trec(
     """Score TREC runs (`query Q0 document rank score tag`) against judgements.
 
     Cells are separated by tabs or by blanks; ids that contain blanks need tabs. Files may be compressed (`.gz`).
-    `qrels` is TREC's table (`query 0 document grade`) or BEIR's (`query-id corpus-id score`). `metric` is mteb's name:
+    `qrels` is TREC's table (`query 0 document grade`), or one with the columns `query-id`, `corpus-id` and `score`, as
+    in an evaluation folder: CSV, TSV, JSONL or Parquet. `metric` is mteb's name:
     `ndcg_at_k`, `map_at_k`, `recall_at_k`, `precision_at_k`, `map`, `mrr`.
 
     The design is a run's file name without `.run` or another of `ENDINGS`; a trailing `.seed1`, `-seed1` or `_seed1` is
@@ -79,11 +80,11 @@ def read_trec(
             f"metric {metric!r} is unknown; allowed: {', '.join(allowed)}, with any cut-off below 10,000{hint}"
         )
     measure = f"{MEASURES[match[1]]}.{match[2]}" if match[1] else {"map": "map", "mrr": "recip_rank"}[metric]
-    judged = _judgements(Path(qrels))
+    notes: list[str] = []
+    judged = _judgements(Path(qrels), notes)
     bare = [query for query, grades in judged.items() if max(grades.values()) <= 0]
     if len(bare) == len(judged):
         raise DataError(f"{qrels}: no query with a relevant document")
-    notes = []
     if bare:
         share = f"{len(bare)} of {len(judged)} judged queries"
         notes.append(f"without any relevant document, so 0 in every run: {share} ({_few(bare)})")
@@ -190,11 +191,31 @@ def _lines(path: Path, fits: Callable[[list[str]], bool]) -> Iterator[Line]:
         raise DataError(f"{where}: {error}") from error
 
 
-def _judgements(path: Path) -> dict[str, dict[str, int]]:
-    """Query -> document -> grade."""
+def _with_header(path: Path) -> bool:
+    """Whether judgements are a table with named columns, as in an evaluation folder, and not TREC's bare lines."""
+    kind = file_format(path)
+    if kind != "tsv":  # whose lines may be TREC's
+        return kind is not None
+    _, header = next(_lines(path, lambda cells: True), ("", []))
+    return {"query-id", "corpus-id"} <= set(header)
+
+
+def _named(path: Path, notes: list[str]) -> Iterator[Line]:
+    """The judgements of a table with named columns: (place, [query, document, grade])."""
+    mistakes = Mistakes(str(path), DataError, PAGE)
+    for place, record in read_records(path, mistakes, chooser("qrels")):
+        yield f"{path}, {place}", [str(record[name]).strip() for name in ("query-id", "corpus-id", "score")]
+    mistakes.check()
+    notes += mistakes.notes
+
+
+def _judgements(path: Path, notes: list[str]) -> dict[str, dict[str, int]]:
+    """Query -> document -> grade. How a table was read is added to `notes`."""
     judged: dict[str, dict[str, int]] = {}
-    for where, cells in _lines(path, lambda cells: len(cells) in (3, 4)):
-        if where.endswith(", line 1") and cells[-1] == "score":  # the header of BEIR's table
+    table = _with_header(path)
+    lines = _named(path, notes) if table else _lines(path, lambda cells: len(cells) in (3, 4))
+    for where, cells in lines:
+        if where.endswith(", line 1") and cells[-1] == "score":  # a header of a file that has no ending
             continue
         try:
             query, document, cell = (cells[0], cells[2], cells[3]) if len(cells) == 4 else cells
@@ -202,7 +223,8 @@ def _judgements(path: Path) -> dict[str, dict[str, int]]:
                 raise ValueError
             grade = float(cell)
         except ValueError as error:
-            raise DataError(f"{where}: {_unfit(cells, 3, QRELS_FORM)}") from error
+            why = f"column 'score': expected a number, got {cells[2]!r}" if table else _unfit(cells, 3, QRELS_FORM)
+            raise DataError(f"{where}: {why}") from error
         if not grade.is_integer() or abs(grade) > HIGHEST_GRADE:
             raise DataError(
                 f"{where}: grade {cell!r} is not a whole number from -{HIGHEST_GRADE} to {HIGHEST_GRADE} "
@@ -215,7 +237,7 @@ def _judgements(path: Path) -> dict[str, dict[str, int]]:
                 f"from {known} in an earlier line; a document has one grade per query, keep one of the lines"
             )
     if not judged:
-        raise DataError(f"{path}: no judgement")
+        raise DataError(f"{path}: no judgement; expected lines of the form {QRELS_FORM}, or a table as in {PAGE}")
     return judged
 
 
