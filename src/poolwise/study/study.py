@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from poolwise.errors import StudyError, explain, name_problem, redact, short, suggest
-from poolwise.files import MOST_TOML_BYTES, parse_toml, read_bytes, safe_name
+from poolwise.files import LONGEST_NAME, MOST_TOML_BYTES, parse_toml, read_bytes, safe_name, user_path
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import MOST_DESIGNS, Design, expand
 from poolwise.study.pooling_spec import allowing_code, code_by_name, find_own, is_own
@@ -87,7 +87,7 @@ def _names(raw_designs: object) -> list[str]:
 class Study(Strict):
     """A controlled comparison: every design trained once per seed under one recipe and scored on the same tasks."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=LONGEST_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     baseline: str = "m1"
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], BeforeValidator(_seeds), Field(max_length=MOST_SEEDS)
@@ -265,7 +265,7 @@ class Study(Strict):
         """The run folder: `output`, or `runs/NAME` beside the study file. A run that an earlier version left in the
         working directory is used where it is."""
         if self.output:
-            return self._base_dir / self.output
+            return user_path(self.output, self._base_dir)
         return Path("runs", self.name).resolve() if self._at_old_place else self._base_dir / "runs" / self.name
 
     @property
