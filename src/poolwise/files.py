@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from poolwise.errors import DataError, PoolwiseError, short
+from poolwise.errors import DataError, PoolwiseError, redact, short
 
 CONNECT_SECONDS = 5.0
 """How long to wait for the Hub to accept a connection."""
@@ -113,15 +113,18 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all; raises as `open_atomic` does."""
+    """Write a file whole or not at all, a text without secrets; raises as `open_atomic` does."""
     with open_atomic(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(redact(content).encode() if isinstance(content, str) else content)
     return Path(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a sealed JSON object so that a reader sees the old file or the whole new one. Raises OSError."""
-    text = json.dumps({**content, "checksum": BLANK}, indent=1, ensure_ascii=False)
+    """Write a sealed JSON object, without secrets, so that a reader sees the old file or the whole new one.
+
+    Raises OSError.
+    """
+    text = redact(json.dumps({**content, "checksum": BLANK}, indent=1, ensure_ascii=False))
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
         seal(temporary)
@@ -130,7 +133,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_any_json(path: Path, content: Any) -> None:
     """Write JSON for other programs, without a checksum; otherwise as `write_json`."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(redact(json.dumps(content, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from poolwise.errors import StudyError, explain, name_problem, redact, short, suggest
+from poolwise.errors import StudyError, explain, name_problem, redact, secrets_in, short, suggest
 from poolwise.files import LONGEST_NAME, MOST_TOML_BYTES, parse_toml, read_bytes, safe_name, user_path
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import MOST_DESIGNS, Design, expand
@@ -117,10 +118,12 @@ class Study(Strict):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, raw: Any) -> Any:
-        """Refuse a Hugging Face token: the study is copied into its run folder, its reports and its checkpoints."""
+        """Refuse secrets: the study is copied into its run folder, its reports and its checkpoints."""
         text = repr(raw) if isinstance(raw, dict) else ""
         if redact(text, environment=False) != text:
             raise ValueError("a Hugging Face token (hf_…) stands in the study; give it as HF_TOKEN in the environment")
+        if named := [name for name, value in secrets_in(os.environ).items() if value in text]:
+            raise ValueError(f"the study contains the value of the environment variable {named[0]}; remove it there")
         return raw
 
     @field_validator("tasks", "base_models", "references")
