@@ -325,7 +325,7 @@ def test_usage_errors(arguments: tuple[str, ...], words: str, here: Path, invoke
     assert "Usage: poolwise" in err
 
 
-@pytest.mark.parametrize("shard", ["3/2", "0/2", "1", "a/b"])
+@pytest.mark.parametrize("shard", ["3/2", "0/2", "1", "a/b", "²/3"])
 def test_bad_shard(shard: str, here: Path, invoke: Invoke) -> None:
     err = refused(invoke, here, "run", write_study(here), "--shard", shard)
     assert f"--shard {shard!r}: give i/n with 1 <= i <= n" in err

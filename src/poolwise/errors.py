@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import html
+import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from pydantic import BaseModel, ValidationError
 
@@ -185,18 +189,81 @@ def name_problem(name: str) -> str:
     return f"contains the hidden character {printable(hidden)}; remove it" if hidden else ""
 
 
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_SECRET_NAMES = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_SECRET_NAMES = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY)S?(_?\d+)?$", re.IGNORECASE
+)
+_KEY_NAMES = re.compile(r"(^|_)KEYS?(_?\d+)?$", re.IGNORECASE)
+"""Names that may also be those of a key of a table or a cache."""
 _SHORTEST_SECRET = 8
+_REDACTED = "[secret]"
+_LONGEST_LINE = 1 << 16
+"""Characters of a line after which it is written to a log before its end."""
+
+
+def secrets_in(environment: Mapping[str, str]) -> dict[str, str]:
+    """Name -> value of each variable whose name ends like that of a token, key, secret or password.
+
+    Values that would be found in ordinary text are left out: those of fewer than 8 characters, paths, and the plain
+    words of what is only called a key (`SORT_KEY=embeddings`).
+    """
+    found = {}
+    for name, value in environment.items():
+        plain = not _SECRET_NAMES.search(name) and re.fullmatch(r"[A-Za-z_-]+|\d+", value.strip())
+        if (_SECRET_NAMES.search(name) or _KEY_NAMES.search(name)) and not plain:
+            found[name] = value.strip()
+    return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET and value[0] != "/"}
+
+
+@functools.lru_cache(maxsize=8)
+def _pattern(values: frozenset[str]) -> re.Pattern[str]:
+    """Finds the values as they are and as JSON, HTML and addresses write them; also each line of those with several."""
+    written = set[str]()
+    for value in values:
+        lines = [line for line in value.splitlines() if len(line) >= _SHORTEST_SECRET]
+        for part in (value, *lines):
+            written |= {
+                part,
+                json.dumps(part, ensure_ascii=False)[1:-1],
+                json.dumps(part)[1:-1],
+                html.escape(part),
+                quote(part, ""),
+            }
+    return re.compile("|".join(map(re.escape, sorted(written, key=len, reverse=True))) or r"(?!)")
 
 
 def redact(text: str, environment: bool = True) -> str:
     """The text without secrets: Hugging Face tokens, and values of environment variables named like secrets."""
-    named = os.environ.items() if environment else ()
-    values = {value for name, value in named if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET}
-    for value in sorted(values, key=len, reverse=True):
-        text = text.replace(value, "[secret]")
-    return _SECRET.sub("[secret]", text)
+    values = frozenset(secrets_in(os.environ).values()) if environment else frozenset[str]()
+    return _TOKEN.sub(_REDACTED, _pattern(values).sub(_REDACTED, text))
+
+
+def redact_stream(source: BinaryIO, target: BinaryIO) -> None:
+    """Copy what is written to a pipe, without secrets, line by line until its end.
+
+    A target that takes nothing more, as on a full disk, is written to no longer, but `source` is read to its end:
+    otherwise whoever writes to it would wait for ever.
+    """
+    left, broken = "", False
+    while data := source.read1(1 << 16):  # type: ignore[attr-defined]
+        left += data.decode("utf-8", "surrogateescape")
+        end = max(left.rfind("\n"), left.rfind("\r")) + 1
+        if not end and len(left) > 2 * _LONGEST_LINE:
+            left = redact(left)
+            end = len(left) - _LONGEST_LINE  # what is kept is longer than any secret, so that none is cut in two
+        broken = broken or not _copied(target, redact(left[:end]))
+        left = left[end:]
+    if not broken:
+        _copied(target, redact(left))
+
+
+def _copied(target: BinaryIO, text: str) -> bool:
+    try:
+        target.write(text.encode("utf-8", "surrogateescape"))
+        target.flush()
+    except OSError:
+        return False
+    return True
 
 
 def suggest(value: object, allowed: Iterable[str]) -> str:

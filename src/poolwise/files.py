@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from poolwise.errors import DataError, PoolwiseError
+from poolwise.errors import DataError, PoolwiseError, redact, short
 
 CONNECT_SECONDS = 5.0
 """How long to wait for the Hub to accept a connection."""
@@ -39,6 +39,8 @@ MOST_TOML_BYTES = 1 << 20
 """Bytes of a TOML file, whose parser takes time that grows with the square of some inputs."""
 MOST_DEPTH = 60
 """Levels of tables and lists in a JSON or TOML text; beyond some hundreds, printing or comparing a value fails."""
+LONGEST_NAME = 200
+"""Bytes of a name in a path: file systems allow 255, and seeds, hashes and endings are added to it."""
 MOST_DIGITS = 40
 """Digits of an integer: enough for any identifier, and few enough to be converted to a float."""
 SEAL = "poolwise-sha256:"
@@ -111,15 +113,18 @@ def open_atomic(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all; raises as `open_atomic` does."""
+    """Write a file whole or not at all, a text without secrets; raises as `open_atomic` does."""
     with open_atomic(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(redact(content).encode() if isinstance(content, str) else content)
     return Path(path)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a sealed JSON object so that a reader sees the old file or the whole new one. Raises OSError."""
-    text = json.dumps({**content, "checksum": BLANK}, indent=1, ensure_ascii=False)
+    """Write a sealed JSON object, without secrets, so that a reader sees the old file or the whole new one.
+
+    Raises OSError.
+    """
+    text = redact(json.dumps({**content, "checksum": BLANK}, indent=1, ensure_ascii=False))
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
         seal(temporary)
@@ -128,7 +133,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_any_json(path: Path, content: Any) -> None:
     """Write JSON for other programs, without a checksum; otherwise as `write_json`."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(redact(json.dumps(content, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -180,10 +185,11 @@ def is_sealed(data: bytes) -> bool:
     return hashlib.sha256(data.replace(SEAL.encode() + found[0], BLANK.encode())).hexdigest().encode() == found[0]
 
 
-def parse_json(text: str | bytes, finite: bool = True) -> Any:
+def parse_json(text: str | bytes, finite: bool = True, unicode: bool = True) -> Any:
     """The value of a JSON text within the bounds above. Raises ValueError with the reason, in one line.
 
-    finite: refuse NaN and Infinity, which are not JSON but which Python writes.
+    finite: refuse NaN and Infinity, which are not JSON but which Python writes. unicode: refuse unpaired surrogates,
+    which JSON can escape (`\\ud800`) but no UTF-8 file or table can hold.
     """
     if len(text) > MOST_BYTES:
         raise ValueError(f"longer than {MOST_BYTES:,} bytes")
@@ -196,6 +202,12 @@ def parse_json(text: str | bytes, finite: bool = True) -> Any:
     opening = text.count(b"[") + text.count(b"{") if isinstance(text, bytes) else text.count("[") + text.count("{")
     if opening > MOST_DEPTH:
         _check_depth(content)
+    if unicode and (b"\\ud" in text.lower() if isinstance(text, bytes) else "\\ud" in text.lower()):
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            found = error.object[error.start : error.start + 1]
+            raise ValueError(f"an unpaired surrogate ({found!r}), which is not valid Unicode") from None
     return content
 
 
@@ -215,6 +227,14 @@ def parse_toml(data: bytes) -> dict[str, Any]:
         raise ValueError(f"nested more than {MOST_DEPTH} levels deep") from None
     _check_depth(content)
     return content
+
+
+def whole_number(digits: str) -> int | None:
+    """The number that decimal digits write; None for any other text, and for more than `MOST_DIGITS` digits.
+
+    Python's `int` refuses texts that `str.isdigit` accepts ("²"), and those of thousands of digits.
+    """
+    return int(digits) if digits.isdecimal() and len(digits) <= MOST_DIGITS else None
 
 
 def _integer(digits: str) -> int:
@@ -289,6 +309,27 @@ def sha256(path: Path) -> str:
 def hashes(folder: Path) -> dict[str, str]:
     """The hash of every file below a folder, by its relative path."""
     return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def user_path(name: str | Path, base_dir: Path = Path()) -> Path:
+    """The path of a file or folder that the user names, relative to `base_dir`, with `~` expanded.
+
+    It may not exist. Raises DataError for a name that no file can have: too long, or with a null character.
+    """
+    try:
+        path = base_dir / os.path.expanduser(name)
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{short(str(name))} cannot be the name of a file or folder ({reason})") from None
+    return path
+
+
+def too_long(name: str) -> bool:
+    """Whether a name has more than `LONGEST_NAME` bytes as part of a path."""
+    return len(safe_name(name).encode()) > LONGEST_NAME
 
 
 def safe_name(name: str) -> str:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import errno
 import http.server
+import multiprocessing
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 
+from poolwise import cli
 from poolwise.errors import PoolwiseError
 from poolwise.runs import layout, prepare, trial
 from poolwise.runs import run as runner
@@ -176,19 +178,48 @@ def preparation_killed(field: Field, number: int, rng: random.Random) -> tuple[P
     return path, []
 
 
-def parent_signal(number: signal.Signals) -> Fault:
+def command_line(path: Path) -> None:
+    """`poolwise run` in a process forked from this one, with libraries loaded; its workers come from our server."""
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    os.setsid()
+    sys.argv = ["poolwise", "run", str(path), "--workers", "1"]
+    cli.main()
+
+
+def parent_signal(*numbers: signal.Signals) -> Fault:
+    """The program gets a signal at a moment of its run; one in four is a new program, which takes long to start."""
+
     def fault(field: Field, index: int, rng: random.Random) -> tuple[Path, list[Path]]:
         path, folder = field.begin(index, finished=False)
-        run = subprocess.Popen(
-            [*PROGRAM, "run", str(path), "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        if new := rng.random() < 0.25:
+            program = subprocess.Popen(
+                [*PROGRAM, "run", str(path), "--workers", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            pid = program.pid
+        else:
+            forkserver._forkserver.ensure_running()  # type: ignore[attr-defined]
+            child = multiprocessing.get_context("fork").Process(target=command_line, args=(path,))
+            child.start()
+            pid = child.pid
+
+        def runs() -> bool:
+            return program.poll() is None if new else child.is_alive()
+
         wanted = rng.choice(["study.json", "checkpoint-2", "step-3", "train.json", "scores"])
-        while run.poll() is None and not any(folder.rglob(wanted)):
+        while runs() and not any(folder.rglob(wanted)):
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.5))
-        run.send_signal(number)
-        run.wait(LONGEST)
+        for number in numbers:
+            time.sleep(rng.uniform(0, 0.5))
+            if runs():
+                os.kill(pid, number)
+        program.wait(LONGEST) if new else child.join(LONGEST)
+        if runs():
+            os.kill(pid, signal.SIGKILL)
+            raise RuntimeError(f"{path}: the run did not end within {LONGEST:g} s of {numbers}")
         return path, []
 
     return fault
@@ -251,6 +282,19 @@ def write_fault(number_of_error: int) -> Fault:
         return path, []
 
     return fault
+
+
+def small_disk(field: Field, number: int, rng: random.Random) -> tuple[Path, list[Path]]:
+    """The study runs in a file system that is too small for it, and which is then enlarged. Needs root."""
+    path, folder = field.begin(number, finished=False)
+    folder.mkdir()
+    whole = sum(file.stat().st_size for file in files_in(field.whole))
+    size = f"size={rng.randrange(16 << 10, whole)}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "none", str(folder)], capture_output=True).returncode:
+        return write_fault(errno.ENOSPC)(field, number, rng)
+    disturbed(path, lambda event: None)
+    subprocess.run(["mount", "-o", "remount,size=1g", str(folder)], check=True)
+    return path, []
 
 
 def clock_jump(field: Field, number: int, rng: random.Random) -> tuple[Path, list[Path]]:
@@ -316,6 +360,7 @@ FAULTS: dict[str, Fault] = {
     "run interrupted": process_fault(raise_interrupt),
     "run killed": parent_signal(signal.SIGKILL),
     "run terminated": parent_signal(signal.SIGTERM),
+    "run stopped and continued": parent_signal(signal.SIGSTOP, signal.SIGCONT),
     "bit flipped": file_fault(flip, running=False),
     "bit flipped after an interrupt": file_fault(flip, running=True),
     "file truncated": file_fault(truncate, running=False),
@@ -323,6 +368,7 @@ FAULTS: dict[str, Fault] = {
     "file removed": file_fault(remove, running=False),
     "file of another time": file_fault(other_time, running=False),
     "disk full": write_fault(errno.ENOSPC),
+    "disk too small": small_disk,
     "folder read-only": write_fault(errno.EROFS),
     "clocks jump": clock_jump,
     "Hub answers 503": hub_fault(hangs=False),
@@ -337,6 +383,8 @@ def one_fault(field: Field, seed: int, number: int) -> tuple[str, str, str]:
     path, damaged = FAULTS[kind](field, number, rng)
     folder = field.place / path.stem
     wrong = field.end(path, damaged, [])
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     return kind, wrong, ", ".join(str(file.relative_to(folder)) for file in damaged)
 

@@ -4,9 +4,12 @@ Each input belongs to a target (`targets.py`) and is made from `--seed`, the tar
 finding can be repeated: `--targets "run.json" --first NUMBER --inputs 1`. A finding is
 
 - an exception that is not a PoolwiseError: the command line would end with a traceback,
-- more than 2 seconds of processor time,
+- more than 2 seconds of processor time, or 60 seconds without an end, as in a wait for what never comes,
 - more than 1 GiB of memory,
 - the end of the process: libraries written in C and Rust read some of the files.
+
+Targets take turns of a quarter of a second. `--each` is the most inputs of one target: without it the fast readers get
+almost all of them.
 
 Engines: `bytes` alters bytes and JSON values at random; `hypothesis` draws values of every type and shrinks what it
 finds; `atheris`, if it is installed, is guided by the coverage of the code.
@@ -19,6 +22,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
+
+os.environ.setdefault("POLARS_MAX_THREADS", "1")  # its threads would not survive the fork, and cost more than they give
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name is looked up in the cache alone
 import random
 import resource
 import shutil
@@ -44,6 +51,10 @@ with contextlib.ExitStack() as stack:
     from poolwise.errors import PoolwiseError
 
 SECONDS, GROWTH = 2.0, 1 << 30
+STUCK = 60.0
+"""Seconds without an end after which an input counts as a hang, though it takes no processor time."""
+NOTICED = 64 << 20
+"""Bytes of growth after which the peak of the memory is measured afresh."""
 SLICE = 0.25
 """Seconds that a target gets at a time, so that slow readers do not take all of them."""
 READ, REFUSED, FOUND = range(3)
@@ -70,9 +81,22 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def forget_peak() -> None:
+    """Let the peak begin at the present size, where the system can: otherwise the next input seems to need nothing."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """Bytes of memory in use now; the peak where the system does not tell."""
+    if sys.platform != "linux":
+        return peak()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def attempt(target: Target, folder: Path, data: bytes) -> tuple[int, str]:
     """What a reader did with one input: `READ`, `REFUSED` or `FOUND` and why."""
-    before = peak()
+    before = resident()
     try:
         with limited():
             target.run(folder, data)
@@ -87,8 +111,11 @@ def attempt(target: Target, folder: Path, data: bytes) -> tuple[int, str]:
         last = ours[-1]
         text = next(iter(str(error).splitlines()), "")[:120]
         return FOUND, f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"
-    if peak() - before > GROWTH:
-        return FOUND, f"the memory grew by {(peak() - before) >> 20:,} MiB"
+    grown = peak() - before
+    if grown > NOTICED:
+        forget_peak()
+    if grown > GROWTH:
+        return FOUND, f"the memory grew by {grown >> 20:,} MiB"
     return outcome, why
 
 
@@ -105,16 +132,21 @@ class Board:
 
     def collect(self) -> None:
         while not self.findings.empty():
-            name, why, number = self.findings.get()
-            first, times = self.kinds.get((name, why), (number, 0))
-            self.kinds[name, why] = first, times + 1
+            self.note(*self.findings.get())
+
+    def note(self, name: str, why: str, number: int) -> None:
+        first, times = self.kinds.get((name, why), (number, 0))
+        self.kinds[name, why] = first, times + 1
 
     @property
     def done(self) -> int:
         return sum(self.counts)
 
+    def done_by(self, index: int) -> int:
+        return sum(self.counts[3 * index : 3 * index + 3])
 
-def keep_on(board: Board, seed: int, end: float, most: int) -> None:
+
+def keep_on(board: Board, seed: int, end: float, most: int, each: int) -> None:
     """Run inputs until the time or the number of inputs is over."""
     signal.signal(signal.SIGPROF, _hang)
     logging.disable(logging.CRITICAL)
@@ -125,12 +157,16 @@ def keep_on(board: Board, seed: int, end: float, most: int) -> None:
     )
     if size:
         resource.setrlimit(resource.RLIMIT_AS, (size + 4 * GROWTH,) * 2)
-    while time.monotonic() < end and board.done < most:
-        for index, target in enumerate(board.targets):
-            folder = board.place / str(index)
+    left = set(range(len(board.targets)))
+    while left and time.monotonic() < end and board.done < most:
+        for index in sorted(left):
+            target, folder = board.targets[index], board.place / str(index)
             folder.mkdir(exist_ok=True)
             stop = time.process_time() + SLICE
             while time.process_time() < stop and time.monotonic() < end and board.done < most:
+                if board.done_by(index) >= each:
+                    left.discard(index)
+                    break
                 number = board.next[index]
                 board.current[:] = [index, number]
                 board.next[index] += 1
@@ -145,29 +181,34 @@ def input_of(target: Target, seed: int, number: int) -> bytes:
     return make(target.seeds, target.form, random.Random(f"{seed} {target.name} {number}"))
 
 
-def fuzz(targets: Sequence[Target], seed: int, seconds: float, inputs: int, first: int = 0) -> Board:
-    """Run inputs in a child process, and another one whenever it dies."""
+def fuzz(targets: Sequence[Target], seed: int, seconds: float, inputs: int, first: int = 0, each: int = 10**9) -> Board:
+    """Run inputs in a child process, and another one whenever it dies or is stuck."""
     place = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     board = Board(targets, place)
     board.next[:] = [first] * len(targets)
     end = time.monotonic() + seconds
     context = multiprocessing.get_context("fork")
     try:
-        while time.monotonic() < end and board.done < inputs:
-            child = context.Process(target=keep_on, args=(board, seed, end, inputs))
+        exitcode: int | None = -1
+        while exitcode and time.monotonic() < end and board.done < inputs:
+            child = context.Process(target=keep_on, args=(board, seed, end, inputs, each))
             child.start()
+            at, since = board.current[:], time.monotonic()
             while child.is_alive():
                 child.join(0.2)
                 board.collect()
+                if at != board.current[:]:
+                    at, since = board.current[:], time.monotonic()
+                elif time.monotonic() - since > STUCK:
+                    child.kill()
             board.collect()
-            if child.exitcode:
+            exitcode = child.exitcode
+            if exitcode:
                 index, number = board.current
                 board.counts[3 * index + FOUND] += 1
-                why = f"the process ended with {child.exitcode}"
-                board.kinds[targets[index].name, why] = (
-                    number,
-                    board.kinds.get((targets[index].name, why), (0, 0))[1] + 1,
-                )
+                stuck = time.monotonic() - since > STUCK
+                why = f"no end within {STUCK:g} s" if stuck else f"the process ended with {exitcode}"
+                board.note(targets[index].name, why, number)
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return board
@@ -185,40 +226,56 @@ def by_hypothesis(targets: Sequence[Target], seed: int, examples: int) -> dict[t
     values = st.recursive(
         leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4)
     )
+
+    def examine(target: Target, folder: Path) -> None:
+        @seeded(seed)
+        @settings(
+            max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False,
+        )  # fmt: skip
+        @given(st.data())
+        def run(drawn: Any) -> None:
+            data = drawn.draw(st.sampled_from(target.seeds))
+            if target.form in ("json", "sealed"):
+                content = json.loads(data)
+                holder, key = drawn.draw(st.sampled_from(places_in(content)))
+                holder[key] = drawn.draw(values)
+                data = json.dumps(content).encode()
+                data = sealed_again(data) if target.form == "sealed" else data
+            else:
+                at = drawn.draw(st.integers(0, len(data)))
+                to = drawn.draw(st.integers(at, min(len(data), at + 8)))
+                text = st.text(max_size=12).map(lambda text: text.encode("utf-8", "ignore"))
+                data = data[:at] + drawn.draw(st.binary(max_size=12) | text) + data[to:]
+            outcome, why = attempt(target, folder, data)
+            if outcome == FOUND:
+                raise AssertionError(f"{why}\n{data!r}")
+
+        run()
+
     found: dict[tuple[str, str], tuple[int, int]] = {}
     signal.signal(signal.SIGPROF, _hang)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     for target in targets:
         with tempfile.TemporaryDirectory() as folder:
-
-            @seeded(seed)
-            @settings(
-                max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck),
-                phases=[Phase.generate], report_multiple_bugs=False,
-            )  # fmt: skip
-            @given(st.data())
-            def run(drawn: Any, target: Target = target, folder: str = folder) -> None:
-                data = drawn.draw(st.sampled_from(target.seeds))
-                if target.form in ("json", "sealed"):
-                    content = json.loads(data)
-                    holder = content if isinstance(content, dict) else content[0]
-                    key = drawn.draw(st.sampled_from([key for key in holder if key != "checksum"]))
-                    holder[key] = drawn.draw(values)
-                    data = json.dumps(content).encode()
-                    data = sealed_again(data) if target.form == "sealed" else data
-                else:
-                    at = drawn.draw(st.integers(0, len(data)))
-                    to = drawn.draw(st.integers(at, min(len(data), at + 8)))
-                    new = drawn.draw(
-                        st.binary(max_size=12) | st.text(max_size=12).map(lambda t: t.encode("utf-8", "ignore"))
-                    )
-                    data = data[:at] + new + data[to:]
-                outcome, why = attempt(target, Path(folder), data)
-                assert outcome != FOUND, why
-
             try:
-                run()
+                examine(target, Path(folder))
             except AssertionError as error:
-                found[target.name, str(error).splitlines()[0]] = (0, 1)
+                why, shrunk = str(error).splitlines()[:2]
+                found[target.name, f"{why}: {shrunk[:200]}"] = (0, 1)
+    return found
+
+
+def places_in(content: Any) -> list[tuple[Any, Any]]:
+    """Every value of a JSON document but its checksum, as (what holds it, its key)."""
+    found: list[tuple[Any, Any]] = []
+    left = [content]
+    while left:
+        holder = left.pop()
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        found += [(holder, key) for key in keys if key != "checksum"]
+        left += [holder[key] for key in keys if isinstance(holder[key], dict | list)]
     return found
 
 
@@ -264,6 +321,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--inputs", type=int, default=10**9, help="stop after as many inputs")
+    parser.add_argument("--each", type=int, default=10**9, help="stop a target after as many inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each target")
     parser.add_argument("--targets", default="", help="names, separated by commas; all by default")
@@ -280,7 +338,7 @@ def main() -> int:
         kinds = by_hypothesis(targets, options.seed, examples)
         print(f"{len(targets)} readers, {examples:,} examples each, {len(kinds)} of them with a finding")
     else:
-        board = fuzz(targets, options.seed, options.seconds, options.inputs, options.first)
+        board = fuzz(targets, options.seed, options.seconds, options.inputs, options.first, options.each)
         kinds = board.kinds
         print(table(board))
     for (name, why), (number, times) in sorted(kinds.items()):

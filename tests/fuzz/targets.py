@@ -18,13 +18,18 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+import safetensors.torch
+import torch
 
+from paper_head import random_weights
 from poolwise import api
-from poolwise.data import own_tasks, pairs, reading, survey
+from poolwise.data import own_tasks, pairs, reading, survey, tasks
 from poolwise.errors import Mistakes, PoolwiseError
 from poolwise.files import BLANK, write_json
-from poolwise.model import checkpoint
-from poolwise.runs import layout, looks
+from poolwise.model import checkpoint, release
+from poolwise.model.base import base_path
+from poolwise.pooling import paper
+from poolwise.runs import ab, layout, looks
 from poolwise.runs import run as runner
 from poolwise.runs.train import COMPLETE, latest_checkpoint
 from poolwise.screen import device_lines, grid_table
@@ -78,6 +83,14 @@ RUN = {
     "format": 2, "recipe": {"base_model": "nano", "steps": 10}, "design": {"name": "m1", "attention": "causal", "pooling": "mean"},
     "seed": 0, "base": {"path": "/nowhere/at/all", "local": True, "identity": "x"}, "step": 10, "files": {},
 }  # fmt: skip
+ADAPTER = {
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "target_modules": ["q_proj", "v_proj"],
+    "bias": "none",
+    "use_dora": False,
+}
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -151,7 +164,23 @@ def write(path: Path, data: bytes) -> Path:
 
 def study_file(folder: Path, data: bytes) -> None:
     study = Study.load(write(folder / "study.toml", data))
-    study.fingerprint, study.all_seeds, study.grid_notes  # noqa: B018
+    study.fingerprint, study.all_seeds, study.grid_notes, study.place  # noqa: B018
+
+
+def names_of_files(folder: Path, data: bytes) -> None:
+    """What a study file or a command line may name: a base model, training data, a task, a run folder."""
+    name = data.decode("utf-8", "surrogateescape")
+    for use in (
+        base_path,
+        lambda name: tasks.resolve_tasks([f"./{name}"], folder),
+        lambda name: ab.ab(name, ["tfidf"] * 2),
+    ):
+        with contextlib.suppress(PoolwiseError):
+            use(name)
+    with contextlib.suppress(PoolwiseError):
+        Study.parse({**PLAIN, "output": name}, folder).place  # noqa: B018
+    if not pairs.is_hub_name(name):
+        pairs.open_source(name, "train", folder)
 
 
 def study_record(folder: Path, data: bytes) -> None:
@@ -203,6 +232,20 @@ def run_file(folder: Path, data: bytes) -> None:
     with contextlib.suppress(PoolwiseError):
         checkpoint.verify_files(folder, checkpoint.read_run(folder)["files"])
     checkpoint.load(folder)
+
+
+def adapter_settings(folder: Path, data: bytes) -> None:
+    write(folder / paper.ADAPTER, data)
+    release._recipe(folder, "nano", "float32")
+
+
+def weights(folder: Path, data: bytes) -> None:
+    write(folder / "adapter_model.safetensors", data)
+    release._adapter(folder)
+
+
+def torch_weights(folder: Path, data: bytes) -> None:
+    paper.load_paper_head(write(folder / paper.HEAD, data), heads=2)
 
 
 def marker(folder: Path, data: bytes) -> None:
@@ -279,6 +322,23 @@ def mteb_file(folder: Path, data: bytes) -> None:
     readers.read(write(folder / "m" / "org__model" / "rev" / "STS12.json", data).parents[2])
 
 
+def mteb_meta(folder: Path, data: bytes) -> None:
+    for revision in ("a" * 8, "b" * 8):
+        if not (path := folder / "m" / "org__model" / revision / "STS12.json").exists():
+            write(
+                path,
+                plain(
+                    {
+                        **MTEB,
+                        "scores": {"test": [{"main_score": len(revision) / ord(revision[0]), "hf_subset": "default"}]},
+                    }
+                ),
+            )
+    write(folder / "m" / "org__model" / ("b" * 8) / "model_meta.json", plain({"release_date": "2023-01-01"}))
+    write(folder / "m" / "org__model" / ("a" * 8) / "model_meta.json", data)
+    readers.read(folder / "m")
+
+
 def trec_run(folder: Path, data: bytes) -> None:
     if not (folder / "qrels.txt").exists():
         write(folder / "qrels.txt", b"q1 0 d1 1\nq2 0 d2 2\n")
@@ -315,6 +375,14 @@ def _score_files() -> tuple[bytes, ...]:
         return (path.read_bytes(),)
 
 
+def torch_saved(zipped: bool) -> bytes:
+    sink = io.BytesIO()
+    torch.save(
+        random_weights(width=2, latents=1, heads=2, head_dim=1, rows=2), sink, _use_new_zipfile_serialization=zipped
+    )
+    return sink.getvalue()
+
+
 SCORE_FILES = _score_files()
 QRELS = [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(3)]
 CORPUS = [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(3)]
@@ -325,6 +393,7 @@ RERANKING = [{"query": "q", "positive": ["a"], "negative": ["b", "c"]}]
 
 TARGETS = [
     Target("study file", "toml", (TOML.encode(),), study_file),
+    Target("names of files", "text", (b"./llama", b"~/data/train.jsonl", b"~no-such-user/x", b"runs/s"), names_of_files),
     Target("study.json", "sealed", (sealed(STUDY), sealed(PLAIN)), study_record),
     Target("trials.json", "sealed", (sealed({"trials": [ROW, {**ROW, "name": "x-s1", "seed": 1}]}),), trials_record),
     Target("costs.json", "sealed", (sealed({"designs": [COST]}),), costs_record),
@@ -335,6 +404,9 @@ TARGETS = [
         sealed({"shares": {"ladder-1": 0.5, "ladder-2": None}}), sealed({"losses": {"1": 0.5}, "seconds": 3.5}),
     ), trial_records),
     Target("run.json", "sealed", (sealed(RUN),), run_file),
+    Target("adapter settings", "json", (plain(ADAPTER),), adapter_settings),
+    Target("weights, safetensors", "binary", (safetensors.torch.save({"a": torch.ones(2, 3), "b": torch.zeros(1, dtype=torch.bfloat16)}),), weights),
+    Target("weights, torch", "binary", (torch_saved(True), torch_saved(False)), torch_weights),
     Target("checkpoint marker", "sealed", (sealed({"seconds": 1.5, "files": {"a": "0" * 64}}), sealed({"seconds": 1.5, "files": {}})), marker),
     Target("modules.json", "json", (plain(MODULES),), modules_file),
     Target("checksums.json", "sealed", (sealed({"files": {"config.json": "0" * 64}}),), checksums_file),
@@ -359,6 +431,7 @@ TARGETS = [
     Target("scores Parquet", "binary", (parquet([dict(zip(SCORES.split("\n")[0].split(","), row.split(","), strict=True)) for row in SCORES.strip().split("\n")[1:]]),), score_table("s.parquet")),
     Target("comparison", "text", (SCORES.encode(),), comparison),
     Target("mteb result", "json", (plain(MTEB),), mteb_file),
+    Target("mteb model_meta", "json", (plain({"release_date": "2024-01-01", "revision": "x"}),), mteb_meta),
     Target("TREC run", "text", (b"q1 Q0 d1 1 0.9 x\nq1 Q0 d2 2 0.8 x\nq2 Q0 d2 1 0.7 x\n",), trec_run),
     Target("TREC judgements", "text", (b"q1 0 d1 1\nq2 0 d2 2\n", b"query-id corpus-id score\nq1 d1 1\n"), trec_judgements),
     Target("TREC metric", "text", (b"ndcg_at_10", b"map", b"recall_at_100"), trec_metric),

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from poolwise.errors import PoolwiseError, printable, redact
+from poolwise.errors import PoolwiseError, printable, redact, short
+from poolwise.files import whole_number
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.toml", help="The study file.")]
 Source = Annotated[
@@ -77,10 +78,10 @@ def say(line: str) -> None:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise PoolwiseError(f"--shard {text!r}: give i/n with 1 <= i <= n, such as 2/8")
-    return int(first), int(last)
+    first, last = (whole_number(part) for part in text.partition("/")[::2])
+    if first is None or last is None or not 1 <= first <= last:
+        raise PoolwiseError(f"--shard {short(text)}: give i/n with 1 <= i <= n, such as 2/8")
+    return first, last
 
 
 def quiet() -> None:

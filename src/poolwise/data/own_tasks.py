@@ -24,7 +24,7 @@ from poolwise.data.reading import (
     text_problem,
 )
 from poolwise.errors import Mistakes, TaskError, enumerate_words, name_problem, short, suggest
-from poolwise.files import MOST_TOML_BYTES, parse_json, parse_toml, read_bytes
+from poolwise.files import LONGEST_NAME, MOST_TOML_BYTES, parse_json, parse_toml, read_bytes, too_long
 from poolwise.study.catalogue import origin
 
 MTEB_TYPES = {
@@ -105,6 +105,9 @@ def read_folder(path: Path) -> Folder:
     name = str(settings.get("name", path.resolve().name))
     if problem := name_problem(name):
         reader.mistakes.add("", f"the folder's name {problem}, or give the task a name in task.toml")
+        reader.mistakes.check()
+    if too_long(name):
+        reader.mistakes.add("", f"the name {short(name)} is longer than {LONGEST_NAME} bytes; set name in task.toml")
         reader.mistakes.check()
     data = TaskData(kind, records, split, settings.get("ignore_identical_ids") is True)
     notes = [*reader.mistakes.notes, *(search_notes(data) if kind == "retrieval" else [])]
@@ -207,7 +210,7 @@ def _list_of(parse: Callable[[object], str]) -> Callable[[object], list[str]]:
     def parse_list(value: object) -> list[str]:
         if isinstance(value, str):
             try:
-                value = parse_json(value, finite=False)
+                value = parse_json(value, finite=False, unicode=False)
             except ValueError:
                 raise ValueError('expected a list (in CSV or TSV a JSON array, ["a", "b"])') from None
         if not isinstance(value, list) or not value:

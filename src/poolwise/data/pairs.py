@@ -27,7 +27,7 @@ from poolwise.data.reading import (
 )
 from poolwise.data.rows import Rows, RowsBuilder, near_hashes
 from poolwise.errors import DataError, Mistakes, short, suggest
-from poolwise.files import cached_if_unreachable
+from poolwise.files import cached_if_unreachable, user_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ ROLES = {
     "positive": ("positive", "postive", "pos", "document", "passage", "answer"),
 }
 """Accepted names of a column, the preferred one first. `postive` is the spelling in the paper's README."""
-NEGATIVE = re.compile(r"(?:negatives?|neg)(?:_?(\d+))?")
+NEGATIVE = re.compile(r"(?:negatives?|neg)(?:_?(\d{1,9}))?")
 UNREAD_NEGATIVE = re.compile(r"(hard_?)?neg(ative)?s?(_?(texts?|passages?|docs?|documents?|ctxs?|contexts?|list|\d+))?")
 """Names that other tools give to negatives. Ignoring such a column would train on random negatives in its place."""
 PASSAGES = ("positive_passages", "negative_passages")
@@ -229,7 +229,7 @@ def open_source(path: str, split: str, base_dir: Path) -> list[PairSource]:
     """
     if path == DEMO:
         return [PairSource("the demo's training pairs", _demo_records)]
-    local = Path(base_dir, Path(path).expanduser())
+    local = user_path(path, base_dir)
     if local.is_file():
         return [_open_file(local, path)]
     if local.is_dir():

@@ -157,7 +157,7 @@ def _jsonl(file: Path, mistakes: Mistakes, columns: _Columns) -> Iterator[Placed
         if not line.strip():
             continue
         try:
-            row = parse_json(line, finite=False)
+            row = parse_json(line, finite=False, unicode=False)  # the column is named later
         except ValueError as error:
             mistakes.add(place, f"not valid JSON ({error}); write one JSON object a line")
             continue

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from poolwise.data.own_tasks import MTEB_TYPES, TaskData, content_identity, read_folder
 from poolwise.errors import PoolwiseError, TaskError, suggest
-from poolwise.files import cached_if_unreachable
+from poolwise.files import cached_if_unreachable, user_path
 from poolwise.study.catalogue import origin
 
 
@@ -65,7 +65,7 @@ def _splits(data: TaskData) -> Any:
     if column is None:
         return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.records.items()})
     labels = {str(label) for rows in data.records.values() for row in rows for label in _listed(row[column])}
-    numeric = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
+    numeric = all(re.fullmatch(r"-?[0-9]{1,40}", label) for label in labels)
     ordered = sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
     number = {label: i for i, label in enumerate(ordered)}
 
@@ -323,7 +323,7 @@ def _resolve(name: str, base_dir: Path) -> list[Task]:
     if name == "demo" or name.startswith("demo/"):
         return _built_in(name)
     if name.startswith((".", "/", "~")):
-        path = Path(base_dir, Path(name).expanduser())
+        path = user_path(name, base_dir)
         if not path.is_dir():
             near = suggest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise TaskError(f"evaluation folder {name!r}: no such folder, seen from {str(base_dir)!r}{near}")
@@ -343,7 +343,7 @@ def _resolve(name: str, base_dir: Path) -> list[Task]:
     if name in known:
         return [_by_name(name)]
     hint = suggest(name, [*known, *(benchmark.name for benchmark in mteb.get_benchmarks()), "paper", "demo"])
-    if (base_dir / name).exists():
+    if user_path(name, base_dir).exists():
         hint = f"; did you mean the folder {'./' + name!r}?"
     raise TaskError(
         f"unknown task {name!r} (allowed: a text task of mteb, a benchmark such as 'MTEB(eng, v2)', 'paper', 'demo', "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from poolwise.errors import ModelError
-from poolwise.files import cached_if_unreachable
+from poolwise.errors import DataError, ModelError
+from poolwise.files import cached_if_unreachable, user_path
 from poolwise.study.recipe import Recipe
 
 CPU_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -29,7 +29,10 @@ def base_path(name: str, base_dir: Path | None = None, field: str = "recipe.base
         from poolwise.demo import nano_path
 
         return str(nano_path())
-    folder = Path(name).expanduser()
+    try:
+        folder = user_path(name)
+    except DataError as error:
+        raise ModelError(f"{field}: {error}") from None
     for candidate in (folder, (base_dir or Path.cwd()) / folder):
         with contextlib.suppress(OSError, ValueError):  # a name that no file can have
             if (candidate / "config.json").is_file():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def load(
     except ValidationError as error:
         raise CheckpointError(f"{folder / RUN_FILE}: {'; '.join(explain(error, {'': Recipe}))}") from None
     source = base or run["base"]["path"]
-    if source != "nano" and run["base"]["local"] and not Path(base_path(source)).is_dir():
+    if source != "nano" and run["base"]["local"] and not os.path.isdir(base_path(source)):
         raise CheckpointError(f"{folder}: its base model was at {source}; give its new place: load(path, base=...)")
     recipe = recipe.model_copy(update={"base_model": source})
     encoder = build(recipe, design, run["seed"], device=device)

@@ -23,6 +23,7 @@ from poolwise.data.survey import FOLDS, SearchData, TextData
 from poolwise.encoding.encode import finite, keep_vectors, latency, lengths, open_encoder, prompt_of, search, unit
 from poolwise.encoding.fast import FastEncoder
 from poolwise.errors import CheckpointError, PoolwiseError, StatisticsError, TaskError, enumerate_words, suggest
+from poolwise.files import user_path
 from poolwise.model.checkpoint import recipe_of
 from poolwise.runs import layout
 from poolwise.runs.run import started, trials
@@ -129,7 +130,7 @@ def ab(
 
     Raises PoolwiseError and its kinds: data, a model or a design that cannot be used.
     """
-    path = Path(data).expanduser()
+    path = user_path(data)
     if not path.exists():
         near = suggest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise TaskError(f"{path}: no such file or folder{near}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from scipy.special import ndtri, stdtrit
@@ -14,6 +13,7 @@ from poolwise.data.rows import untestable
 from poolwise.data.tasks import SEARCH_TYPES, Task, resolve_tasks
 from poolwise.demo import PREFIX as DEMO_TASKS
 from poolwise.demo.mechanisms import item_count
+from poolwise.files import user_path
 from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.pooling.cost import base_costs
 from poolwise.runs.prepare import AA_SEEDS, base_config, check_base, check_tuning, data_notes
@@ -197,7 +197,7 @@ def _data(study: Study, tasks: list[Task], paths: list[str]) -> list[str]:
     """Notes on the training pairs if they are on this machine: read, compared with the tasks at hand, batched."""
     recipe = study.recipe
     for source in recipe.data_sources:
-        local = source.path == DEMO or Path(study.base_dir, Path(source.path).expanduser()).exists()
+        local = source.path == DEMO or user_path(source.path, study.base_dir).exists()
         if not local and is_hub_name(source.path):
             return [f"training data {source.path!r} is read from the Hub when the study runs"]
     pairs = load_pairs(recipe, study.base_dir)

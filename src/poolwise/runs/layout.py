@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, StudyError
-from poolwise.files import BLANK, atomic_path, is_sealed, read_json, safe_name, seal
+from poolwise.files import BLANK, atomic_path, is_sealed, read_json, safe_name, seal, whole_number
 from poolwise.study import records
 from poolwise.study.pooling_spec import is_own
 from poolwise.study.study import Study, content_hash
@@ -170,7 +170,8 @@ def checkpoint(training: Path, step: int) -> Path:
 
 def checkpoints(training: Path) -> dict[int, Path]:
     """All checkpoints by step, whole or not."""
-    return {int(path.name.rpartition("-")[2]): path for path in training.glob("checkpoint-*")}
+    steps = {path: whole_number(path.name.removeprefix("checkpoint-")) for path in training.glob("checkpoint-*")}
+    return {step: path for path, step in steps.items() if step is not None}  # not "checkpoint-2.bak" of the user's
 
 
 def has_results(trial: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poolwise.errors import CheckpointError, PoolwiseError, StudyError, printable
-from poolwise.files import write_json
+from poolwise.files import whole_number, write_json
 from poolwise.runs import layout, looks
 from poolwise.runs.engine import Event, run_local
 from poolwise.study import records
@@ -225,7 +225,7 @@ def losses(study: Study) -> dict[str, dict[int, list[float]]]:
         trained = records.find(layout.trial(study.folder, row["name"]) / layout.TRAINED, records.Trained)
         if row["role"] == "design" and trained:
             name = f"{row['label']} on {row['base']}" if len(study.bases) > 1 else row["label"]
-            by_step = {int(step): loss for step, loss in trained.losses.items() if step.isdigit()}
+            by_step = {n: loss for step, loss in trained.losses.items() if (n := whole_number(step)) is not None}
             found.setdefault(name, {})[row["seed"]] = [by_step[step] for step in sorted(by_step)]
     return found
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -33,6 +34,10 @@ from poolwise.runs.prepare import Prepared, Trial, load, prepare, save, store_co
 from poolwise.runs.schedule import Ending, Setting
 from poolwise.runs.train import LOGGER
 from poolwise.runs.trial import causes, ended_by_memory, is_trained, reason_of, run_trial
+
+FILTER = "from poolwise.errors import redact_stream; redact_stream(sys.stdin.buffer, sys.stdout.buffer)"
+PATIENCE = 10.0
+"""Seconds to wait for the end of a log whose trial is over."""
 
 
 def _enter(setting: Setting, **variables: str) -> None:
@@ -212,31 +217,29 @@ def restored_state() -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()
 
 
-def _redact_log(path: Path) -> None:
-    """Remove secrets that libraries printed, such as a token in the address of a request."""
-    with contextlib.suppress(OSError):
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        if (clean := redact(text)) != text:
-            with path.open("r+", encoding="utf-8", errors="surrogateescape") as file:  # the open descriptor stays valid
-                file.write(clean)
-                file.truncate()
-
-
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Append what libraries print to a file, at the level of file descriptors, instead of between the user's tables."""
+    """Append what libraries print to a file, at the level of file descriptors, instead of between the user's tables.
+
+    Secrets, such as a token in the address of a request, never reach the file: another process writes it, line by line,
+    and ends only after the last of those who print, so that a killed process leaves its last lines, too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [os.dup(1), os.dup(2)]
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with path.open("ab") as log:
+        command = [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}; {FILTER}"]
+        writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.DEVNULL)
+    assert writer.stdin is not None
     try:
         for number in (1, 2):
-            os.dup2(log, number)
+            os.dup2(writer.stdin.fileno(), number)
+        writer.stdin.close()
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        _redact_log(path)
         for number, descriptor in zip((1, 2), kept, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
-        os.close(log)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that the trial started still prints
+            writer.wait(PATIENCE)

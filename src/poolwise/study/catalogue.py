@@ -37,7 +37,7 @@ TEMPLATES: dict[str, tuple[int, int]] = {"plain": (1, 0), "prompteol": (1, 11), 
 
 def bidirectional_layers(attention: str) -> int | None:
     """The N of `bidirectional_last_N`; None for another mode."""
-    found = re.fullmatch(r"bidirectional_last_([1-9]\d*)", attention)
+    found = re.fullmatch(r"bidirectional_last_([1-9]\d{0,8})", attention)
     return int(found[1]) if found else None
 
 

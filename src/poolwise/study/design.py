@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from poolwise.errors import StudyError, explain, name_problem, short, suggest
+from poolwise.files import LONGEST_NAME, too_long
 from poolwise.study.catalogue import ALIASES, ATTENTIONS, OWN, POOLINGS, PRESETS, is_attention, spec_of
 from poolwise.study.pooling_spec import (
     Arg,
@@ -36,6 +37,8 @@ def _attention(value: str) -> str:
 def _visible(value: str) -> str:
     if problem := name_problem(value):
         raise ValueError(f"{short(value)} {problem}")
+    if too_long(value):
+        raise ValueError(f"{short(value)} is longer than {LONGEST_NAME} bytes; it names a folder")
     return value
 
 
@@ -67,7 +70,7 @@ LARGEST_ARGUMENT = 65_536
 class Design(Strict):
     """The treatment: which tokens may see which, and how the hidden states become one vector."""
 
-    name: Annotated[str, AfterValidator(_visible)] = Field(min_length=1, max_length=200)
+    name: Annotated[str, AfterValidator(_visible)] = Field(min_length=1)
     attention: Annotated[str, AfterValidator(_attention)]
     pooling: str
     pooling_args: dict[str, Any] = Field(default_factory=dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from poolwise.errors import StudyError, explain, name_problem, redact, short, suggest
-from poolwise.files import MOST_TOML_BYTES, parse_toml, read_bytes, safe_name
+from poolwise.errors import StudyError, explain, name_problem, redact, secrets_in, short, suggest
+from poolwise.files import LONGEST_NAME, MOST_TOML_BYTES, parse_toml, read_bytes, safe_name, user_path
 from poolwise.study.catalogue import TASK_TYPES
 from poolwise.study.design import MOST_DESIGNS, Design, expand
 from poolwise.study.pooling_spec import allowing_code, code_by_name, find_own, is_own
@@ -87,7 +88,7 @@ def _names(raw_designs: object) -> list[str]:
 class Study(Strict):
     """A controlled comparison: every design trained once per seed under one recipe and scored on the same tasks."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=LONGEST_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     baseline: str = "m1"
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, le=LARGEST_SEED)], ...], BeforeValidator(_seeds), Field(max_length=MOST_SEEDS)
@@ -117,10 +118,12 @@ class Study(Strict):
     @model_validator(mode="before")
     @classmethod
     def _no_secrets(cls, raw: Any) -> Any:
-        """Refuse a Hugging Face token: the study is copied into its run folder, its reports and its checkpoints."""
+        """Refuse secrets: the study is copied into its run folder, its reports and its checkpoints."""
         text = repr(raw) if isinstance(raw, dict) else ""
         if redact(text, environment=False) != text:
             raise ValueError("a Hugging Face token (hf_…) stands in the study; give it as HF_TOKEN in the environment")
+        if named := [name for name, value in secrets_in(os.environ).items() if value in text]:
+            raise ValueError(f"the study contains the value of the environment variable {named[0]}; remove it there")
         return raw
 
     @field_validator("tasks", "base_models", "references")
@@ -265,7 +268,7 @@ class Study(Strict):
         """The run folder: `output`, or `runs/NAME` beside the study file. A run that an earlier version left in the
         working directory is used where it is."""
         if self.output:
-            return self._base_dir / self.output
+            return user_path(self.output, self._base_dir)
         return Path("runs", self.name).resolve() if self._at_old_place else self._base_dir / "runs" / self.name
 
     @property

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from poolwise import stats
 from poolwise.demo import PREFIX
 from poolwise.errors import StatisticsError, suggest
+from poolwise.files import whole_number
 from poolwise.stats.resample import average_precision_parts, spearman_parts
 from poolwise.verdicts.table import LISTED, Note, first_few, main_scores
 
@@ -133,8 +134,8 @@ class Arm:
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     """Sort key under which `m2` comes before `m10`."""
-    parts = re.findall(r"\d+|\D+", name)
-    return tuple((part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts)
+    parts = [(whole_number(part), part) for part in re.findall(r"\d+|\D+", name)]
+    return tuple((number is not None, number or 0, part) for number, part in parts)
 
 
 def arms(

@@ -15,7 +15,6 @@ source ends as the validated long table of `verdicts.table`; an error names file
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from poolwise.data.reading import DELIMITERS, UnreadableError, file_format, read_lines, read_table
 from poolwise.errors import DataError, suggest
+from poolwise.files import read_any_json, whole_number
 from poolwise.verdicts.mteb_files import NEWEST, RUNS, Choice, Log, Result, benchmark_cells, known_task, read_file
 from poolwise.verdicts.table import OPTIONAL, REQUIRED, Note, Scores, first_few, table, to_polars, validate
 
@@ -295,14 +295,14 @@ def _released(root: Path, results: Iterable[Result]) -> str:
     """The release date of a revision, as ISO text; empty if unknown."""
     folder = next((root / result.path).parent for result in results)
     try:
-        date = json.loads((folder / META).read_text(encoding="utf-8")).get("release_date")
+        date = read_any_json(folder / META).get("release_date")
     except (OSError, ValueError, AttributeError):
         return ""
     return date if isinstance(date, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", date) else ""
 
 
 def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+    return tuple(whole_number(part) or 0 for part in re.findall(r"\d+", text)[:3])
 
 
 def _drop_aggregates(runs: Mapping[str, list[dict[str, Result]]], log: Log) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from poolwise.errors import DataError, StatisticsError, printable, suggest
+from poolwise.errors import DataError, StatisticsError, printable, short, suggest
 from poolwise.study.catalogue import origin
 
 if TYPE_CHECKING:
@@ -63,17 +63,29 @@ def table(rows: Iterable[Mapping[str, Any]], where: str = "scores") -> pl.DataFr
     """The validated long table of rows given as dictionaries, such as those of `poolwise.evaluate`.
 
     Raises:
-        DataError: there are no rows, or one of them breaks a rule of `validate`.
+        DataError: there are no rows, or one of them breaks a rule of `validate` or holds what no table can hold.
     """
     import polars as pl
 
     rows = list(rows)
     if not rows:
         raise DataError(f"{where}: no scores at all")
-    return validate(pl.from_dicts(rows, infer_schema_length=None), where)
+    try:
+        frame = pl.from_dicts(rows, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, TypeError, OverflowError) as error:
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        raise DataError(f"{where}: the rows are no table ({short(reason, 200)}); give texts, numbers or None") from None
+    for name in frame.columns:
+        _refuse_nested(name, frame[name].dtype, where)
+    return validate(frame, where)
 
 
 NESTED = ("List", "Array", "Struct", "Object", "Binary", "Unknown")
+
+
+def _refuse_nested(name: str, dtype: Any, where: str) -> None:
+    if str(dtype).startswith(NESTED):
+        raise DataError(f"{where}: column {name!r} holds values of type {dtype}; drop it, or write texts or numbers")
 
 
 def to_polars(table: Any, where: str) -> pl.DataFrame:
@@ -87,8 +99,7 @@ def to_polars(table: Any, where: str) -> pl.DataFrame:
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, TypeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise DataError(f"{where}: column {name!r} cannot be read ({reason}); drop it") from None
-        if (kind := str(frame.dtypes[0])).startswith(NESTED):
-            raise DataError(f"{where}: column {name!r} holds values of type {kind}; drop it, or write texts or numbers")
+        _refuse_nested(name, frame.dtypes[0], where)
         frames.append(frame)
     return pl.concat(frames, how="horizontal")
 
