@@ -1,0 +1,169 @@
+"""How much the designs of a study lend each other: golden values of the F tests, of the shares and of the decisions."""
+
+import numpy as np
+import pytest
+from scipy.stats import f
+
+from poolwise.stats.variance import (
+    MeanSquares,
+    TaskTypes,
+    contrast_mean_squares,
+    own_mean_squares,
+    run_mean_square,
+    satterthwaite,
+    unstable,
+)
+
+ONE = TaskTypes.one(2)
+
+
+def arm(*means: float) -> np.ndarray:
+    """(runs, 2 tasks) of a design with these means of its runs and no noise."""
+    return np.array([[mean - 1.0, mean + 1.0] for mean in means])
+
+
+def test_run_mean_square():
+    assert run_mean_square(arm(1, 2, 3), ONE) == pytest.approx(2)  # variance 1 of a mean over two tasks
+    weighted = TaskTypes((np.array([0]), np.array([1, 2])), (0.5, 0.5))  # weights 1/2, 1/4, 1/4: squares add up to 3/8
+    scores = np.array([[0.0, 2, 2], [4, 2, 2]])  # means 1 and 3
+    assert run_mean_square(scores, weighted) == pytest.approx(2 / 0.375)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "groups", "place", "level"),
+    [
+        (5, 1, 3, 0.02),  # a lender
+        (3, 1, 3, 0.02),
+        (5, 1, 1, 0.05),  # a compared design
+        (3, 2, 0, 0.05),  # four degrees of freedom in two groups
+        (3, 1, 1, 0.15),  # two
+        (4, 1, 0, 0.15),  # three
+    ],
+)
+def test_the_level_at_which_a_design_is_set_aside(seeds, groups, place, level):
+    """Three designs of mean square 1 and one at the critical value of F with their degrees of freedom."""
+    df = groups * (seeds - 1)
+    limit = f.isf(level, df, 3 * df)
+    for factor, expected in ((0.999, False), (1.001, True)):
+        runs = np.ones((groups, 4))
+        runs[:, place] = factor * limit
+        out, ratios = unstable(runs, seeds, compared=2)
+        assert out.tolist() == [expected and i == place for i in range(4)]
+        # mean squares over the mean of those kept
+        kept = 1 if expected else (3 + factor * limit) / 4
+        assert ratios[place] == pytest.approx(factor * limit / kept)
+        assert ratios[(place + 1) % 4] == pytest.approx(1 / kept)
+
+
+def test_groups_of_tasks_count_alike_whatever_their_scale():
+    runs = np.array([[1.0, 1, 1, 5], [100.0, 100, 100, 500]])
+    out, ratios = unstable(runs, 5, compared=2)
+    assert out.tolist() == [False, False, False, True]
+    assert ratios == pytest.approx([1, 1, 1, 5])
+    assert np.isinf(unstable(np.array([[0.0, 0, 0, 9]]), 5, 2)[1][3])
+
+
+def test_the_most_conspicuous_goes_first_and_two_always_stay():
+    out, ratios = unstable(np.array([[1.0, 30, 1, 900]]), 5, compared=2)
+    assert out.tolist() == [False, True, False, True]
+    assert ratios == pytest.approx([1, 30, 1, 900])
+    out, _ = unstable(np.array([[1.0, 1e3, 1e6, 1e9]]), 5, compared=2)
+    assert out.tolist() == [False, False, True, True]
+
+
+def decide(arms, others, elsewhere=None, pooled=False):
+    signs = [-1.0, 1.0] if len(arms) == 2 else [1.0, *[-1.0 / (len(arms) - 1)] * (len(arms) - 1)]
+    return contrast_mean_squares(arms, signs, others, ONE, elsewhere, pooled)
+
+
+ALIKE = [arm(1, 2, 3), arm(2, 1, 3), arm(3, 1, 2), arm(2, 3, 1)]
+LOUD = arm(0, 50, 100)
+
+
+def test_what_decides():
+    a, b, c, d = ALIKE
+    _, scope, note, designs = decide([a, b], [c, d])
+    assert (scope, note, designs) == ("the compared designs, with a share of the study", "", 4)
+    _, scope, note, designs = decide([a, b], [c, d], pooled=True)
+    assert (scope, note, designs) == ("pooled over the study", "", 4)
+    assert decide([a, b], [])[1:] == ("two arms", "", 2)
+    assert decide([a, b], [c[:2]])[1:] == ("two arms", "the designs of the study have different numbers of seeds", 2)
+    still = arm(2, 2, 2)
+    assert decide([still, still], [still])[1:] == ("two arms", "no design of the study varies between its runs", 2)
+    # both compared designs are louder, and there are no other groups of tasks
+    squares, scope, note, designs = decide([LOUD, LOUD + 1], [a, b, c, d])
+    assert (scope, designs) == ("two arms", 2)
+    assert "vary more" in note
+    assert squares.runs == own_mean_squares([LOUD, LOUD + 1], [-1, 1], ONE).runs
+    # every lender is louder than the compared designs
+    assert decide([a, b], [LOUD])[1:] == (
+        "two arms",
+        "the runs of every other design vary more than those of the compared ones",
+        2,
+    )
+    # more than two compared designs: pooled, or each its own
+    assert decide([a, b, c], [d])[1:] == ("pooled over the study", "", 4)
+    _, scope, note, designs = decide([a, b, LOUD], [c, d])
+    assert (scope, designs) == ("the compared designs", 3)
+    assert "vary more" in note
+
+
+def test_shares_of_two_stable_designs():
+    """Three runs each: 2/3 is their own, 1/3 that of the lenders, with the degrees of freedom that are left."""
+    a, b, c, d = (x + np.array([[0.0, 0], [0, 0.5], [0.5, 0]]) * i for i, x in enumerate(ALIKE))
+    squares, scope, _, _ = decide([a, b], [c, d])
+    assert "share" in scope
+    means = np.stack([x.mean(axis=1) for x in (a, b, c, d)])
+    residual = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean()
+    own = 4 / 3 * (residual**2).sum(axis=1) / 2 * 2  # 4 designs around their mean, 2 df, two tasks
+    assert squares.runs == pytest.approx(((own[2] + own[3]) / 2 / 3, own[0] / 3, own[1] / 3))
+    assert squares.run_shares == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    freedom = 2 / (1 + 1 / 9)
+    assert squares.run_dfs == pytest.approx((6 - 2 * freedom, freedom, freedom))
+    parts = np.array(squares.runs)
+    assert squares.run_df == pytest.approx(parts.sum() ** 2 / (parts**2 / squares.run_dfs).sum())
+    assert squares.unit == pytest.approx(1 / 3)  # 2/3 of the squared weights, which add up to 1/2
+
+
+def test_a_louder_design_keeps_its_own_variance_and_the_other_is_lent_to():
+    a, b, c, d = ALIKE
+    squares, scope, note, designs = decide([a, LOUD], [b, c, d])
+    assert ("share" in scope, designs) == (True, 5)
+    assert "vary more" in note
+    assert squares.runs[-1] == pytest.approx(2 * 2500 / 2)
+    assert squares.run_dfs[-1] == 2
+    assert squares.run_shares == pytest.approx((1 / 6, 1 / 3, 1 / 2))
+
+
+def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show():
+    """Quiet here by chance, it varies 40 times as much as the others in five other groups."""
+    a, b, c, d = ALIKE
+    elsewhere = np.ones((5, 4))
+    elsewhere[:, 1] = 40
+    squares, _, note, _ = decide([a, b], [c, d], elsewhere)
+    assert "vary more" in note
+    here = np.array([[2.0, 2, 2, 2]])
+    relative = (np.vstack([here, elsewhere]) / np.vstack([here, elsewhere]).mean(axis=1, keepdims=True)).mean(axis=0)
+    ratio = relative[1] / relative[[0, 2, 3]].mean()
+    means = np.stack([x.mean(axis=1) for x in (a, c, d)])
+    residual = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean()
+    typical = (residual**2).sum() / 4 * 2  # (3-1)(3-1) df, two tasks
+    assert squares.runs == pytest.approx((typical / 2, max(2, ratio * typical) / 2))
+    assert squares.run_dfs == pytest.approx((4, 1 / (1 / 12 + 1 / 4)))  # of six groups and of the typical design
+    own = decide([a, LOUD], [c, d], elsewhere)[0]  # loud here: its own, if that is more
+    assert own.runs[1] == pytest.approx(max(2 * 2500, ratio * typical) / 2)
+
+
+def test_satterthwaite():
+    assert satterthwaite([3.0], [4.0]) == (3, 4)
+    assert satterthwaite([1.0, 2.0], [2.0, 4.0]) == (3, pytest.approx(9 / (1 / 2 + 4 / 4)))
+    assert satterthwaite([0.0, 0.0], [2.0, 4.0]) == (0, 6)
+
+
+def test_the_variance_is_never_below_that_of_either_source():
+    def squares(runs, tasks, error):
+        return MeanSquares((runs,), (1.0,), (4.0,), 4.0, tasks, 3.0, error, 12.0, 0.5).variance()
+
+    assert squares(5, 3, 1) == 3.5
+    assert squares(5, 1, 3) == 2.5
+    assert squares(1, 5, 3) == 2.5
