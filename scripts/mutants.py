@@ -118,15 +118,18 @@ def passes(copy: Path, module: dict[str, Any], limit: float) -> bool:
     child = os.fork()
     if not child:
         run_tests(copy, module)
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status == 0
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    deadline, ended = time.monotonic() + limit, 0
+    try:
+        while time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return status == 0
+            time.sleep(0.02)
+        return False
+    finally:
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def run_tests(copy: Path, module: dict[str, Any]) -> None:

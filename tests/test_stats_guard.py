@@ -33,11 +33,9 @@ def test_run_mean_square():
     ("seeds", "groups", "place", "level"),
     [
         (5, 1, 3, 0.02),  # a lender
-        (3, 1, 3, 0.02),
+        (3, 1, 2, 0.02),
         (5, 1, 1, 0.05),  # a compared design
-        (3, 2, 0, 0.05),  # four degrees of freedom in two groups
-        (3, 1, 1, 0.15),  # two
-        (4, 1, 0, 0.15),  # three
+        (3, 2, 0, 0.05),  # in two groups
     ],
 )
 def test_the_level_at_which_a_design_is_set_aside(seeds, groups, place, level):
@@ -78,61 +76,63 @@ def decide(arms, others, elsewhere=None, pooled=False):
 
 ALIKE = [arm(1, 2, 3), arm(2, 1, 3), arm(3, 1, 2), arm(2, 3, 1)]
 LOUD = arm(0, 50, 100)
+FIVE = [arm(1, 2, 3, 4, 5), arm(2, 1, 3, 5, 4), arm(3, 1, 2, 4, 5), arm(5, 4, 2, 3, 1)]
+LOUD_FIVE = arm(0, 50, 100, 20, 30)
 
 
 def test_what_decides():
     a, b, c, d = ALIKE
-    _, scope, note, designs = decide([a, b], [c, d])
-    assert (scope, note, designs) == ("the compared designs, with a share of the study", "", 4)
-    _, scope, note, designs = decide([a, b], [c, d], pooled=True)
-    assert (scope, note, designs) == ("pooled over the study", "", 4)
+    squares, scope, note, designs = decide([a, b], [c, d])  # two degrees of freedom each
+    assert (scope, note, designs) == ("the compared designs, and the study agrees", "", 2)
+    assert squares == own_mean_squares([a, b], [-1, 1], ONE)
+    assert decide([a, b], [c, d], pooled=True)[1:] == ("pooled over the study", "", 4)
+    assert decide([a, b], [c, d], np.ones((1, 4)))[1:] == ("pooled over the study", "", 4)  # four, in two groups
+    assert decide(FIVE[:2], FIVE[2:])[1:] == ("pooled over the study", "", 4)
+    assert decide([x[:4] for x in FIVE[:2]], [x[:4] for x in FIVE[2:]])[1] != "pooled over the study"  # three
     assert decide([a, b], [])[1:] == ("two arms", "", 2)
     assert decide([a, b], [c[:2]])[1:] == ("two arms", "the designs of the study have different numbers of seeds", 2)
     still = arm(2, 2, 2)
     assert decide([still, still], [still])[1:] == ("two arms", "no design of the study varies between its runs", 2)
-    # both compared designs are louder, and there are no other groups of tasks
-    squares, scope, note, designs = decide([LOUD, LOUD + 1], [a, b, c, d])
+
+
+def test_what_decides_where_some_are_louder():
+    a, b, c, d = FIVE
+    # both compared designs, and there are no other groups of tasks
+    squares, scope, note, designs = decide([LOUD_FIVE, LOUD_FIVE + 1], [a, b, c, d])
     assert (scope, designs) == ("two arms", 2)
     assert "vary more" in note
-    assert squares.runs == own_mean_squares([LOUD, LOUD + 1], [-1, 1], ONE).runs
-    # every lender is louder than the compared designs
-    assert decide([a, b], [LOUD])[1:] == (
-        "two arms",
-        "the runs of every other design vary more than those of the compared ones",
-        2,
-    )
+    assert squares == own_mean_squares([LOUD_FIVE, LOUD_FIVE + 1], [-1, 1], ONE)
+    # every lender
+    everyone = "the runs of every other design vary more than those of the compared ones"
+    assert decide([a, b], [LOUD_FIVE])[1:] == ("two arms", everyone, 2)
+    assert decide([a, b], [c, d, LOUD_FIVE])[1:] == ("pooled over the study", "", 4)
     # more than two compared designs: pooled, or each its own
     assert decide([a, b, c], [d])[1:] == ("pooled over the study", "", 4)
-    _, scope, note, designs = decide([a, b, LOUD], [c, d])
+    assert decide(ALIKE[:3], [])[1:] == ("pooled over the study", "", 3)
+    _, scope, note, designs = decide([a, b, LOUD_FIVE], [c, d])
     assert (scope, designs) == ("the compared designs", 3)
     assert "vary more" in note
 
 
-def test_shares_of_two_stable_designs():
-    """Three runs each: 2/3 is their own, 1/3 that of the lenders, with the degrees of freedom that are left."""
-    a, b, c, d = (x + np.array([[0.0, 0], [0, 0.5], [0.5, 0]]) * i for i, x in enumerate(ALIKE))
-    squares, scope, _, _ = decide([a, b], [c, d])
-    assert "share" in scope
-    means = np.stack([x.mean(axis=1) for x in (a, b, c, d)])
+def pooled(*designs: np.ndarray) -> float:
+    """Run mean square around the runs that all have in common, for two tasks."""
+    means = np.stack([x.mean(axis=1) for x in designs])
     residual = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean()
-    own = 4 / 3 * (residual**2).sum(axis=1) / 2 * 2  # 4 designs around their mean, 2 df, two tasks
-    assert squares.runs == pytest.approx(((own[2] + own[3]) / 2 / 3, own[0] / 3, own[1] / 3))
-    assert squares.run_shares == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    freedom = 2 / (1 + 1 / 9)
-    assert squares.run_dfs == pytest.approx((6 - 2 * freedom, freedom, freedom))
-    parts = np.array(squares.runs)
-    assert squares.run_df == pytest.approx(parts.sum() ** 2 / (parts**2 / squares.run_dfs).sum())
-    assert squares.unit == pytest.approx(1 / 3)  # 2/3 of the squared weights, which add up to 1/2
+    return 2 * (residual**2).sum() / ((len(designs) - 1) * (means.shape[1] - 1))
 
 
 def test_a_louder_design_keeps_its_own_variance_and_the_other_is_lent_to():
-    a, b, c, d = ALIKE
-    squares, scope, note, designs = decide([a, LOUD], [b, c, d])
-    assert ("share" in scope, designs) == (True, 5)
+    a, b, c, d = FIVE
+    squares, scope, note, designs = decide([a, LOUD_FIVE], [b, c, d])
+    assert (scope, designs) == ("the compared designs, with a share of the study", 5)
     assert "vary more" in note
-    assert squares.runs[-1] == pytest.approx(2 * 2500 / 2)
-    assert squares.run_dfs[-1] == 2
-    assert squares.run_shares == pytest.approx((1 / 6, 1 / 3, 1 / 2))
+    own = run_mean_square(LOUD_FIVE, ONE)
+    assert squares.runs == pytest.approx((pooled(a, b, c, d) / 2, own / 2))
+    assert squares.run_shares == pytest.approx((1 / 2, 1 / 2))
+    assert squares.run_dfs == pytest.approx((12, 4))
+    parts = np.array(squares.runs)
+    assert squares.run_df == pytest.approx(parts.sum() ** 2 / (parts**2 / squares.run_dfs).sum())
+    assert squares.unit == pytest.approx(1 / 5)  # 2/5 of the squared weights, which add up to 1/2
 
 
 def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show():
@@ -140,18 +140,28 @@ def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show():
     a, b, c, d = ALIKE
     elsewhere = np.ones((5, 4))
     elsewhere[:, 1] = 40
-    squares, _, note, _ = decide([a, b], [c, d], elsewhere)
-    assert "vary more" in note
-    here = np.array([[2.0, 2, 2, 2]])
-    relative = (np.vstack([here, elsewhere]) / np.vstack([here, elsewhere]).mean(axis=1, keepdims=True)).mean(axis=0)
+    squares, _, note, designs = decide([a, b], [c, d], elsewhere)
+    assert ("vary more" in note, designs) == (True, 4)
+    groups = np.vstack([[2.0, 2, 2, 2], elsewhere])
+    relative = (groups / groups.mean(axis=1, keepdims=True)).mean(axis=0)
     ratio = relative[1] / relative[[0, 2, 3]].mean()
-    means = np.stack([x.mean(axis=1) for x in (a, c, d)])
-    residual = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean()
-    typical = (residual**2).sum() / 4 * 2  # (3-1)(3-1) df, two tasks
-    assert squares.runs == pytest.approx((typical / 2, max(2, ratio * typical) / 2))
+    typical = pooled(a, c, d)
+    assert ratio * typical > 2
+    assert squares.runs == pytest.approx((typical / 2, ratio * typical / 2))
     assert squares.run_dfs == pytest.approx((4, 1 / (1 / 12 + 1 / 4)))  # of six groups and of the typical design
-    own = decide([a, LOUD], [c, d], elsewhere)[0]  # loud here: its own, if that is more
-    assert own.runs[1] == pytest.approx(max(2 * 2500, ratio * typical) / 2)
+    own = decide([a, LOUD], [c, d], elsewhere)[0]  # loud here: its own, as that is more
+    assert own.runs[1] == pytest.approx(2 * 2500 / 2)
+
+
+def test_both_compared_designs_are_louder():
+    a, b, c, d = ALIKE
+    elsewhere = np.ones((5, 4))
+    elsewhere[:, :2] = 40, 60
+    squares, scope, _, _ = decide([a, b], [c, d], elsewhere)
+    assert scope == "the compared designs, with a share of the study"
+    assert len(squares.runs) == 2
+    assert squares.runs[1] / squares.runs[0] == pytest.approx(1.5, rel=0.05)
+    assert squares.run_dfs == pytest.approx((1 / (1 / 12 + 1 / 2),) * 2)
 
 
 def test_satterthwaite():
