@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
+import gc
+import importlib.util
 import json
 import os
 import random
@@ -27,6 +28,8 @@ import time
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from _pytest.config import get_config as pytest_config
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = (
@@ -51,10 +54,14 @@ def main() -> None:
     given = parser.parse_args()
     plan = tomllib.loads((ROOT / "tests/mutants.toml").read_text(encoding="utf-8"))
     known = {(entry["path"], entry["becomes"]) for entry in plan.get("survivor", ())}
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # importing the plugins takes longer than most tests
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     for name in LIBRARIES:
         importlib.import_module(name)
+    pytest_config()  # imports pytest's own plugins
+    gc.freeze()  # pytest collects garbage, which need not be looked for in the libraries
     assert not any(name.partition(".")[0] == "poolwise" for name in sys.modules)
     records = []
     print(f"{'module':28} {'mutants':>8} {'killed':>7} {'listed':>7} {'survived':>9} {'seconds':>8}")
@@ -85,10 +92,12 @@ def mutate(module: dict[str, Any], sample: int, seed: int, known: set[tuple[str,
         source = path.read_text(encoding="utf-8")
         if not passes(copy, module, limit=1800):
             sys.exit(f"{module['path']}: its tests fail without any mutant")
+        stale = Path(importlib.util.cache_from_source(str(path)))
         limit = 30 + 10 * (time.monotonic() - start)
         mutants = sampled(source, sample, random.Random(f"{seed} {module['path']}"))
         for mutant in mutants:
             path.write_text(mutant, encoding="utf-8")
+            stale.unlink(missing_ok=True)  # two mutants may have the same size and second
             if passes(copy, module, limit):
                 alive.append(changed(source, mutant))
     new = [diff for diff in alive if (module["path"], diff.splitlines()[-1][1:].strip()) not in known]
@@ -151,7 +160,7 @@ def run_tests(copy: Path, module: dict[str, Any]) -> None:
         hypothesis.settings.load_profile("mutants")
         without = ["-k", f"not ({module['without']})"] if "without" in module else []
         tests = [f"tests/{name}" for name in module["tests"]]
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *without, *tests]))
+        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *without, *tests]))
     finally:
         os._exit(status)
 
