@@ -205,6 +205,23 @@ def test_equal_texts_are_encoded_once_without_dropout_only(name: str, bases: dic
     assert has_dropout(tiny_model("llama", attention_dropout=0.1))
 
 
+@pytest.mark.parametrize("name", ["mean", "m5"])
+def test_equal_tokens_of_different_prompts_are_not_one_text(name: str, bases: dict[str, str]) -> None:
+    """With the prompt left out of pooling, the same tokens are pooled from another place on."""
+    design = DESIGNS[name]
+    if name == "m5":  # the mean of the pooled tokens of each layer
+        design = design.model_copy(update={"pooling_args": {**design.pooling_args, "tokens": "mean"}})
+    encoder = encoder_of(bases["llama"], design, include_prompt=False).eval()
+    batch = joined(features(encoder, [["find: the cat"], ["the cat"]], ("", "find: ")))
+    assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
+    found = {}
+    for layout in ("padded", "packed"):
+        with encoder[0].in_layout(layout), torch.no_grad():
+            found[layout] = encoder(dict(batch))["sentence_embedding"]
+    assert (found["padded"][0] - found["padded"][1]).abs().max() > 1e-2
+    assert torch.allclose(found["packed"], found["padded"], atol=1e-5)
+
+
 def test_segments_travel_by_flash_attentions_names() -> None:
     segments = Segments([5, 3, 3, 1], torch.device("cpu"))
     assert segments.runs == [(1, 5), (2, 3), (1, 1)]
