@@ -205,6 +205,15 @@ def test_equal_texts_are_encoded_once_without_dropout_only(name: str, bases: dic
     assert has_dropout(tiny_model("llama", attention_dropout=0.1))
 
 
+def test_attention_drops_out_in_packs_too(tmp_path: Path) -> None:
+    """A base that drops attention weights: while it trains, no two passes are equal."""
+    encoder = encoder_of(str(tiny_folder(tmp_path, "llama", attention_dropout=0.5)), DESIGNS["m1"])
+    for layout in ("padded", "packed"):
+        with encoder[0].in_layout(layout), torch.no_grad():
+            one, other = (encoder(dict(features(encoder)[1]))["sentence_embedding"] for _ in range(2))
+        assert (one - other).abs().max() > 1e-3, layout
+
+
 @pytest.mark.parametrize("name", ["mean", "m5"])
 def test_equal_tokens_of_different_prompts_are_not_one_text(name: str, bases: dict[str, str]) -> None:
     """With the prompt left out of pooling, the same tokens are pooled from another place on."""

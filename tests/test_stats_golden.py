@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import chi2, f, norm
 from scipy.stats import t as student
 
+from poolwise.errors import StatisticsError
 from poolwise.stats import crossed
 from poolwise.stats.crossed import (
     contrast,
@@ -142,6 +143,14 @@ def test_one_new_task(squares):
     assert (same.low, same.high, same.chance) == (2, 2, 1)
 
 
+def test_the_tipping_point_has_the_unit_of_the_scores():
+    d = np.array([10, 5.5, 6.5, 6])
+    one = one_seed(d, 0.0).tipping_run_sd
+    assert one > 0.1
+    for unit in (1e-3, 100):
+        assert one_seed(unit * d, 0.0).tipping_run_sd == pytest.approx(unit * one)
+
+
 @pytest.mark.parametrize("df", [4, np.inf])
 def test_one_seed_with_a_run_effect_that_is_itself_uncertain(df):
     """Welch-Satterthwaite: four differences of mean 7 and variance 25/6, and twice the run effect's variance of 9/4."""
@@ -203,6 +212,13 @@ def test_a_contrast_of_three_designs_has_one_run_variance_of_its_own():
     assert found.tasks == pytest.approx(d.var(ddof=1) / scale)
 
 
+def test_a_contrast_has_the_designs_without_a_coefficient_as_its_pool():
+    third = np.array([[2, 1, 3, 2], [9, 7, 8, 9], [1, 2, 1, 1]])
+    found, expected = contrast(np.stack([A, third, B]), [-1, 0, 1]), crossed(A, B, [third])
+    assert (found.p_value, found.scope, found.designs) == (expected.p_value, expected.scope, expected.designs)
+    assert found.scope != "two arms"
+
+
 # Planning
 
 
@@ -220,6 +236,16 @@ def test_the_planned_detectable_effect(designs, seeds, measured):
     se = sqrt(2 / (10 * seeds) * (run + task - error))
     found = planned_detectable_effect(seeds, 10, 0.4, 0.3, 0.2, designs, measured=measured)
     assert found == pytest.approx(detectable(se, squares, 0.95))
+
+
+def test_a_plan_takes_two_tasks_and_allows_for_variances_of_zero():
+    for run_sd, noise_sd, task_sd in ((0, 0.1, 0.1), (0.1, 0, 0.1), (0.1, 0.1, 0)):
+        assert 0 < planned_detectable_effect(3, 5, run_sd, noise_sd, task_sd) < 1
+    for seeds, tasks, designs in ((1, 5, 2), (3, 1, 2), (3, 5, 1)):
+        with pytest.raises(StatisticsError, match="give two or more of each"):
+            planned_detectable_effect(seeds, tasks, 0.1, 0.1, 0.1, designs)
+    with pytest.raises(StatisticsError, match="values of 0 or more"):
+        planned_detectable_effect(3, 5, -0.1, 0.3, 0.1)
 
 
 def test_seeds_to_settle_are_the_fewest():
