@@ -11,6 +11,7 @@ from poolwise.stats.variance import (
     own_mean_squares,
     run_mean_square,
     satterthwaite,
+    study_mean_squares,
     unstable,
 )
 
@@ -58,7 +59,7 @@ def test_groups_of_tasks_count_alike_whatever_their_scale():
     out, ratios = unstable(runs, 5, compared=2)
     assert out.tolist() == [False, False, False, True]
     assert ratios == pytest.approx([1, 1, 1, 5])
-    assert np.isinf(unstable(np.array([[0.0, 0, 0, 9]]), 5, 2)[1][3])
+    assert np.isinf(unstable(np.array([[0.0, 0, 0, 9]]), 5, 2)[1]).all()
 
 
 def test_the_most_conspicuous_goes_first_and_two_always_stay():
@@ -135,11 +136,12 @@ def test_a_louder_design_keeps_its_own_variance_and_the_other_is_lent_to():
     assert squares.unit == pytest.approx(1 / 5)  # 2/5 of the squared weights, which add up to 1/2
 
 
-def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show():
-    """Quiet here by chance, it varies 40 times as much as the others in five other groups."""
+@pytest.mark.parametrize("others", [1, 5])
+def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show(others):
+    """Quiet here by chance, it varies 100 times as much as the others in the other groups."""
     a, b, c, d = ALIKE
-    elsewhere = np.ones((5, 4))
-    elsewhere[:, 1] = 40
+    elsewhere = np.ones((others, 4))
+    elsewhere[:, 1] = 100
     squares, _, note, designs = decide([a, b], [c, d], elsewhere)
     assert ("vary more" in note, designs) == (True, 4)
     groups = np.vstack([[2.0, 2, 2, 2], elsewhere])
@@ -148,9 +150,43 @@ def test_a_louder_design_has_at_least_what_other_groups_of_tasks_show():
     typical = pooled(a, c, d)
     assert ratio * typical > 2
     assert squares.runs == pytest.approx((typical / 2, ratio * typical / 2))
-    assert squares.run_dfs == pytest.approx((4, 1 / (1 / 12 + 1 / 4)))  # of six groups and of the typical design
+    # of all groups and of the typical design
+    assert squares.run_dfs == pytest.approx((4, 1 / (1 / (2 * (others + 1)) + 1 / 4)))
     own = decide([a, LOUD], [c, d], elsewhere)[0]  # loud here: its own, as that is more
     assert own.runs[1] == pytest.approx(2 * 2500 / 2)
+
+
+def test_one_lender_that_is_as_quiet_as_the_compared_design():
+    """Two designs around their mean have half of the variance."""
+    a, b, *_ = FIVE
+    squares, *_ = decide([a, LOUD_FIVE], [b])
+    assert squares.runs[0] == pytest.approx(pooled(a, b) / 2)
+    assert squares.run_dfs == (4, 4)
+
+
+def test_the_noise_of_a_whole_study():
+    rng = np.random.default_rng(0)
+    study = rng.normal(size=(4, 5, 6))
+    found = study_mean_squares(study, [-1, 1, 0, 0], TaskTypes.one(6))
+    rest = study.copy()
+    for axis in (0, 1, 2):  # less all effects of one and of two factors
+        rest = rest - rest.mean(axis=axis, keepdims=True)
+    assert (found.error, found.error_df) == (pytest.approx((rest**2).sum() / 60), 60)
+    assert (found.run_df, found.task_df, found.unit) == (12, 5, pytest.approx(2 / 5 / 6))
+
+
+def test_one_mean_square_of_three_arms_stays_one_where_it_falls_below_the_noise():
+    rng = np.random.default_rng(0)
+    arms = [rng.normal(size=(3, 6)) for _ in range(3)]
+    arms = [x - x.mean(axis=1, keepdims=True) + 0.01 * rng.normal(size=(3, 1)) for x in arms]
+    squares = own_mean_squares(arms, [1, -0.5, -0.5], TaskTypes.one(6))
+    assert sum(squares.runs) < squares.error
+    cut = squares.truncated()
+    assert cut.runs == (cut.error,)
+    shares = np.array([2 / 3, 1 / 6, 1 / 6])  # of the squared coefficients
+    assert squares.runs == pytest.approx(
+        (sum(w * run_mean_square(x, TaskTypes.one(6)) for w, x in zip(shares, arms, strict=True)),)
+    )
 
 
 def test_both_compared_designs_are_louder():
