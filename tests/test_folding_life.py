@@ -94,6 +94,17 @@ def test_a_changed_weight_is_seen(change):
     assert not torch.equal(after, before)
 
 
+def test_no_new_weight_lies_where_a_folded_one_lay():
+    """Its address tells a replaced weight: it must not be free again while what was folded is in use."""
+    head = make("cross_attention")
+    folded(head, states_of((16, 7)), None)
+    where = head.to_v.weight.data_ptr()
+    for seed in range(50):
+        fresh = torch.randn(head.to_v.weight.shape, generator=torch.Generator().manual_seed(seed))
+        head.to_v.weight = torch.nn.Parameter(fresh)
+        assert head.to_v.weight.data_ptr() != where
+
+
 def test_weights_made_in_inference_mode_are_not_folded():
     """Their changes could not be seen."""
     with torch.inference_mode():

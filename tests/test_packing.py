@@ -304,6 +304,17 @@ def test_terms_that_packed_attention_does_not_know(config: Any, term: str, monke
     assert f"its attention has {term}" in str(refusal(model, "causal", LONG))
 
 
+def test_a_text_may_be_as_long_as_its_sliding_window() -> None:
+    states = torch.randn(1, 4, 10, 8, generator=torch.Generator().manual_seed(0))
+    segments = Segments([6, 4], torch.device("cpu"))
+    layer = torch.nn.Module()
+    plain, _ = layouts.packed_attention(layer, states, states, states, None, segments=segments)
+    held, _ = layouts.packed_attention(layer, states, states, states, None, segments=segments, sliding_window=6)
+    assert torch.equal(plain, held)
+    with pytest.raises(ModelError, match="a text of 6 tokens is longer than its sliding window of 5"):
+        layouts.packed_attention(layer, states, states, states, None, segments=segments, sliding_window=5)
+
+
 def test_the_probe_sees_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     assert refusal(model, "causal", LONG) is None

@@ -162,8 +162,22 @@ def test_an_all_zero_mask_gives_numbers_and_gradients(name, args):
     torch.testing.assert_close(result[1], pooling(states[1:])[0], rtol=1e-5, atol=1e-5)
     if name == "cross_attention" and not args:  # nothing is attended to, not even a bias
         assert pooling.attend(states, mask)[0].count_nonzero() == 0
-    elif name not in TRAINABLE:
+    elif name not in TRAINABLE or name == "latent_attention":
         assert result[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_law_1_padding_leaves_no_trace_in_gradients(name):
+    text = random_states(TOKENS, WIDTH)
+    pooling = sharpen(make(name))
+    found = []
+    for states, mask in (padded(text, 0, 0), padded(text, 2, 3, float("nan"))):
+        states.requires_grad_()
+        pooling.zero_grad()
+        pooling(states, mask).square().sum().backward()
+        found.append([states.grad[mask == 1], *(parameter.grad.clone() for parameter in pooling.parameters())])
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", READS_TOKENS)

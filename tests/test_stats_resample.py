@@ -181,6 +181,8 @@ def test_ap_bootstrap_keeps_the_share_of_positives(pairs):
     assert (draw_counts(groups, 50, 120, rng())[:, groups[1]].sum(axis=1) == labels.sum()).all()
     one_positive = ap_bootstrap([0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [1, 0, 0], rng(), n=50)
     assert one_positive.difference == pytest.approx(1 - 1 / 3)
+    # it is in every resample, below both negatives for a and above them for b
+    assert (one_positive.ci_low, one_positive.ci_high) == pytest.approx((2 / 3, 2 / 3))
     with pytest.raises(StatisticsError, match="both 0 and 1 must occur"):
         ap_bootstrap(a, b, np.ones(120), rng())
 
