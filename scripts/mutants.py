@@ -98,8 +98,9 @@ def mutate(module: dict[str, Any], sample: int, seed: int, known: set[tuple[str,
         for mutant in mutants:
             path.write_text(mutant, encoding="utf-8")
             stale.unlink(missing_ok=True)  # two mutants may have the same size and second
-            if passes(copy, module, limit):
-                alive.append(changed(source, mutant))
+            lives = passes(copy, module, limit)
+            alive += [changed(source, mutant)] if lives else []
+            print("!" if lives else ".", end="", file=sys.stderr, flush=True)
     new = [diff for diff in alive if (module["path"], diff.splitlines()[-1][1:].strip()) not in known]
     counts = {"mutants": len(mutants), "killed": len(mutants) - len(alive), "listed": len(alive) - len(new)}
     seconds = round(time.monotonic() - start)
