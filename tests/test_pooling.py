@@ -246,6 +246,17 @@ def test_an_untrained_head_is_nearly_the_mean_of_the_normalised_states(heads, he
     assert cosine_similarity(paper, normed.mean(dim=1)).max() < 0.9  # the published initial weights are noise
 
 
+@pytest.mark.parametrize("name", ["cross_attention", "latent_attention"])
+def test_initial_attention_logits_have_a_standard_deviation_of_a_tenth(name):
+    """Nearly uniform, but not so flat that queries and keys have no gradient."""
+    head = make(name, width=64, latents=8, heads=2, head_dim=32)
+    latents, states = head.norm_latents(head.latents), head.norm_states(random_states(50, 64))
+    asks, asked = (latents, states) if name == "cross_attention" else (states, latents)
+    for query, key in zip(head.to_q.weight.chunk(2), head.to_k.weight.chunk(2), strict=True):
+        logits = (asks @ query.T) @ (asked @ key.T).T / 32**0.5
+        assert 0.05 < logits.std() < 0.2
+
+
 def test_a_narrow_head_starts_as_a_projection():
     """Heads together narrower than the model keep angles as a random projection does: not exactly, but clearly."""
     states = random_states(30, 1, 64)
