@@ -108,7 +108,7 @@ def mutate(module: dict[str, Any], sample: int, seed: int, known: set[tuple[str,
 
 
 def sampled(source: str, sample: int, chance: random.Random) -> list[str]:
-    """A sample of the sensible mutants of a module's source, one for each place."""
+    """A sample of the sensible mutants of a module's source, one for each place, less those that are no Python."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
@@ -120,7 +120,17 @@ def sampled(source: str, sample: int, chance: random.Random) -> list[str]:
         for occurrence, (begin, _) in enumerate(positions):
             places.setdefault(begin, []).append((name, occurrence))
     chosen = [chance.choice(kinds) for kinds in chance.sample(sorted(places.values()), min(sample, len(places)))]
-    return [mutate_code(source, get_operator(name)(), occurrence) for name, occurrence in chosen]
+    made = [mutate_code(source, get_operator(name)(), occurrence) for name, occurrence in chosen]
+    return [mutant for mutant in made if compiles(mutant)]
+
+
+def compiles(source: str) -> bool:
+    """Whether it is Python at all: a few operators do not know all of its grammar, and tests prove nothing there."""
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 def passes(copy: Path, module: dict[str, Any], limit: float) -> bool:

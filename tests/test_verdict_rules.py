@@ -61,6 +61,14 @@ def test_claims_under_a_foreign_run_effect_are_corrected_over_the_family():
         assert (row.given.verdict, row.given.missing_sources) == ("inconclusive", 0)
 
 
+def test_a_p_value_of_alpha_is_significant():
+    """Five sources: all signs alike have p = 2/32."""
+    frame = one_run([0.01, 0.02, 0.03, 0.04, 0.05], "R")
+    for alpha, tips in ((2 / 32, True), (0.0624, False)):
+        row = compare(frame, "a", alpha=alpha).rows[0]
+        assert (row.p_holm, row.tipping_run_sd is not None) == (2 / 32, tips)
+
+
 @pytest.mark.parametrize(("sources", "enough"), [((3, 3), True), ((2, 4), True), ((2, 3), False), ((1, 9), False)])
 def test_an_overall_verdict_takes_four_degrees_of_freedom_within_the_types(sources, enough):
     frame = study({"a": 0, "b": 0.01}, types=dict(zip(("R", "S"), sources, strict=True)))
@@ -82,6 +90,24 @@ def test_the_folds_correct_for_the_whole_family(monkeypatch):
     assert len(overall) == 2
     assert all(family[2:] == [*fixed["R"], *overall] for family in families[:5])
     assert all(family[2:] == [*fixed["S"], *overall] for family in families[5:])
+
+
+def test_what_few_sources_few_tasks_and_single_runs_limit_is_noted_by_group():
+    frame = study({"a": 0, "b": 0.01}, types={"Five": 5, "One": 1, "Same": 3, "Three": 3, "Two": 2}, seeds=3)
+    same = frame.with_columns(
+        pl.when(pl.col("task_type") == "Same").then(pl.lit("one origin")).otherwise("task").alias("source")
+    )
+    c = compare(same, "a")
+    first, *notes = c.notes
+    assert "needs weights of the task types" in first
+    assert {row.group for row in c.rows if row.verdict} == {"Five", "Three", "Two"}
+    assert [note.partition(":")[0] for note in notes] == ["Same", "Three (3), Two (2)", "One"]
+    assert ["come from one source" in notes[0], "so few sources" in notes[1], "one task" in notes[2]] == [True] * 3
+    single = compare(same.filter(pl.col("seed") == 0), "a", type_weights={"Five": 1.0, "Three": 1.0})
+    assert single.overall == ()
+    assert not any("so few sources" in note or "overall" in note for note in single.notes)
+    two = compare(same.filter(pl.col("seed") < 2), "a")
+    assert sum("Two seeds measure the run effect badly" in note for note in two.notes) == 1
 
 
 def with_reference(score: list[float]) -> Findings:
