@@ -10,6 +10,7 @@ from poolwise import stats
 from poolwise.stats import holm
 from poolwise.stats.crossed import seeds_to_settle
 from poolwise.verdicts.comparison import compare
+from poolwise.verdicts.contrasts import run_squares
 from poolwise.verdicts.findings import Findings, recommend
 from poolwise.verdicts.table import table
 from test_comparison import found, rows, study
@@ -107,6 +108,8 @@ def test_what_few_sources_few_tasks_and_single_runs_limit_is_noted_by_group():
     assert single.overall == ()
     assert not any("so few sources" in note or "overall" in note for note in single.notes)
     two = compare(same.filter(pl.col("seed") < 2), "a")
+    squares = run_squares({"Five": {d: two.arm("Five", d) for d in "ab"}}, "ab")
+    assert squares.keys() == {"Five"}  # two runs are some evidence
     assert sum("Two seeds measure the run effect badly" in note for note in two.notes) == 1
 
 
