@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from poolwise import data, stats, study, verdicts
 from poolwise.data.batches import effective_negatives
 from poolwise.errors import DataError
 from poolwise.study.recipe import MOST_STEPS, Lora, Recipe, Setting, Source, Tuning, settings
@@ -125,8 +128,17 @@ def test_the_negatives_of_a_query() -> None:
         effective_negatives(Recipe(accumulation=2), world_size=3)
 
 
-def test_a_setting_cannot_be_changed() -> None:
+def test_settings_and_results_cannot_be_changed() -> None:
+    """A comparison, a plan or a verdict that is changed after it was made would no longer be what was tested."""
+    loose = set()
+    for package in (data, stats, study, verdicts):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                own = dataclasses.is_dataclass(value) and value.__module__ == module.name
+                if own and not value.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+                    loose.add(name)
+                if isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == module.name:
+                    assert value.model_config.get("frozen"), name
+    assert loose == {"Log"}  # collects notes while results are read
     with pytest.raises(ValidationError, match="frozen"):
         Recipe().steps = 3  # type: ignore[misc]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Setting(1.0, 1.0, 1).steps = 2  # type: ignore[misc]
