@@ -257,6 +257,17 @@ def test_initial_attention_logits_have_a_standard_deviation_of_a_tenth(name):
         assert 0.05 < logits.std() < 0.2
 
 
+def test_layer_attention_starts_with_values_near_the_identity():
+    """And with queries and keys that are not, or every layer would attend to itself alone."""
+    head = make("layer_attention", width=64)
+    eye = torch.eye(64)
+    assert (head.value.weight - eye).abs().max() < 0.1
+    for matrix in (head.query.weight, head.key.weight):
+        assert (matrix - eye).diagonal().mean() < -0.8
+        assert matrix.std() == pytest.approx(1 / 8, rel=0.1)
+    assert torch.equal(head.merge.weight, torch.cat([eye, eye], dim=1) / 2)
+
+
 def test_a_narrow_head_starts_as_a_projection():
     """Heads together narrower than the model keep angles as a random projection does: not exactly, but clearly."""
     states = random_states(30, 1, 64)

@@ -36,6 +36,18 @@ def test_power_and_seeds_are_those_of_the_strictest_step_of_holm():
     assert (equal.p_equivalence < 0.05 < equal.p_value, equal.settle_low, equal.settle_high) == (True, None, None)
 
 
+def test_overall_contrasts_count_in_the_family():
+    """Two designs against the baseline in two groups, and overall: six contrasts."""
+    frame = study({"a": 0, "b": 0.01, "c": 0.0}, types={"R": 5, "S": 6})
+    for weights, family in (({"R": 1.0, "S": 1.0}, 6), (None, 4)):
+        c = compare(frame, "a", type_weights=weights)
+        arms = [c.arm("R", name).by_source for name in "abc"]
+        squares = run_squares({"S": {d: c.arm("S", d) for d in "abc"}}, "abc")["S"]
+        result = stats.crossed(arms[0], arms[1], pool=arms[2:], elsewhere=[[squares[d] for d in "abc"]])
+        strict = replace(result, level=1 - 0.05 / family, critical=result.null.critical(1 - 0.05 / family))
+        assert c.row("R", "b").verdict.detectable == stats.minimum_detectable_effect(strict)
+
+
 def test_designs_lend_their_runs_only_under_the_same_seeds():
     """Three runs each, but those of c have seeds of their own: nothing that a seed does to all cancels in them."""
     frame = study({"a": 0, "b": 0.004, "c": 0.0}, types={"R": 8})
@@ -124,6 +136,9 @@ def test_a_reference_is_compared_on_the_tasks_that_it_shares_and_beyond_the_marg
     assert with_reference([0.53] * 8).recommendations[0].basis == "below_reference"
     assert with_reference([0.53] * 8).recommendations[0].best_score == pytest.approx(0.52)
     assert with_reference([0.524] * 8).recommendations[0].basis != "below_reference"
+    partial = with_reference([0.53] * 8)
+    assert (partial.whole_arm("STS", "tfidf"), partial.whole_arm("STS", "m3")) == (None, None)
+    assert partial.whole_arm("STS", "m2") == partial.arm("STS", "m2")
     half = compare(table(rows({"a": [[0.25] * 6] * 2, "b": [[0.5] * 6] * 2})), "a", margin=0.25)
     reference = table(rows({"tfidf": [[0.75] * 6]}))
     tie = compare(
