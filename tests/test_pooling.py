@@ -264,7 +264,7 @@ def test_layer_attention_starts_with_values_near_the_identity():
     assert (head.value.weight - eye).abs().max() < 0.1
     for matrix in (head.query.weight, head.key.weight):
         assert (matrix - eye).diagonal().mean() < -0.8
-        assert matrix.std() == pytest.approx(1 / 8, rel=0.1)
+        assert matrix.std().item() == pytest.approx(1 / 8, rel=0.1)
     assert torch.equal(head.merge.weight, torch.cat([eye, eye], dim=1) / 2)
 
 
