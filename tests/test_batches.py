@@ -95,6 +95,8 @@ def test_each_source_has_its_own_order_and_bootstrap(tmp_path):
         batches = plan(pairs, recipe.model_copy(update={"seed_varies": varies}), 0).indices
         taken = [{frozenset(batch[batch // 100 == number] % 100) for batch in batches} for number in (0, 1)]
         assert len(taken[0] & taken[1]) <= 1, varies
+    drawn = [np.bincount(batches[batches // 100 == number] % 100, minlength=100) for number in (0, 1)]
+    assert abs(np.corrcoef(*drawn)[0, 1]) < 0.5  # one bootstrap for both would draw the same numbers
 
 
 def test_each_pass_is_shuffled_anew_and_a_longer_study_goes_on_alike(hundred):

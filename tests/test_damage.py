@@ -86,6 +86,17 @@ def test_a_training_goes_on_from_before_a_damaged_milestone(tmp_path: Path, enco
         assert latest_checkpoint(tmp_path, (3, 6)) == first
     assert "step-3/pooling.safetensors is damaged" in caplog.text
     assert not layout.at_step(tmp_path, 3).exists()
+    assert not second.exists()
+    checkpoint.save(encoder, layout.at_step(tmp_path, 2), step=2)
+    flip(layout.at_step(tmp_path, 2) / "pooling.safetensors")
+    assert latest_checkpoint(tmp_path, (2,)) is None
+    assert not first.exists()  # it is that of the very step
+
+
+def test_a_checkpoint_that_somebody_else_removes_is_no_failure(tmp_path: Path, monkeypatch: Any) -> None:
+    first, gone = saved(tmp_path, 2), layout.checkpoint(tmp_path, 4)
+    monkeypatch.setattr(layout, "checkpoints", lambda folder: {2: first, 4: gone})
+    assert latest_checkpoint(tmp_path) == first
 
 
 def test_every_flip_in_run_json_is_noticed(tmp_path: Path, encoder: Any) -> None:

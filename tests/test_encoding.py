@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
 
 import poolwise
 from poolwise.encoding import fast as encoding
@@ -18,7 +19,7 @@ from poolwise.encoding.shortcuts import Prefix, shared_prefix
 from poolwise.model.packing import Ragged
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
-from tiny import SENTENCES, tiny_folder
+from tiny import SENTENCES, VOCAB, tiny_folder, tiny_tokenizer
 
 PROMPT = "query: find the island. "
 WORDS = " ".join(SENTENCES).split()
@@ -186,6 +187,18 @@ def test_kept_embeddings_are_not_made_again():
     forgetful.encode(texts()[:2])
     assert forgetful.counts.encoded == 4
     assert forgetful.encode([]).shape == (0, 32)
+
+
+def test_kept_embeddings_are_those_of_one_side():
+    """A model with other modules for queries than for documents: one text as both, whichever comes first."""
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    tables = np.random.default_rng(0).normal(size=(2, VOCAB, 8)).astype(np.float32)
+    queries, documents = (StaticEmbedding(tokenizer, embedding_weights=table) for table in tables)
+    model = SentenceTransformer(modules=[Router.for_query_document([queries], [documents])], device="cpu")
+    fast = FastEncoder(model, keep=1 << 20)
+    for side, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        for _ in range(2):
+            assert (fast.encode(["a heron"], side=side) == encode(["a heron"])).all()
 
 
 def test_a_stream_is_held_a_window_at_a_time(monkeypatch: pytest.MonkeyPatch):

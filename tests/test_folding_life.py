@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from poolwise.model.encoder import build
 from poolwise.pooling import heads
@@ -92,6 +93,17 @@ def test_a_changed_weight_is_seen(change):
     after = folded(head, states)
     assert deviation(after, exact(head, states)) < (0.02 if change == "bf16" else 1e-6)
     assert not torch.equal(after, before)
+
+
+def test_the_memory_of_a_folded_weight_is_not_used_again_while_it_is_folded():
+    """A replaced weight is told by its address, so a new one must not get the address of the old."""
+    head = make("cross_attention")
+    folded(head, states_of((16, 7)), None)
+    memory = StorageWeakRef(head.to_v.weight.untyped_storage())
+    head.to_v.weight = torch.nn.Parameter(torch.zeros_like(head.to_v.weight))
+    assert not memory.expired()
+    folded(head, states_of((16, 7)), None)
+    assert memory.expired()
 
 
 def test_weights_made_in_inference_mode_are_not_folded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -121,6 +122,19 @@ def test_prompts_of_different_length_in_one_batch():
         real = MASK[row].bool()
         assert torch.allclose(together[row][real], alone[0][real], atol=1e-5)
     assert not torch.allclose(together, states(model, prefix=2), atol=1e-3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_batchs_masks_end_with_it(fails):
+    """Also if its forward fails: another batch of the same shape must not be read with them."""
+    model = tiny_model("llama")
+    set_attention(model, "prefix")
+    with contextlib.suppress(ZeroDivisionError), attending(model, MASK, 2):
+        model(input_ids=IDS, attention_mask=MASK)
+        if fails:
+            raise ZeroDivisionError
+    with pytest.raises(AttentionError, match="needs the padding mask of the batch"):
+        model(input_ids=IDS, attention_mask=MASK)
 
 
 def test_a_model_that_ignores_its_masks_is_refused(monkeypatch):

@@ -160,6 +160,7 @@ def test_findings_as_a_frame_as_html_and_in_a_line() -> None:
     assert repr(c) == "<Findings: b against a on faq <1>: 1 better>"
     html = c._repr_html_()
     assert "<td>faq &lt;1&gt;</td>" in html
+    assert f"<td>{100 * row['score']:.2f}</td><td>{100 * row['baseline_score']:.2f}</td>" in html
     assert f"<td>{100 * verdict.ci_low:.2f} to {100 * verdict.ci_high:.2f}</td>" in html
     single = compared(of_tasks({"a": 0, "b": 0.0}, types={"R": 1}, seeds=1), "a")
     assert single.to_frame()["verdict"].to_list() == ["untested"]

@@ -162,8 +162,22 @@ def test_an_all_zero_mask_gives_numbers_and_gradients(name, args):
     torch.testing.assert_close(result[1], pooling(states[1:])[0], rtol=1e-5, atol=1e-5)
     if name == "cross_attention" and not args:  # nothing is attended to, not even a bias
         assert pooling.attend(states, mask)[0].count_nonzero() == 0
-    elif name not in TRAINABLE:
+    elif name not in TRAINABLE or name == "latent_attention":
         assert result[0].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_law_1_padding_leaves_no_trace_in_gradients(name):
+    text = random_states(TOKENS, WIDTH)
+    pooling = sharpen(make(name))
+    found = []
+    for states, mask in (padded(text, 0, 0), padded(text, 2, 3, float("nan"))):
+        states.requires_grad_()
+        pooling.zero_grad()
+        pooling(states, mask).square().sum().backward()
+        found.append([states.grad[mask == 1], *(parameter.grad.clone() for parameter in pooling.parameters())])
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", READS_TOKENS)
@@ -230,6 +244,28 @@ def test_an_untrained_head_is_nearly_the_mean_of_the_normalised_states(heads, he
         assert cosine_similarity(result, target).min() > 0.99, name
     paper = make("cross_attention", heads=heads, head_dim=head_dim, norm=norm, init="paper")(states)
     assert cosine_similarity(paper, normed.mean(dim=1)).max() < 0.9  # the published initial weights are noise
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "latent_attention"])
+def test_initial_attention_logits_have_a_standard_deviation_of_a_tenth(name):
+    """Nearly uniform, but not so flat that queries and keys have no gradient."""
+    head = make(name, width=64, latents=8, heads=2, head_dim=32)
+    latents, states = head.norm_latents(head.latents), head.norm_states(random_states(50, 64))
+    asks, asked = (latents, states) if name == "cross_attention" else (states, latents)
+    for query, key in zip(head.to_q.weight.chunk(2), head.to_k.weight.chunk(2), strict=True):
+        logits = (asks @ query.T) @ (asked @ key.T).T / 32**0.5
+        assert 0.05 < logits.std() < 0.2
+
+
+def test_layer_attention_starts_with_values_near_the_identity():
+    """And with queries and keys that are not, or every layer would attend to itself alone."""
+    head = make("layer_attention", width=64)
+    eye = torch.eye(64)
+    assert (head.value.weight - eye).abs().max() < 0.1
+    for matrix in (head.query.weight, head.key.weight):
+        assert (matrix - eye).diagonal().mean() < -0.8
+        assert matrix.std().item() == pytest.approx(1 / 8, rel=0.1)
+    assert torch.equal(head.merge.weight, torch.cat([eye, eye], dim=1) / 2)
 
 
 def test_a_narrow_head_starts_as_a_projection():

@@ -14,7 +14,7 @@ from poolwise.encoding import rows as rows_file
 from poolwise.encoding.fast import FastEncoder
 from poolwise.encoding.rows import Tokeniser, batches, features, pooled_tokens
 from poolwise.errors import ModelError
-from poolwise.model.packing import Ragged, flat_index
+from poolwise.model.packing import Ragged, Rows, flat_index, forward_grouped
 from poolwise.study.design import Design
 from poolwise.study.recipe import Recipe
 from tiny import SENTENCES, tiny_folder
@@ -149,6 +149,24 @@ def test_features_are_padded_on_the_right() -> None:
     assert given["input_ids"].tolist() == [[5, 0, 0], [0, 0, 0], [6, 7, 8]]
     assert given["attention_mask"].tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
     assert given["prompt_length"] == 2
+
+
+def test_texts_of_similar_length_are_padded_together_and_none_without_tokens_alone() -> None:
+    """The longest first, down to half its length; texts of no tokens go with the last of them."""
+    lengths = torch.tensor([3, 0, 9, 5, 4, 0, 10])
+    mask = torch.arange(10) < lengths[:, None]
+    ids = torch.where(mask, torch.arange(70).view(7, 10), 0)
+    seen = []
+
+    def run(ids: torch.Tensor, mask: torch.Tensor, pooled: torch.Tensor, prefix: torch.Tensor) -> Any:
+        seen.append((mask.sum(1).tolist(), prefix[:, 0].tolist()))
+        return ids[..., None].float(), ids.sum(1).float()[:, None, None]
+
+    prefix = torch.arange(7)[:, None]
+    states, vectors = forward_grouped(run, Rows(ids, mask, mask), prefix)
+    assert seen == [([10, 9, 5], [6, 2, 3]), ([4, 3, 0, 0], [4, 0, 1, 5])]
+    assert torch.equal(states[..., 0], ids.float())
+    assert torch.equal(vectors[:, 0, 0], ids.sum(1).float())
 
 
 def test_ragged_texts() -> None:

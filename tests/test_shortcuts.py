@@ -149,6 +149,16 @@ def test_a_single_text_is_not_enough_to_believe(base: str) -> None:
     assert seen == [(min(n, 4),) * 2 for n in range(1, 7)]
 
 
+def test_a_shortcut_without_a_text_to_look_at_is_not_used(base: str) -> None:
+    fast = FastEncoder(build(base, {"preset": "m1"}))
+    rows = fast.tokenise(MANY, PROMPT)
+    fast.encode(MANY[:1], "find:")
+    prefix = fast._prefixes["find:"]
+    nothing = rows.take(np.array([], dtype=int))
+    assert not fast._trusts("prefix", PROMPT, nothing, prefix)
+    assert fast._trusts("prefix", "find:", nothing, prefix)  # looked at before
+
+
 def test_every_prompt_is_looked_at(base: str) -> None:
     fast = FastEncoder(build(base, {"preset": "m1"}))
     for prompt in (PROMPT, "another: "):

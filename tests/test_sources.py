@@ -340,3 +340,18 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(DataError, match=r"some/set: no column 'query' \(found: 'text'\)"):
         load(tmp_path, "some/set")
+
+
+def test_files_of_a_folder_are_chosen_by_the_name_of_the_split(tmp_path):
+    (tmp_path / "set").mkdir()
+    for i, name in enumerate(("extra", "other")):
+        write(tmp_path / "set" / f"{name}.jsonl", ROWS[i : i + 2])
+
+    def rows(split: str) -> int:
+        return len(load_pairs(Recipe(sources=(Source(path="set", split=split),)), tmp_path).rows)
+
+    assert rows("train") == 3  # no file is named after a split: all of them, with the row of both once
+    assert rows("extra") == 2
+    (tmp_path / "set" / "other.jsonl").rename(tmp_path / "set" / "test.jsonl")
+    with pytest.raises(DataError, match="no file of the split 'train'"):
+        rows("train")

@@ -12,6 +12,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from poolwise.errors import StatisticsError
 from poolwise.stats.exact import (
     hodges_lehmann,
+    largest_rejected_sum,
     mcnemar,
     midranks,
     min_reachable_p,
@@ -154,6 +155,11 @@ def test_the_interval_holds_exactly_the_shifts_that_the_test_accepts(differences
         accepted = signed_rank(d - shift) > 1 - level + 1e-12
         inside = result.ci_low is None or result.ci_low < shift < result.ci_high
         assert inside == accepted
+
+
+def test_largest_rejected_sum_by_hand():
+    # Three differences: rank sums 0, 1, 2 come from one sign pattern of eight each, 3 from two.
+    assert [largest_rejected_sum(3, alpha) for alpha in (0.24, 0.25, 0.5, 0.75, 0.8)] == [-1, 0, 1, 2, 2]
 
 
 @settings(max_examples=200, deadline=None)

@@ -108,5 +108,6 @@ def test_tasks_of_one_source_are_averaged():
     means, names = average_sources([[1, 2, 30, 5], [3, 4, 50, 7]], ["sts", "sts", "cisi", "sts"])
     assert names == ("sts", "cisi")
     assert means == pytest.approx(np.array([[8 / 3, 30], [14 / 3, 50]]))
-    with pytest.raises(StatisticsError, match="1 sources for 2 tasks"):
-        average_sources([[1, 2]], ["x"])
+    for scores in ([[1, 2]], np.ones((3, 4, 2))):
+        with pytest.raises(StatisticsError, match="1 sources for 2 tasks"):
+            average_sources(scores, ["x"])

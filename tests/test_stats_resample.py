@@ -9,14 +9,17 @@ from sklearn.metrics import average_precision_score
 
 from poolwise.errors import StatisticsError
 from poolwise.stats.resample import (
+    _chunks,
     ap_bootstrap,
     average_precision_function,
+    average_precision_parts,
     correlation,
     draw_counts,
     midrank_function,
     paired_bootstrap,
     paired_permutation,
     spearman_bootstrap,
+    spearman_parts,
     zou_interval,
 )
 
@@ -75,6 +78,39 @@ def test_permutation_in_chunks_counts_all_flips():
     d = rng(5).normal(0, 1, 5000)  # 10,000 flips of 5,000 items come in 13 chunks
     z = abs(d.sum()) / np.sqrt((d**2).sum())
     assert paired_permutation(np.zeros(5000), d, rng()) == pytest.approx(2 * scipy.stats.norm.sf(z), abs=0.02)
+
+
+def test_chunks_are_as_many_resamples_as_were_asked_for():
+    assert list(_chunks(1_500_000, 5)) == [2, 2, 1]
+    assert list(_chunks(0, 5)) == [5]
+    assert list(_chunks(10**8, 2)) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "weighted", "labels"),
+    [
+        (spearman_parts, lambda ranks, truth, w: correlation(ranks[None], truth[None], w[None])[0], False),
+        (average_precision_parts, lambda x, y, w: average_precision_function(x, y)(2 * w[None])[0], True),
+    ],
+    ids=["spearman", "average precision"],
+)
+def test_parts_are_the_statistic_and_its_derivative_by_the_weight_of_each_item(parts, weighted, labels):
+    """The infinitesimal jackknife by definition; the derivatives are taken numerically."""
+    scores = np.array([0.9, 0.1, 0.5, 0.5, 0.3, 0.8, 0.2, 0.5])
+    truth = np.array([1.0, 0, 1, 0, 0, 1, 1, 0]) if labels else np.array([5.0, 1, 4, 2, 2, 3, 3, 4])
+    x, y = (scores, truth) if labels else map(scipy.stats.rankdata, (scores, truth))
+    whole = weighted(x, y, np.ones(8))
+    step = 1e-6 * np.eye(8)
+    slopes = [(weighted(x, y, 1 + h) - weighted(x, y, 1 - h)) / 2e-6 for h in step]
+    assert parts(scores, truth) == pytest.approx(whole + 8 * np.array(slopes), abs=1e-6)
+    assert parts(scores, truth).mean() == pytest.approx(whole)
+
+
+def test_parts_of_constant_scores_and_of_one_label():
+    assert spearman_parts(np.ones(4), [1, 2, 3, 4]).tolist() == [0] * 4
+    assert spearman_parts([1, 2, 3, 4], np.ones(4)).tolist() == [0] * 4
+    with pytest.raises(StatisticsError, match=r"labels \[1.0\]; both 0 and 1 must occur"):
+        average_precision_parts([1, 2], [1, 1])
 
 
 def test_paired_bootstrap_equals_normal_theory_and_scipy():
@@ -145,6 +181,8 @@ def test_ap_bootstrap_keeps_the_share_of_positives(pairs):
     assert (draw_counts(groups, 50, 120, rng())[:, groups[1]].sum(axis=1) == labels.sum()).all()
     one_positive = ap_bootstrap([0.1, 0.9, 0.2], [0.9, 0.1, 0.2], [1, 0, 0], rng(), n=50)
     assert one_positive.difference == pytest.approx(1 - 1 / 3)
+    # it is in every resample, below both negatives for a and above them for b
+    assert (one_positive.ci_low, one_positive.ci_high) == pytest.approx((2 / 3, 2 / 3))
     with pytest.raises(StatisticsError, match="both 0 and 1 must occur"):
         ap_bootstrap(a, b, np.ones(120), rng())
 

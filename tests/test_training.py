@@ -153,6 +153,7 @@ def test_head_and_backbone_have_their_own_rates(place: Path, tmp_path: Path, mon
     assert {decay for _, decay in seen.of("bias")} == {0.0}
     assert seen.arguments.seed == derived_seed(Recipe(), "dropout", 1) != derived_seed(Recipe(), "dropout", 0)
     assert (seen.arguments.warmup_steps, seen.arguments.lr_scheduler_type) == (0, "constant")
+    assert seen.arguments.use_cpu  # the encoder is on the CPU, whatever the machine has
 
 
 @pytest.mark.parametrize(("lora", "dtype", "expected"), [("full", "bfloat16", True), ("full", "float32", False)])

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from poolwise.errors import TrainingError
 from poolwise.model import checkpoint
-from poolwise.runs import prepare, trial
+from poolwise.runs import layout, prepare, trial
 from poolwise.runs.train import CHANCE_WINDOW, _Watch
 from poolwise.runs.trial import run_trial
 from poolwise.study.recipe import Recipe
@@ -97,6 +98,24 @@ def test_disk_full_while_scoring(prepared: prepare.Prepared, tmp_path: Path, mon
     assert not [path for path in (tmp_path / "tfidf" / "scores").rglob("*") if path.is_file()]
     run_trial(reference, prepared, tmp_path / "tfidf")
     assert (tmp_path / "tfidf" / "done").exists()
+    files = layout.score_files(tmp_path / "tfidf")
+    assert {layout.read_scores(file)["step"][0].as_py() for file in files} == {0}  # type: ignore[index]
+    assert len(files) == 2
+
+
+def test_what_a_full_gpu_memory_looks_like() -> None:
+    """torch has its own error for it; libraries wrap it, and cuBLAS has another."""
+    for error in (
+        torch.OutOfMemoryError("full"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ):
+        assert trial.ended_by_memory(error)
+        wrapped = ValueError("a task failed")
+        wrapped.__cause__ = error
+        assert trial.ended_by_memory(wrapped)
+        assert "set recipe.mini_batch_size, a smaller recipe.batch_size" in trial.reason_of(wrapped, Path())
+    assert not trial.ended_by_memory(RuntimeError("CUDA error: device-side assert"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_trial(place: Path, tmp_path: Path) -> None:
