@@ -342,7 +342,7 @@ def test_the_report_has_one_table_first_with_a_row_for_each_group(tmp_path, full
     shown = findings.row("STS", "m2").verdict
     assert rows["STS"][0] == "m2"
     assert rows["STS"][1] == f"m2 {100 * shown.difference:+.2f}".replace("+0.", "+.")
-    assert rows["STS"][3:] == ("× 1.12", "shown")
+    assert rows["STS"][3:] == ("× 1.12", "decided")
     assert rows["Reranking"][0] == "no winner"
     assert rows["Reranking"][-1] == "tasks from 5 sources"
     _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
