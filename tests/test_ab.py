@@ -230,6 +230,23 @@ def test_encoding_that_was_stopped_continues(tmp_path: Path, monkeypatch: pytest
         keep_vectors(fast, "m", lambda: texts, 20, "other", tmp_path, name="documents")
 
 
+@pytest.mark.parametrize("ending", [".f32", ".json"])
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+def test_kept_vectors_that_are_damaged_are_encoded_again(ending: str, how: str, tmp_path: Path) -> None:
+    design = Design(name="x", attention="causal", pooling="mean")
+    fast = FastEncoder(build(Recipe(base_model="nano", max_length=32), design, 0, device="cpu"))
+    expected = keep_vectors(fast, "m", lambda: SENTENCES, 6, "c", tmp_path).vectors.copy()
+    (path,) = tmp_path.glob(f"*{ending}")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "flipped" else data[:-5])
+    before, said = fast.counts.encoded, list[str]()
+    kept = keep_vectors(fast, "m", lambda: SENTENCES, 6, "c", tmp_path, say=said.append)
+    assert fast.counts.encoded == before + 6
+    assert [line for line in said if line.endswith("is damaged; its texts are encoded again")] != []
+    np.testing.assert_array_equal(kept.vectors, expected)
+
+
 def test_a_third_model_costs_one_encode(index: Path, tmp_path: Path) -> None:
     mean, last = exported(tmp_path, "mean"), exported(tmp_path, "last_token", "causal")
     ab(index, [str(mean), "bm25"])

@@ -20,7 +20,7 @@ from poolwise.errors import DataError, Mistakes, PoolwiseError
 from poolwise.files import user_path
 from poolwise.runs import layout
 from poolwise.study.design import Design
-from poolwise.verdicts import readers
+from poolwise.verdicts import readers, trec
 from poolwise.verdicts.table import table
 
 INPUTS = 12
@@ -58,6 +58,7 @@ FINDINGS = [
     ("mteb result", plain({**MTEB, "mteb_version": "9" * 5000})),
     ("mteb model_meta", b"[" * 5000),
     ("comparison", SCORES.replace("m2", "m" + "9" * 5000).encode()),
+    ("TREC judgements", b"q1 0 d1 1\nq2 0 d2 -2\n"),
     ("weights, torch", torch_saved(False).replace(b"latents", b"\xff" * 7)),
 ]
 
@@ -104,8 +105,11 @@ def test_labels_and_columns_of_thousands_of_digits(tmp_path: Path) -> None:
     assert sorted(set(task.mteb.dataset["test"]["label"])) == [0, 1]
     (tmp_path / "a.jsonl").write_text(f'{{"query": "q", "positive": "p", "negative_{"9" * 5000}": "n"}}\n')
     (source,) = open_source(str(tmp_path / "a.jsonl"), "train", tmp_path)
-    assert len(list(source.records(Mistakes("a")))) == 1
-    with pytest.raises(PoolwiseError, match="attention"):
+    mistakes = Mistakes("a")
+    assert list(source.records(mistakes)) == []
+    with pytest.raises(DataError, match=r"negative_9+"):
+        mistakes.check()
+    with pytest.raises(ValueError, match="attention"):
         Design(name="d", attention="bidirectional_last_" + "9" * 5000, pooling="mean")
 
 
@@ -115,6 +119,17 @@ def test_a_surrogate_in_an_mteb_result_is_reported_with_its_file(tmp_path: Path)
     path.write_bytes(plain({**MTEB, "dataset_revision": "\ud800"}))
     with pytest.raises(DataError, match=r"STS12\.json .*unpaired surrogate"):
         readers.read(tmp_path / "m")
+
+
+def test_negative_grades_are_not_relevant(tmp_path: Path) -> None:
+    """trec_eval wrote beyond its memory for a query that has negative grades alone."""
+    (tmp_path / "a.run").write_text("q1 Q0 d1 1 0.9 x\nq1 Q0 d3 2 0.8 x\nq2 Q0 d2 1 0.7 x\n")
+    scores = []
+    for grade in (0, -1, -2, -1000):
+        (tmp_path / "qrels.txt").write_text(f"q1 0 d1 {grade}\nq1 0 d3 2\nq2 0 d2 {grade}\n")
+        scores.append(trec.read_trec([tmp_path / "a.run"], tmp_path / "qrels.txt").frame["score"].to_list())
+    assert scores == scores[:1] * 4
+    assert scores[0][0] == pytest.approx(0.6309 / 2, abs=1e-4)
 
 
 def test_a_copy_of_a_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:

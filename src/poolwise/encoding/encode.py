@@ -27,6 +27,7 @@ from poolwise.model.backbone import Backbone
 from poolwise.model.base import cpu_bfloat16_gain, torch_dtype
 from poolwise.model.checkpoint import load_any
 from poolwise.study.catalogue import LEXICAL
+from poolwise.study.records import Vectors, find
 
 SIDES = ("query", "document")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -210,7 +211,8 @@ def keep_vectors(
 ) -> Kept:
     """The vectors of `texts`, encoded once for each model and content; an interrupted encoding continues.
 
-    Vectors are appended to a file named after model, prompt and content, so its size says how far they go.
+    Vectors are appended to a file named after model, prompt and content. A record beside it says how many there are,
+    with their checksum: what is damaged is encoded again.
 
     Args:
         identity: of the model (`scoring.evaluate.model_identity`). content: hash of the texts in their order.
@@ -223,28 +225,26 @@ def keep_vectors(
     key = hashlib.sha256(json.dumps([identity, prompt, side, content]).encode()).hexdigest()[:20]
     path, about = folder / f"{key}.f32", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    known = json.loads(about.read_text(encoding="utf-8")) if about.exists() else {}
-    width, seconds = int(known.get("width", 0)), float(known.get("seconds", 0.0))
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PoolwiseError(f"{path}: another process is encoding these texts; wait until it is done") from None
-        size = path.stat().st_size
-        done = size // (4 * width) if width else 0
-        if size != 4 * width * done:  # a row that was being written when the process was killed
+        record, digest = _whole(path, about, total, say)
+        width, done, seconds = record.width, record.rows, record.seconds
+        if path.stat().st_size != 4 * width * done:  # a row that was being written when the process was killed
             file.truncate(4 * width * done)
         start, first, reported = time.perf_counter(), done, time.perf_counter()
         rest = itertools.islice(texts(), done, None) if done < total else iter(())
         for vectors in _kept_windows(fast, iter(rest), prompt, side, total - done):
             width, done = vectors.shape[1], done + len(finite(vectors, done))
             spent = time.perf_counter() - start
-            if not known:  # before the first vectors, whose width would be unknown otherwise
-                known = {"width": width, "model": identity, "prompt": prompt, "texts": total}
-                write_json(about, {**known, "seconds": 0.0})
-            file.write(np.ascontiguousarray(vectors, "<f4").data)
+            data = np.ascontiguousarray(vectors, "<f4").data
+            file.write(data)
             file.flush()
-            write_json(about, {**known, "seconds": seconds + spent})
+            digest.update(data)
+            record = Vectors(width=width, rows=done, seconds=seconds + spent, sha256=digest.hexdigest())
+            write_json(about, {**record.model_dump(), "model": identity, "prompt": prompt, "texts": total})
             if time.perf_counter() - reported > PROGRESS_EVERY:
                 reported = time.perf_counter()
                 pace = (done - first) / spent
@@ -253,6 +253,25 @@ def keep_vectors(
     if done != total:
         raise DataError(f"{total:,} {name} were counted, then {done:,}: the file changed while it was read; run again")
     return Kept(np.memmap(path, "<f4", "r", shape=(total, width)), seconds, path)
+
+
+def _whole(path: Path, about: Path, total: int, say: Callable[[str], None]) -> tuple[Vectors, Any]:
+    """What is recorded of kept vectors, and the running SHA-256 of those; no rows if they are not what was written."""
+    digest = hashlib.sha256()
+    nothing = Vectors(width=0, rows=0, seconds=0.0, sha256=digest.hexdigest())
+    if not about.exists():
+        return nothing, digest
+    record = find(about, Vectors)
+    if record is not None and record.rows <= total:
+        with path.open("rb") as file:
+            left = 4 * record.width * record.rows
+            while left and (data := file.read(min(left, 1 << 24))):
+                digest.update(data)
+                left -= len(data)
+        if digest.hexdigest() == record.sha256:
+            return record, digest
+    say(f"{path} is damaged; its texts are encoded again")
+    return nothing, hashlib.sha256()
 
 
 def _kept_windows(

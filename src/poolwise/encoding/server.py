@@ -43,7 +43,6 @@ from poolwise.encoding.requests import (
     schema,
 )
 from poolwise.errors import PoolwiseError
-from poolwise.files import whole_number
 
 ROUTE, MODELS, HEALTH, METRICS = "/v1/embeddings", "/v1/models", "/health", "/metrics"
 CONNECTIONS = 512
@@ -129,8 +128,7 @@ class Gate:
         """Why a request is refused by its head, if it is."""
         if b"transfer-encoding" in headers and b"content-length" in headers:
             return RequestError(400, "both Content-Length and Transfer-Encoding; send one of them")
-        length = whole_number(headers.get(b"content-length", b"0").decode("latin-1"))
-        if length is None or length > MAX_BYTES:
+        if len(length := headers.get(b"content-length", b"0")) > 18 or int(length) > MAX_BYTES:
             return RequestError(413, TOO_LARGE)
         if self.connections() > CONNECTIONS:
             return RequestError(503, f"more than {CONNECTIONS} connections are open; try again later")

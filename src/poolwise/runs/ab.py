@@ -127,7 +127,6 @@ def ab(
         say: receives lines of progress.
 
     Returns what `poolwise ab --json` prints (docs/own-data.md).
-
     Raises PoolwiseError and its kinds: data, a model or a design that cannot be used.
     """
     path = user_path(data)

@@ -235,6 +235,16 @@ class Run(Record):
     step: int = 0
 
 
+class Vectors(Record):
+    """The record of kept vectors: `rows` vectors of `width` numbers, the SHA-256 of their bytes, and what they took."""
+
+    model_config = ConfigDict(extra="allow")
+    width: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    seconds: float
+    sha256: str
+
+
 class Exported(Record):
     """The content of `checksums.json`."""
 

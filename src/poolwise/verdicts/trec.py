@@ -63,8 +63,8 @@ def read_trec(
     scores are ranked by their ids, descending, whatever the file's ranks say, as trec_eval does; scores that differ
     only beyond the 32 bits that trec_eval reads are not equal.
 
-    Grades are whole numbers (1.0 counts as one) and scores are finite. A query ranks each document once; judgements of
-    a document may repeat but not differ.
+    Grades are whole numbers (1.0 counts as one), those below 1 are not relevant, and scores are finite. A query ranks
+    each document once; judgements of a document may repeat but not differ.
 
     Raises:
         DataError: a line that breaks these rules (file, line), two files of one design and seed, no relevant document,
@@ -88,6 +88,9 @@ def read_trec(
     if bare:
         share = f"{len(bare)} of {len(judged)} judged queries"
         notes.append(f"without any relevant document, so 0 in every run: {share} ({_few(bare)})")
+    # Not relevant is not relevant, however negative; a query with negative grades alone makes trec_eval write to memory
+    # that is not its own.
+    judged = {query: {name: max(0, grade) for name, grade in grades.items()} for query, grades in judged.items()}
     task, rows, by_design = task or Path(qrels).stem, list[dict[str, Any]](), dict[str, list[str]]()
     for path, (design, seed) in _names([Path(run) for run in runs]).items():
         ranking = _ranking(path)
