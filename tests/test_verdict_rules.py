@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import norm
+from scipy.stats import kendalltau, norm
 
 from poolwise import stats
 from poolwise.stats import holm
@@ -15,6 +15,7 @@ from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.contrasts import run_squares
 from poolwise.verdicts.findings import Findings, recommend
 from poolwise.verdicts.items import Answer, answers, decision
+from poolwise.verdicts.robustness import DRAWS, robustness
 from poolwise.verdicts.table import table
 from test_comparison import found, rows, study
 
@@ -177,3 +178,25 @@ def test_of_several_challengers_the_best_of_the_least_settled_answers():
     assert decision([stay, Answer("no difference", line(difference=0.0))]).answer == "no difference"
     better = [Answer("switch", line(difference=x)) for x in (0.02, 0.03)]
     assert decision([high, *better]) is better[1]
+
+
+def test_single_runs_on_two_bases_are_shown_as_checkpoints():
+    designs = {"a": 0, "b": 0.02}
+    by_base = [(name, compare(study(designs, seeds=1, seed=i, types={"R": 6}), "a")) for i, name in enumerate("xy")]
+    (across,) = robustness(by_base).designs
+    assert [x.difference for x in across.on] == [c.rows[0].difference for _, c in by_base]
+    assert ({x.verdict for x in across.on}, across.agreement, across.same_sign) == ({"none"}, "open", True)
+
+
+def test_the_agreement_of_rankings_resamples_the_runs_of_each_base_and_their_common_sources():
+    designs = {"a": 0, "b": 0.002, "c": 0.004, "d": 0.001}
+    by_base = [(name, compare(study(designs, seeds=3, seed=i, types={"R": 6}), "a")) for i, name in enumerate("xy")]
+    (found,) = robustness(by_base).rankings
+    scores = [np.stack([c.arm("R", d).by_source for d in designs]) for _, c in by_base]
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        sources = rng.integers(0, 6, 6)
+        means = [x[:, rng.integers(0, 3, 3)][:, :, sources].mean(axis=(1, 2)) for x in scores]
+        drawn.append(kendalltau(*means).statistic)
+    assert (found.ci_low, found.ci_high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    assert found.tau == pytest.approx(kendalltau(*(x.mean(axis=(1, 2)) for x in scores)).statistic)
