@@ -369,6 +369,9 @@ def test_layers_that_do_not_attend_to_all_tokens_are_named():
     assert partial_layers(tiny_model("gemma3")) == (
         "Of 2 layers 1 attend to all tokens; 1 to 4 tokens at most (bidirectional: to either side)."
     )
+    chunked = tiny_model("gemma3")
+    chunked.config.layer_types = ["chunked_attention", "full_attention"]
+    assert str(partial_layers(chunked)).startswith("Of 2 layers 1 attend to all tokens; 1 to ")
     assert "2 to 4 tokens at most" in str(partial_layers(tiny_model("mistral_window")))
     assert partial_layers(tiny_model("lfm2", **CONVOLUTION)) == (
         "Of 2 layers 1 attend to all tokens; 1 (conv) read earlier tokens only, whatever the mode."

@@ -18,7 +18,7 @@ from poolwise.runs.prepare import store_costs
 from poolwise.study.recipe import Recipe
 from poolwise.study.study import Study
 from poolwise.verdicts.comparison import compare
-from poolwise.verdicts.costs import equal_budgets
+from poolwise.verdicts.costs import PRICED_TOKENS, equal_budgets, mean_costs
 from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.table import table
 from test_comparison import rows
@@ -118,6 +118,32 @@ def test_a_more_expensive_baseline_is_stopped_instead():
         frame, "m1", 100
     )
     assert row.difference == pytest.approx((array(frame, "m2", 100) - stopped).mean(), abs=1e-12)
+
+
+def test_a_design_that_has_spent_as_much_at_an_evaluated_step_is_taken_there():
+    """m2 costs 200 + 3 · 200/3 = 400 a text against 200: half of its steps, 50."""
+    frame = history("m1", "m2")
+    prices = costs(m1=0, m2=0)
+    prices[1]["training_flops"] = 2 * prices[0]["training_flops"]
+    (row,) = (row for row in equal_budgets(compared(frame), frame, prices).rows if row.stopped)
+    assert (row.stopped, row.at) == ("m2", 0.5)
+    assert row.difference == pytest.approx((array(frame, "m2", 50) - array(frame, "m1", 100)).mean(), abs=1e-12)
+
+
+def test_costs_of_several_bases_are_averaged_and_held_against_the_baselines():
+    """Numbers are averaged, everything else is that of the first base; prices are those of texts of 128 tokens."""
+    bases = (("small", 100, 150), ("large", 300, 500))
+    rows = [
+        {"design": d, "base": base, "encode_flops": flops[i], "share": 0.5 + i}
+        for base, *flops in bases
+        for i, d in enumerate(("m1", "m2"))
+    ]
+    assert mean_costs(rows, "m1") == [
+        {"design": "m1", "base": "small", "encode_flops": 200, "share": 0.5, "relative_cost": 1.0},
+        {"design": "m2", "base": "small", "encode_flops": 325, "share": 1.5, "relative_cost": 1.625},
+    ]
+    assert mean_costs(rows, "m3") == []
+    assert PRICED_TOKENS == 128
 
 
 def test_what_needs_no_contrast_or_allows_none_is_said():

@@ -12,9 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from poolwise.errors import CheckpointError
+from poolwise.errors import CheckpointError, ModelError
 from poolwise.files import sha256, write_json
 from poolwise.model import checkpoint
+from poolwise.model.base import base_path
 from poolwise.model.checkpoint import export
 from poolwise.model.encoder import build
 from poolwise.runs.train import COMPLETE, train
@@ -140,3 +141,29 @@ def test_the_recipe_type_is_restored(base: str, tmp_path: Path) -> None:
     given = Recipe(base_model=base, max_length=64, matryoshka=(8, 16), seed_varies=("init",))
     again = checkpoint.load(checkpoint.save(build(given, M1, 0), tmp_path / "run"))
     assert Recipe.model_validate(again.poolwise["recipe"]).matryoshka == (8, 16)
+
+
+def test_a_recipe_that_is_none_is_named(base: str, tmp_path: Path) -> None:
+    folder = checkpoint.save(build(recipe(base), M1, 0), tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    run["recipe"]["steps"] = 0
+    write_json(folder / "run.json", run)
+    with pytest.raises(CheckpointError, match=r"run\.json: .*steps"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("design", [M1, M4], ids=lambda design: design.name)
+def test_a_base_in_bfloat16_is_exported_and_loaded_by_its_folder(design: Design, base: str, tmp_path: Path) -> None:
+    encoder = build(recipe(base, dtype="bfloat16"), design, 0).eval()
+    folder = export(encoder, tmp_path / "out")
+    assert not (folder / "README.md").exists()  # the model card is written by whoever exports, with the study's numbers
+    again = checkpoint.load_any(folder)
+    assert float(np.abs(again.encode(TEXTS) - encoder.encode(TEXTS)).max()) < 1e-2
+
+
+def test_a_name_with_one_slash_may_be_on_the_hub_and_a_path_may_not(base: str, tmp_path: Path) -> None:
+    assert base_path("org/model") == "org/model"
+    assert base_path(base) == str(Path(base).resolve())
+    for name in ("./org", "/org/model", "~/model", "a/b/c"):
+        with pytest.raises(ModelError, match="no such model folder"):
+            base_path(name, tmp_path)

@@ -16,6 +16,7 @@ from poolwise.study.design import Design
 from poolwise.study.starters import TEMPLATES
 from poolwise.study.study import Study
 from poolwise.verdicts import costs as priced
+from poolwise.verdicts.factors import argument_references
 from poolwise.verdicts.table import table
 from test_comparison import found as compare
 from test_comparison import rows
@@ -101,6 +102,13 @@ def test_an_interaction_is_the_difference_of_differences_of_the_crossed_test():
     words = " ".join(analyses.factor_sentences(c.factorial))
     assert "bidirectional over causal gains" in words
     assert "points more under mean than under last_token" in words
+
+
+def test_an_argument_is_compared_with_its_default_if_a_design_has_that():
+    rows = [{"count of last_tokens": value} for value in ("4", "8", None)]
+    names = {"count of last_tokens", "size of my_code:Pooling"}
+    assert argument_references(rows, names) == {"count of last_tokens": "8"}
+    assert argument_references(rows[:1], names) == {}
 
 
 def test_nothing_is_found_in_nothing():

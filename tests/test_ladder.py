@@ -279,6 +279,11 @@ def test_the_ladder_lends_nothing_and_is_no_claim() -> None:
     assert with_ladder.designs == without.designs == ("m1", "m2", "m3")
 
 
+def test_two_runs_are_enough_for_a_test() -> None:
+    read = rungs(compare(table((0.002, 0.02, 0.04), seeds=2), "m1", controls=list(RUNGS)))
+    assert all(rung.p_value is not None for rung in read)
+
+
 def test_one_run_has_rungs_without_a_test() -> None:
     read = rungs(compare(table((0.002, 0.02, 0.04), seeds=1), "m1", controls=list(RUNGS)))
     assert [(rung.p_value, rung.seen) for rung in read] == [(None, False)] * 3

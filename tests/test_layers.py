@@ -185,6 +185,17 @@ def test_gradcache_double_forward():
     compare({n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}, expected, atol=1e-5)
 
 
+def test_a_layer_that_returns_more_than_its_states():
+    """Some families return a tuple; the states come first."""
+    model = tiny_model("llama")
+    collector, states = LayerCollector(model, reduce="mean"), torch.randn(4, 6, 32)
+    with collector.collect(MASK):
+        output = run(model)
+        collector._collect_output(0, collector.layers[0], (), (states, torch.zeros(1)))
+    found = collector.vectors(output.last_hidden_state)
+    assert torch.allclose(found[:, 0], weighted_mean(states, MASK.bool()))
+
+
 def test_hooks_do_nothing_outside_collect():
     model = tiny_model("llama")
     collector = LayerCollector(model)

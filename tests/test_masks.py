@@ -12,7 +12,15 @@ from peft import LoraConfig, get_peft_model
 
 from poolwise.errors import AttentionError
 from poolwise.model.attention import MODES, PADDINGS, get_attention, influence, position_ids, set_attention, verify
-from poolwise.model.hooks import LayerMasks, attending, layer_masks, reachable, visible
+from poolwise.model.hooks import (
+    LayerMasks,
+    attending,
+    layer_masks,
+    output_projections,
+    reachable,
+    visible,
+    zero_at_padding,
+)
 from tiny import tiny_model
 
 FAMILIES = ["llama", "mistral", "mistral_window", "qwen2", "gemma3", "gpt2", "opt", "phi3"]
@@ -135,6 +143,22 @@ def test_a_batchs_masks_end_with_it(fails):
             raise ZeroDivisionError
     with pytest.raises(AttentionError, match="needs the padding mask of the batch"):
         model(input_ids=IDS, attention_mask=MASK)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+def test_what_attention_gives_at_padding_is_zero_before_its_projection(family):
+    model, seen = tiny_model(family), []
+    with zero_at_padding(model, MASK):
+        look = lambda module, args: seen.append(args[0])  # noqa: E731
+        handles = [projection.register_forward_pre_hook(look) for projection in output_projections(model)]
+        states(model)
+    real = MASK.bool()
+    assert len(seen) == 2
+    assert all((x[~real] == 0).all() and (x[real] != 0).any(dim=-1).all() for x in seen)
+    states(model)
+    assert all((x[~real] != 0).any() for x in seen[2:])
+    for handle in handles:
+        handle.remove()
 
 
 def test_a_model_that_ignores_its_masks_is_refused(monkeypatch):

@@ -187,6 +187,21 @@ def test_a_first_format_file_without_main_score_uses_map_and_says_so(tmp_path):
     assert f"org__old/{HASHES['old']}/AskUbuntuDupQuestions.json: map for map_at_1000" in cases
 
 
+def test_map_stands_in_for_reranking_alone(tmp_path):
+    folder = model(tmp_path, "org/a", dict.fromkeys(STS[:2], 0.5))
+    without = {"hf_subset": "default", "main_score": None, "map": 0.6}
+    write(folder, "STS12", {"test": [without]})
+    found = read(tmp_path)
+    assert ("org/a", "STS12") not in main(found.frame)
+    assert any("no main score" in case for each in found.notes for case in getattr(each, "cases", ()))
+
+
+def test_a_subset_that_is_there_twice_is_named(tmp_path):
+    folder = model(tmp_path, "org/a", dict.fromkeys(STS[:2], 0.5))
+    write(folder, "STS12", {"test": [result(0.5, subset="en-de"), *[result(0.6, subset="fr-en")] * 2]})
+    assert any("fr-en" in case for each in read(tmp_path).notes for case in getattr(each, "cases", ()))
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

@@ -105,6 +105,9 @@ def test_paper_head_refuses_what_it_cannot_read(tmp_path):
     norm = "cross_attend_blocks.1.norm.bias"
     with pytest.raises(CheckpointError, match=r"norm_ffn.bias \(9,\) instead of \(8,\)"):
         load_paper_head({**weights, norm: torch.zeros(9)}, heads=2)
+    keys = "cross_attend_blocks.0.fn.to_kv.weight"  # a single row cannot hold both
+    with pytest.raises(CheckpointError, match=r"to_v.weight \(missing\) instead of \(10, 8\)"):
+        load_paper_head({**weights, keys: torch.zeros(1, 8)}, heads=2)
     with pytest.raises(CheckpointError, match=r"latents has shape \(8,\)"):
         load_paper_head({**weights, "latents": torch.zeros(8)}, heads=2)
     with pytest.raises(CheckpointError, match="no such file"):

@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from poolwise.errors import DataError
+from poolwise.errors import DataError, StatisticsError
 from poolwise.files import write_atomic
 from poolwise.verdicts import readers
-from poolwise.verdicts.table import main_scores, table
+from poolwise.verdicts.table import items_of, main_scores, table
 
 HEADER = "design,seed,task,task_type,metric,score\n"
 
@@ -69,6 +69,24 @@ def test_every_mistake_is_told_at_once_with_its_line(tmp_path):
 def test_percentages_are_recognised(tmp_path):
     message = refused(csv(tmp_path, "m1,0,A,STS,ap,83.0\nm2,0,A,STS,ap,84.1\n"))
     assert "they look like percentages: divide every score by 100" in message
+    assert "they look like percentages" in refused(csv(tmp_path, "m1,0,A,STS,ap,100\nm2,0,A,STS,ap,100\n"))
+    for score in ("101", "0.5\nm2,0,A,STS,ap,3\nm3,0,A,STS,ap,0.4"):
+        assert "they look like percentages" not in refused(csv(tmp_path, f"m1,0,A,STS,ap,{score}\n"))
+
+
+def test_hidden_characters_and_tasks_without_items_are_named(tmp_path):
+    message = refused(csv(tmp_path, "m1,0,A\x1b[2J,STS,ap,0.5\n"))
+    assert "task contains a hidden character" in message
+    rows = "".join(f"m1,0,T{i:02},STS,ap,0.5\n" for i in range(21))
+    frame = read(csv(tmp_path, rows))
+    with pytest.raises(StatisticsError, match="the scores contain no items"):
+        items_of(frame, "T00")
+    items = pl.concat([frame, frame.with_columns(pl.lit("q1").alias("item_id"))], how="diagonal_relaxed")
+    assert items_of(items, "T03")["task"].to_list() == ["T03"]
+    with pytest.raises(StatisticsError, match=r"'U' is not in the scores; tasks with items: T00, .*, T19 …"):
+        items_of(items, "U")
+    with pytest.raises(StatisticsError, match=r"'T20' has no per-item scores; tasks with items: T00, .*, T19(;|$)"):
+        items_of(items.filter(pl.col("item_id").is_null() | (pl.col("task") != "T20")), "T20")
 
 
 def test_negative_accuracy_is_refused_negative_correlation_is_not(tmp_path):

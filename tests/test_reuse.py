@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,23 @@ def test_an_edited_task_is_scored_again(tmp_path: Path) -> None:
     written = layout.score_files(folder)[0].stat().st_mtime_ns
     go(prepared(place, tmp_path / "runs", design))  # and once is enough
     assert layout.score_files(folder)[0].stat().st_mtime_ns == written
+
+
+def test_damaged_scores_and_weights_are_named_and_made_again(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = prepared(place, tmp_path, {"name": "one", "attention": "causal", **CROSS})
+    with caplog.at_level(logging.WARNING, "poolwise"):
+        (folder,) = go(made).values()
+        assert "damaged" not in caplog.text
+        before, (file,) = score(folder), layout.score_files(folder)
+        file.write_bytes(file.read_bytes()[:-9])
+        go(made)
+        assert f"{file} is damaged; its task is scored again" in caplog.text
+        assert score(folder) == before
+        weights = layout.milestone(folder, 2) / "pooling.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+        file.unlink()
+        go(made)
+        assert "pooling.safetensors is damaged (its hash differs); the trial is trained again" in caplog.text
+        assert score(folder) == before

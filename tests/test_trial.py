@@ -103,6 +103,14 @@ def test_disk_full_while_scoring(prepared: prepare.Prepared, tmp_path: Path, mon
     assert len(files) == 2
 
 
+def test_a_disk_with_less_than_a_mebibyte_is_full(tmp_path: Path, monkeypatch: Any) -> None:
+    """torch says only that it could not write."""
+    for free, full in ((2**20 - 1, True), (2**20, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        reason = trial.reason_of(RuntimeError("PytorchStreamWriter failed"), tmp_path / "not" / "there")
+        assert reason.startswith("the disk is full") is full
+
+
 def test_what_a_full_gpu_memory_looks_like() -> None:
     """torch has its own error for it; libraries wrap it, and cuBLAS has another."""
     for error in (

@@ -1,10 +1,12 @@
 """The rules between a test and its word: which p, at which level, over which family, from whose runs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
+from scipy.stats import kendalltau, norm
 
 from poolwise import stats
 from poolwise.stats import holm
@@ -12,6 +14,8 @@ from poolwise.stats.crossed import seeds_to_settle
 from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.contrasts import run_squares
 from poolwise.verdicts.findings import Findings, recommend
+from poolwise.verdicts.items import Answer, answers, decision
+from poolwise.verdicts.robustness import DRAWS, robustness
 from poolwise.verdicts.table import table
 from test_comparison import found, rows, study
 
@@ -147,3 +151,52 @@ def test_a_reference_is_compared_on_the_tasks_that_it_shares_and_beyond_the_marg
     )  # fmt: skip
     assert half.arm("Retrieval", "b").mean + 0.25 == 0.75
     assert recommend(tie, {})[0].basis != "below_reference"
+
+
+def line(**changes) -> SimpleNamespace:
+    """A line of two models on 100 items that leaves everything open."""
+    open_ = {"difference": 0.01, "ci_low": -0.03, "ci_high": 0.05, "inner_low": -0.02, "inner_high": 0.0499}
+    return SimpleNamespace(**{"scope": "checkpoints", "p_holm": 0.4, "run_se": 0.0, "n": 100, **open_, **changes})
+
+
+@pytest.mark.parametrize(("family", "run_se"), [(1, 0.0), (3, 0.0), (1, 0.005)])
+def test_how_many_more_items_would_detect_the_margin(family, run_se):
+    """80 % power at Holm's first step; the runs' part of the standard error stays."""
+    found = answers([line(run_se=run_se)] * family, 0.02)[0]
+    error, wanted = 0.08 / (2 * norm.ppf(0.975)), 0.02 / (norm.ppf(1 - 0.025 / family) + norm.ppf(0.8))
+    needed = 100 * (error**2 - run_se**2) / (wanted**2 - run_se**2)
+    assert (found.answer, found.more) == ("not enough", int(np.ceil(needed)) - 100)
+    assert found.more > 500
+    assert answers([line(run_se=0.01)], 0.02)[0].more is None  # the runs alone vary too much
+    assert answers([line(ci_low=0.0)], 0.0495)[0].more == 1  # there seem to be enough: never less than one
+
+
+def test_of_several_challengers_the_best_of_the_least_settled_answers():
+    stay = Answer("stay", line(difference=-0.05))
+    low, high = (Answer("not enough", line(difference=x)) for x in (0.01, 0.02))
+    assert decision([stay, low, high]) is high
+    assert decision([stay, Answer("no difference", line(difference=0.0))]).answer == "no difference"
+    better = [Answer("switch", line(difference=x)) for x in (0.02, 0.03)]
+    assert decision([high, *better]) is better[1]
+
+
+def test_single_runs_on_two_bases_are_shown_as_checkpoints():
+    designs = {"a": 0, "b": 0.02}
+    by_base = [(name, compare(study(designs, seeds=1, seed=i, types={"R": 6}), "a")) for i, name in enumerate("xy")]
+    (across,) = robustness(by_base).designs
+    assert [x.difference for x in across.on] == [c.rows[0].difference for _, c in by_base]
+    assert ({x.verdict for x in across.on}, across.agreement, across.same_sign) == ({"none"}, "open", True)
+
+
+def test_the_agreement_of_rankings_resamples_the_runs_of_each_base_and_their_common_sources():
+    designs = {"a": 0, "b": 0.002, "c": 0.004, "d": 0.001}
+    by_base = [(name, compare(study(designs, seeds=3, seed=i, types={"R": 6}), "a")) for i, name in enumerate("xy")]
+    (found,) = robustness(by_base).rankings
+    scores = [np.stack([c.arm("R", d).by_source for d in designs]) for _, c in by_base]
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        sources = rng.integers(0, 6, 6)
+        means = [x[:, rng.integers(0, 3, 3)][:, :, sources].mean(axis=(1, 2)) for x in scores]
+        drawn.append(kendalltau(*means).statistic)
+    assert (found.ci_low, found.ci_high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]))
+    assert found.tau == pytest.approx(kendalltau(*(x.mean(axis=(1, 2)) for x in scores)).statistic)

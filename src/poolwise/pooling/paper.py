@@ -111,10 +111,11 @@ def load_paper_head(state_dict: Mapping[str, Tensor] | str | Path, heads: int = 
             for part, tensor in zip(names, weights[released].float().chunk(len(names)), strict=False):
                 ours[part] = tensor
     expected = pooling.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
     wrong = [
-        f"{name} {tuple(ours[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if ours[name].shape != expected[name].shape
+        f"{name} {shapes.get(name, '(missing)')} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if shapes.get(name) != tuple(tensor.shape)
     ]
     if wrong:
         raise CheckpointError(f"{where}: shapes that do not fit latents of width {hidden_size}: {'; '.join(wrong)}")
