@@ -104,7 +104,7 @@ def test_clustering_is_paired_over_its_sets_and_says_how_few():
     assert line.n == 3
     assert line.difference == pytest.approx(0.1)
     assert line.p_value == pytest.approx(2 / 8, abs=0.015)
-    assert "sets that were drawn repeatedly" in line.note
+    assert "sets that mteb draws repeatedly" in line.note
     assert "few sets" in line.note
 
 
