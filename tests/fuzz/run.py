@@ -324,11 +324,11 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=10**9, help="stop a target after as many inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each target")
-    parser.add_argument("--targets", default="", help="names, separated by commas; all by default")
+    parser.add_argument("--targets", default="", help="names, separated by semicolons; all by default")
     parser.add_argument("--engine", choices=["bytes", "hypothesis", "atheris"], default="bytes")
     parser.add_argument("--save", type=Path, help="write the first input of each kind of finding into this folder")
     options = parser.parse_args()
-    wanted = [name.strip() for name in options.targets.split(",") if name.strip()]
+    wanted = [name.strip() for name in options.targets.split(";") if name.strip()]
     targets = [target for target in TARGETS if not wanted or target.name in wanted]
     if options.engine == "atheris":
         by_atheris(targets, options.seconds)

@@ -172,6 +172,7 @@ def names_of_files(folder: Path, data: bytes) -> None:
     name = data.decode("utf-8", "surrogateescape")
     for use in (
         base_path,
+        checkpoint._no_model,
         lambda name: tasks.resolve_tasks([f"./{name}"], folder),
         lambda name: ab.ab(name, ["tfidf"] * 2),
     ):

@@ -38,6 +38,7 @@ from poolwise.files import (
     cached_if_unreachable,
     hashes,
     read_any_json,
+    user_path,
     write_json,
 )
 from poolwise.model.attention import MODES, verify
@@ -199,7 +200,7 @@ def load_named(name: str) -> SentenceTransformer:
 
 def _no_model(name: str) -> str:
     """Why a name cannot be that of a model, found without asking the Hub; an empty string if it can be."""
-    path = Path(name)
+    path = user_path(name)
     if name == "nano":
         return (
             "'nano' is the built-in base model: a decoder to train, not an embedding model. `poolwise init demo` "
