@@ -219,6 +219,15 @@ def test_main_scores_alone_are_grouped_by_mechanism_and_carry_no_verdict(frame: 
     assert not any(row.verdict for row in found.rows)
 
 
+def test_items_count_only_if_every_run_has_them(frame: pl.DataFrame) -> None:
+    """Otherwise a design would be compared on the items of some of its runs."""
+    lacking = (pl.col("design") == "m2") & (pl.col("seed") == 0) & pl.col("item_id").is_not_null()
+    whole, found = (compare(x, "m1", controls=["m1-aa", "broken"]) for x in (frame, frame.filter(~lacking)))
+    assert {arm.unit for arm in whole.arms} == {"item"}
+    assert {arm.unit for arm in found.arms} == {"task"}
+    assert not any(row.verdict for row in found.rows)
+
+
 def test_one_run_claims_nothing(frame: pl.DataFrame, tmp_path: Path) -> None:
     one = frame.filter(pl.col("seed") == 0)
     found = compare(one, "m1", controls=["m1-aa", "broken"])

@@ -122,6 +122,22 @@ def test_the_points_of_a_grid() -> None:
     }  # fmt: skip
 
 
+def test_a_grid_has_two_points_and_leaves_the_studys_tasks_and_seeds_alone() -> None:
+    def problems(**changes: object) -> list[str]:
+        return Tuning.model_validate({"tasks": ("dev",), "learning_rate": (1.0, 2.0), **changes}).problems(["a"], [0])
+
+    assert problems() == problems(learning_rate=(1.0, 2.0, 3.0)) == problems(learning_rate=(), steps=(1, 2)) == []
+    for changes, words in [
+        ({"learning_rate": (1.0,), "steps": (7,)}, "tuning: a single setting"),
+        ({"learning_rate": ()}, "tuning: a single setting"),
+        ({"tasks": ("dev", "a")}, "tuning.tasks: a would be reported too"),
+        ({"seed": 0}, "tuning.seed = 0 is one of seeds"),
+        ({"steps": (1, 1)}, "tuning.steps = [1, 1]: give each value once"),
+    ]:
+        (found,) = problems(**changes)
+        assert found.startswith(words)
+
+
 def test_the_negatives_of_a_query() -> None:
     assert effective_negatives(Recipe(batch_size=65)) == 129  # one process by default
     with pytest.raises(DataError, match=r"64 in 2 parts \(recipe.accumulation\) cannot be split evenly over 3 proc"):
