@@ -84,7 +84,7 @@ LOUD_FIVE = arm(0, 50, 100, 20, 30)
 def test_what_decides():
     a, b, c, d = ALIKE
     squares, scope, note, designs = decide([a, b], [c, d])  # two degrees of freedom each
-    assert (scope, note, designs) == ("the compared designs, and the study agrees", "", 2)
+    assert (scope, note, designs) == ("the compared designs, and the study agrees", "", 4)
     assert squares == own_mean_squares([a, b], [-1, 1], ONE)
     assert decide([a, b], [c, d], pooled=True)[1:] == ("pooled over the study", "", 4)
     assert decide([a, b], [c, d], np.ones((1, 4)))[1:] == ("pooled over the study", "", 4)  # four, in two groups
