@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := bash
 
-.PHONY: install demo test lint wheel mutants bench smollm2 fuzz faults clean
+.PHONY: install demo test coverage lint wheel mutants bench smollm2 fuzz faults clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -21,6 +21,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Lines and branches of study, stats, pooling, model, data and verdicts: half as slow again as the tests alone
+coverage: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt pytest-cov
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 lint: install
 	$(BIN)/ruff check .
