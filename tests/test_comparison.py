@@ -277,7 +277,8 @@ GRAMMAR = {
     r"( from \d+ sources?)?, \d+ seeds; run effect \d*\.\d+; base B\)\.",
     "worse": r"On [\w ]+, \S+ scores \d*\.\d+ points below m1 \(95 % interval −\d*\.\d+ to −\d*\.\d+; .*\)\.",
     "equivalent": r"On [\w ]+, \S+ and m1 are equivalent within ±\.5 points \(90 % interval .*\)\.",
-    "inconclusive": r"On [\w ]+, \S+ against m1 is inconclusive: differences from \S+ to \S+ points are compatible "
+    "inconclusive": r"On [\w ]+, \S+ against m1 is inconclusive( after Holm’s correction)?: "
+    r"differences from \S+ to \S+ points are compatible "
     r"\(.*\)\."
     r"( The interval excludes 0, but not after Holm over \d+ contrasts \(p \.\d+\)\.)?"
     r" A true difference of \d*\.\d+ points would be detected with 80 % power; one of \.5 points would need "

@@ -60,14 +60,8 @@ def retrieval() -> Task:
     corpus = [{"_id": f"d{n}", "title": "", "text": f"doc {n}"} for n in (0, 20, 40, 60, 80)]
     queries = [{"_id": "first", "text": "q 2"}, {"_id": "second", "text": "q 85"}]
     grades = [("first", "d20", 1), ("second", "d80", 2), ("second", "d20", 1)]
-    return task(
-        "retrieval",
-        {
-            "corpus": corpus,
-            "queries": queries,
-            "qrels": [{"query-id": q, "corpus-id": d, "score": s} for q, d, s in grades],
-        },
-    )
+    qrels = [{"query-id": q, "corpus-id": d, "score": s} for q, d, s in grades]
+    return task("retrieval", {"corpus": corpus, "queries": queries, "qrels": qrels})
 
 
 def reranking() -> Task:

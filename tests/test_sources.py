@@ -245,7 +245,7 @@ BAD = [
     ("p.jsonl", b'{"query": "q\xff", "positive": "p"}\n', ["line 1: not UTF-8 text"]),
     ("p.jsonl", "\n", ["'p.jsonl': no rows"]),
     ("p.csv", "query,text\nq,p\n", ["p.csv: no column 'positive' (found: 'query', 'text')"]),
-    ("p.csv", "", ["p.csv: no column 'query' (found: none)"]),
+    ("p.csv", "", ["p.csv: the file is empty; expected a header and a row below it"]),
     (
         "p.csv",
         "query,positive\nq,p\na,b,c\nd\n",

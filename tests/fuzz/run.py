@@ -23,9 +23,10 @@ import logging
 import multiprocessing
 import os
 
-os.environ.setdefault("POLARS_MAX_THREADS", "1")  # its threads would not survive the fork, and cost more than they give
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name is looked up in the cache alone
+if __name__ == "__main__":  # before the libraries that read them are imported; the tests keep their own environment
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")  # its threads would not survive the fork, and are no gain
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a name is looked up in the cache alone
 import random
 import resource
 import shutil

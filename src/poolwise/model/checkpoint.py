@@ -195,6 +195,11 @@ def load_named(name: str) -> SentenceTransformer:
         ) from error
     if not Path(name).is_dir() and isinstance(cached := try_to_load_from_cache(name, ADAPTER), str):
         refuse_bare_adapter(Path(cached).parent, RUN_FILE)  # a snapshot of the Hub
+    if Path(name).is_dir():
+        says = (Path(name) / "modules.json").exists()
+    else:
+        says = isinstance(try_to_load_from_cache(name, "modules.json"), str)
+    cast(Any, encoder).pools_by_default = "" if says else name
     return encoder
 
 
@@ -227,26 +232,15 @@ def _no_model(name: str) -> str:
 
 
 def default_pooling(encoder: SentenceTransformer) -> str:
-    """A note on a model whose folder does not say how it pools; an empty string for any other.
+    """A note on a model that was loaded from a folder which does not say how it pools; an empty string for any other.
 
     sentence-transformers averages the states of such a model, most often a base that nobody has tuned for embeddings.
     """
-    config = getattr(getattr(encoder[0], "auto_model", None), "config", None)
-    name = str(getattr(config, "_name_or_path", "") or "")
-    if not name or isinstance(encoder[0], Backbone) or not isinstance(encoder[0], Transformer):
+    if not (name := getattr(encoder, "pools_by_default", "")):
         return ""
-    folder = Path(name)
-    if folder.is_dir():
-        found = (folder / "modules.json").exists()
-    else:
-        found = isinstance(try_to_load_from_cache(name, "modules.json"), str)
     return (
-        ""
-        if found
-        else (
-            f"{name} has no modules.json, so it does not say how it pools: sentence-transformers takes the mean of its "
-            "last hidden states. If it is a base model, its scores are those of an untuned one"
-        )
+        f"{name} has no modules.json, so it does not say how it pools: sentence-transformers takes the mean of its "
+        "last hidden states. If it is a base model, its scores are those of an untuned one"
     )
 
 
