@@ -6,11 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
-from poolwise import api
+from poolwise import api, stats
 from poolwise.runs import layout
+from poolwise.runs.check import ASSUMED_SDS
 from poolwise.runs.run import trials
 from poolwise.study.study import Study
 
@@ -116,3 +118,18 @@ def test_the_package_carries_the_study_that_the_demo_reports(tmp_path):
     page = _one_page(smollm2_study(), tmp_path / "smollm2.html")
     assert page.read_bytes() == (figures.H200 / "report.html").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["smollm2.html"]
+
+
+def test_the_variances_that_check_plans_with_are_those_of_the_published_study():
+    found = api.compare(ROOT / "results" / "smollm2-h200" / "study.toml", by="task")
+    medians = []
+    for group in found.groups:
+        arms = {arm.design: arm.by_source for arm in found.arms if arm.group == group and arm.design in figures.DESIGNS}
+        base = arms.pop("m1")
+        results = [
+            stats.crossed(base, arm, pool=[other for name, other in arms.items() if name != design])
+            for design, arm in arms.items()
+        ]
+        medians.append(np.median([(one.run_sd, one.noise_sd, one.task_sd) for one in results], axis=0))
+    assert len(medians) == 8
+    assert tuple(np.median(medians, axis=0).round(2)) == ASSUMED_SDS

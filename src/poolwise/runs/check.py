@@ -26,10 +26,10 @@ from poolwise.verdicts.arms import FEW_SOURCES, ITEM_UNITS
 
 HEAD_SHARE = 0.05
 """A head of default size should cost less than this share of the base's FLOPs at 32 tokens."""
-ASSUMED_SDS = (0.01, 0.14, 0.20)
+ASSUMED_SDS = (0.01, 0.14, 0.19)
 """Standard deviations for planning, in scores 0–1: of the effect of one run, of a single score around its run and item,
 and of the true difference of two designs over items. They are the medians over the eight data sets of
-`results/smollm2-h200` (per data set .0 to .02, .09 to .19 and .10 to .27), to a hundredth."""
+`results/smollm2-h200` (per data set .00 to .02, .09 to .18 and .10 to .27), to a hundredth."""
 
 
 def check(study: Study) -> dict[str, Any]:
