@@ -4,7 +4,7 @@ python scripts/publish_results.py results/NAME/study.toml RUN_FOLDER …   # sco
 python scripts/publish_results.py                                        # every report and figure from the scores
 
 Only numbers and identifiers are taken over: main scores of all steps, item scores of the last one, losses, versions,
-costs. Tasks that the study file does not list stay out, and so do trials of other designs and references. Where a run
+costs. Tasks that the study file does not list stay out, and so do trials without scores and those of other designs and references. Where a run
 was made with other paths or before own folders took a known origin, base model and source are written as the study
 file and the present code name them. The second form changes nothing unless scores or code changed, which
 `tests/test_evidence.py` checks.
@@ -41,6 +41,7 @@ def publish(study_file: str | Path, runs: list[str]) -> None:
     if target != Path(study_file).resolve().parent:
         sys.exit(f'{study_file}: write output = "." so that the study is where its file is')
     found = [(Path(run), row) for run in runs for row in _trials(Path(run)) if _belongs(study, row)]
+    found = [(run, row) for run, row in found if layout.score_files(layout.trial(run, row["name"]))]
     frame = pl.concat([_scores(run, row) for run, row in found], how="diagonal_relaxed")
     tasks = sorted(set(frame["task"]) & {Path(name).name for name in study.tasks} or set(frame["task"]))
     frame = frame.filter(pl.col("task").is_in(tasks))
