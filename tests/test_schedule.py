@@ -1,4 +1,4 @@
-"""Where trials run next: places of a machine, trials side by side on a GPU, and one lone retry."""
+"""Where trials run next: places of a machine, trials side by side on a GPU, and retries for lack of memory."""
 
 from __future__ import annotations
 
@@ -99,38 +99,65 @@ def test_what_was_asked_for_is_not_measured(gpus: list[Gpu]) -> None:
     assert not Schedule(trials("a"), [Place(4)], measured=True).measured  # a processor
 
 
-def test_out_of_memory_is_retried_alone_once(gpus: list[Gpu]) -> None:
+def test_out_of_memory_is_retried_beside_fewer_neighbours(gpus: list[Gpu]) -> None:
     made = Schedule(trials(*"abcdef"), places_for(gpus[:1], per_gpu=3), measured=True)
     (place,) = made.places
     assert started(made) == [("a", 0), ("b", 0), ("c", 0)]
     assert end(made, "b", "memory")
     assert place.limit == 2
-    assert started(made) == []  # nothing new may start, or the place would never be empty
+    assert started(made) == []  # as many run as there is room for
     end(made, "a", peak=5 * GIB)
     assert place.limit == 2  # measuring is over: it was wrong
-    assert started(made) == []
+    assert started(made) == [("b", 0)]  # before those that have not been tried
+    assert not place.alone
     end(made, "c")
+    assert started(made) == [("d", 0)]  # the GPU does not wait for the retry
+
+
+def test_a_retry_does_not_start_beside_as_many_as_before(gpus: list[Gpu]) -> None:
+    made = Schedule(trials(*"abc"), places_for(gpus[:1], per_gpu=10))  # more places than trials
+    assert len(started(made)) == 3
+    assert end(made, "c", "memory")
+    assert started(made) == []
+    end(made, "a")
+    assert started(made) == [("c", 0)]
+
+
+def test_out_of_memory_beside_fewer_neighbours_is_retried_alone_once(gpus: list[Gpu]) -> None:
+    made = Schedule(trials(*"abcdef"), places_for(gpus[:1], per_gpu=4))
+    (place,) = made.places
+    assert started(made) == [("a", 0), ("b", 0), ("c", 0), ("d", 0)]
+    assert end(made, "b", "memory")
+    end(made, "a")
+    assert started(made) == [("b", 0)]
+    assert end(made, "b", "memory")
+    assert place.limit == 2
+    assert started(made) == []  # nothing new may start, or the place would never be empty
+    end(made, "c")
+    assert started(made) == []
+    end(made, "d")
     assert started(made) == [("b", 0)]
     assert place.alone
-    assert not end(made, "b", "memory")  # once
-    assert started(made) == [("d", 0), ("e", 0)]
+    assert not end(made, "b", "memory")  # that was the last time
+    assert started(made) == [("e", 0), ("f", 0)]
     assert not place.alone
 
 
-def test_a_retry_waits_for_one_place_and_not_for_all(gpus: list[Gpu]) -> None:
+def test_a_lone_retry_keeps_one_place_free_and_not_all(gpus: list[Gpu]) -> None:
     made = Schedule(trials(*"abcdefg"), places_for(gpus, per_gpu=2))
     assert started(made) == [("a", 0), ("b", 1), ("c", 0), ("d", 1)]
     assert end(made, "a", "memory")
-    assert started(made) == []  # place 0 is kept free of new ones; place 1 is full
     end(made, "b")
-    assert started(made) == [("e", 1)]
+    assert started(made) == [("a", 1)]
+    assert end(made, "a", "memory")
+    assert started(made) == []  # each place has one neighbour left
+    end(made, "d")
+    assert started(made) == [("a", 1)]
+    assert made.places[1].alone
     end(made, "c")
-    assert started(made) == [("a", 0)]
-    assert made.places[0].alone
-    end(made, "e")
-    assert started(made) == [("f", 1)]
+    assert started(made) == [("e", 0)]
     end(made, "a")
-    assert started(made) == [("g", 0)]
+    assert started(made) == [("f", 1)]
 
 
 def test_a_retry_where_one_trial_ran_at_a_time(gpus: list[Gpu]) -> None:

@@ -120,12 +120,13 @@ class Schedule:
 
     measured: places are GPUs with one trial each, and take more once trainings have shown how much memory they need.
 
-    A trial for which the memory of its GPU was too small is tried once more, alone on a GPU and in a new process, and
-    the place that it ran on takes one trial less from then on.
+    A trial for which the memory of its GPU was too small is the next to start, in a new process; the place that it ran
+    on then holds one trial less. If that was not enough, it is tried a last time, alone on a GPU: no other trial starts
+    there until those that run have ended, which can leave a large GPU idle for minutes.
     """
 
     def __init__(self, trials: Sequence[Trial], places: Sequence[Place], *, measured: bool = False) -> None:
-        self.waiting, self.retries = deque(trials), deque[Any]()
+        self.waiting, self.retries = deque(trials), deque[Any]()  # retries: of trials that must run alone
         self.places = list(places)
         self.measured = measured and all(place.gpu for place in places)
         self.retried: set[str] = set()
@@ -152,12 +153,15 @@ class Schedule:
     def ended(self, trial: Trial, place: Place, ending: Ending) -> bool:
         """Note how a trial ended, and whether it will be tried again."""
         place.running.remove(trial.name)
-        place.alone = False
-        if ending.kind == "memory" and trial.name not in self.retried:
-            self.retried.add(trial.name)
-            self.retries.append(trial)
+        was_alone, place.alone = place.alone, False
+        if ending.kind == "memory" and not was_alone:
             self.measured = False  # what was measured is not what is needed
-            place.limit = max(1, place.limit - 1)
+            place.limit = max(1, min(place.limit - 1, len(place.running)))
+            if place.running and trial.name not in self.retried:
+                self.waiting.appendleft(trial)
+            else:
+                self.retries.append(trial)
+            self.retried.add(trial.name)
             return True
         if self.measured and ending.peak:
             self.peak = max(self.peak, ending.peak)
