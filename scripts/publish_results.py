@@ -4,10 +4,10 @@ python scripts/publish_results.py results/NAME/study.toml RUN_FOLDER …   # sco
 python scripts/publish_results.py                                        # every report and figure from the scores
 
 Only numbers and identifiers are taken over: main scores of all steps, item scores of the last one, losses, versions,
-costs. Tasks that the study file does not list stay out, and so do trials without scores and those of other designs and references. Where a run
-was made with other paths or before own folders took a known origin, base model and source are written as the study
-file and the present code name them. The second form changes nothing unless scores or code changed, which
-`tests/test_evidence.py` checks.
+costs. Tasks that the study file does not list stay out, and so do trials without scores and those of other designs and
+references. Where a run was made with other paths or before own folders took a known origin, base model and source are
+written as the study file and the present code name them. The second form changes nothing unless scores or code changed,
+which `tests/test_evidence.py` checks.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ which are no independent observations; from the texts alone poolwise makes sets 
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,11 +24,8 @@ def main(source: str, target: str) -> None:
         with gzip.open(Path(source) / "clustering" / name / "test.jsonl.gz", "rb") as file:
             (folder / "test.jsonl").write_bytes(file.read())
         (folder / "task.toml").write_text('kind = "clustering"\n', encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("sample", PAIRS)
-    assert spec and spec.loader
-    sample = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
-    sample.main(str(Path(source) / "train"), str(Path(target) / "smollm2-h200-pairs"))
+    sample = runpy.run_path(str(PAIRS))
+    sample["main"](str(Path(source) / "train"), str(Path(target) / "smollm2-h200-pairs"))
 
 
 if __name__ == "__main__":
