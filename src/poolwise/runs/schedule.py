@@ -157,7 +157,7 @@ class Schedule:
         if ending.kind == "memory" and not was_alone:
             self.measured = False  # what was measured is not what is needed
             place.limit = max(1, min(place.limit - 1, len(place.running)))
-            if place.running and trial.name not in self.retried:
+            if place.limit > 1 and trial.name not in self.retried:
                 self.waiting.appendleft(trial)
             else:
                 self.retries.append(trial)
