@@ -143,21 +143,20 @@ def test_out_of_memory_beside_fewer_neighbours_is_retried_alone_once(gpus: list[
     assert not place.alone
 
 
-def test_a_lone_retry_keeps_one_place_free_and_not_all(gpus: list[Gpu]) -> None:
+def test_a_lone_retry_waits_for_one_place_and_not_for_all(gpus: list[Gpu]) -> None:
     made = Schedule(trials(*"abcdefg"), places_for(gpus, per_gpu=2))
     assert started(made) == [("a", 0), ("b", 1), ("c", 0), ("d", 1)]
     assert end(made, "a", "memory")
+    assert started(made) == []  # place 0 is kept free of new ones; place 1 is full
     end(made, "b")
-    assert started(made) == [("a", 1)]
-    assert end(made, "a", "memory")
-    assert started(made) == []  # each place has one neighbour left
-    end(made, "d")
-    assert started(made) == [("a", 1)]
-    assert made.places[1].alone
+    assert started(made) == [("e", 1)]
     end(made, "c")
-    assert started(made) == [("e", 0)]
-    end(made, "a")
+    assert started(made) == [("a", 0)]
+    assert made.places[0].alone
+    end(made, "e")
     assert started(made) == [("f", 1)]
+    end(made, "a")
+    assert started(made) == [("g", 0)]
 
 
 def test_a_retry_where_one_trial_ran_at_a_time(gpus: list[Gpu]) -> None:
