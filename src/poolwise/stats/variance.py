@@ -170,7 +170,10 @@ class Null:
 
     def critical(self, level: float) -> float:
         """The statistic that is exceeded with probability 1 - level, and by which the guard, if any, agrees."""
-        return float(brentq(lambda t: self.p_value(t) - 1 + level, 0, 1e4))
+        top = 2.0
+        while top < 1e4 and self.p_value(top) > 1 - level:  # most lie below 4, and each p takes a while
+            top *= 2
+        return float(brentq(lambda t: self.p_value(t) - 1 + level, top / 2 if top > 2 else 0, top))
 
     def power(self, effect: float, critical: float) -> float:
         """Chance of a statistic beyond `critical` when the true difference is `effect`."""
