@@ -1,0 +1,208 @@
+"""Tables of `results/smollm2-ten` and `results/smollm2-five`, from their scores; `figures` puts them into the pages.
+
+Both come from one run: ten designs with two runs each, and the five of them that have a third. Designs are compared on
+the sets of each task type: the sets are fixed and have the same weight, runs and items are random. So these are
+statements about designs on these sets, not about the type. Items are those that `poolwise compare` uses.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scores import DESIGNS, PAPER, REFERENCES, ROOT, STS, main_scores, run_means, scores, table
+
+from poolwise import stats
+from poolwise.reports.words import interval, mean_and_sd, number, points, probability
+from poolwise.stats.crossed import Crossed, planned_detectable_effect
+from poolwise.study.study import Study
+from poolwise.verdicts.arms import ITEM_UNITS, Arm, arms
+
+TEN, FIVE, FIRST = "smollm2-ten", "smollm2-five", "smollm2-h200"
+OF = {
+    TEN: (*DESIGNS, "last-bi", "mean-causal", "mean-bi", "last-ffn", "mean-ffn-bi"),
+    FIVE: ("m1", "m2", "m3", "m4", "mean-bi"),
+}
+KINDS = ("STS", "Retrieval", "Classification", "Clustering", "PairClassification", "Reranking")
+ATTENTION = (("m1", "last-bi"), ("mean-causal", "mean-bi"))
+POOLING = (("m1", "mean-causal"), ("last-bi", "mean-bi"))
+CONTROLS = (("last-ffn", "m3"), ("mean-ffn-bi", "m4"), ("mean-ffn-bi", "m5"))
+
+
+@cache
+def of_task(name: str) -> dict[str, dict[str, Arm]]:
+    """Task -> design -> its runs × items."""
+    return arms(scores(name).filter(pl.col("role") == "design"), OF[name], (), "task", "error")[0]
+
+
+@cache
+def sets() -> dict[str, list[str]]:
+    """Task type -> its tasks, in the order of the study file."""
+    types = dict(main_scores(TEN).select("task", "task_type").unique().iter_rows())
+    order = [name.rpartition("/")[2] for name in Study.load(ROOT / "results" / TEN / "study.toml").tasks]
+    return {kind: [task for task in order if types[task] == kind] for kind in KINDS}
+
+
+@cache
+def values(name: str, kind: str, design: str) -> NDArray[np.float64]:
+    """(runs, items) of a design on the sets of a type, one after the other."""
+    return np.concatenate([of_task(name)[task][design].array for task in sets()[kind]], axis=1)
+
+
+@cache
+def difference(name: str, kind: str, base: str, design: str) -> Crossed:
+    """`design` - `base` on the mean of the sets of a type; the other designs lend their runs."""
+    of = [task for task in sets()[kind] for _ in of_task(name)[task][base].tasks]
+    lent = [values(name, kind, other) for other in OF[name] if other not in (base, design)]
+    weights = dict.fromkeys(sets()[kind], 1.0)
+    return stats.crossed_overall(values(name, kind, base), values(name, kind, design), of, weights, lent)
+
+
+def corrected(name: str, asked: Sequence[tuple[str, str, str]]) -> dict[tuple[str, str, str], float]:
+    """(type, baseline, design) -> Holm's p over all of them."""
+    p = stats.holm([difference(name, *each).p_value for each in asked]).tolist()
+    return dict(zip(asked, p, strict=True))
+
+
+def words(found: Crossed, p_holm: float) -> str:
+    """`+1.12 (.55 to 1.69)`, bold if Holm's p is at most .05."""
+    text = f"{points(found.difference, 2, True)} ({interval(found.ci_low, found.ci_high)})"
+    return f"**{text}**" if p_holm <= 0.05 else text
+
+
+def heading(kind: str) -> str:
+    return f"{kind} ({len(sets()[kind])})"
+
+
+def means(name: str) -> str:
+    rows = [
+        [f"`{design}`", *(mean_and_sd(run_means(name, design, sets()[kind]), 1) for kind in KINDS)]
+        for design in OF[name]
+    ]
+    for reference, said in REFERENCES.items():
+        found = [run_means(name, reference, sets()[kind]) for kind in KINDS]
+        rows.append([said, *(number(value[0], 1) if value else "–" for value in found)])
+    return table(["", *map(heading, KINDS)], rows)
+
+
+def pairs(name: str, asked: Sequence[tuple[str, str]]) -> str:
+    """A row for each pair of designs, a column for each type; Holm over the whole table."""
+    p = corrected(name, [(kind, *pair) for pair in asked for kind in KINDS])
+    rows = []
+    for base, design in asked:
+        cells = (words(difference(name, kind, base, design), p[kind, base, design]) for kind in KINDS)
+        rows.append([f"`{design}` − `{base}`", *cells])
+    return table(["Points", *map(heading, KINDS)], rows)
+
+
+def directions(name: str) -> list[tuple[str, str, float, Crossed, float, str]]:
+    """Design, type, the paper's figure, what was found, Holm's p over all of them, and how they compare."""
+    asked = [(design, kind, gain) for (design, kind), gain in PAPER.items() if design in OF[name]]
+    p = corrected(name, [(kind, "m1", design) for design, kind, _ in asked])
+    found = []
+    for design, kind, gain in asked:
+        here, p_holm = difference(name, kind, "m1", design), p[kind, "m1", design]
+        reading = "holds here" if (here.difference > 0) == (gain > 0) else "the opposite here"
+        found.append((design, kind, gain, here, p_holm, reading if p_holm <= 0.05 else "cannot be told"))
+    return found
+
+
+def paper(name: str) -> str:
+    rows = []
+    for design, kind, gain, here, p_holm, reading in directions(name):
+        runs, items = values(name, kind, design).shape
+        claim = f"`{design}` {'above' if gain > 0 else 'below'} `m1` in {'STS' if kind == 'STS' else kind.lower()}"
+        sample = f"{items:,} items of {len(sets()[kind])} sets, {runs} runs each"
+        rows.append([claim, number(gain, 2, True), words(here, 1), sample, probability(p_holm), reading])
+    return table(["The paper", "its figure", "here, points (95 % interval)", "sample", "p Holm", "reading"], rows)
+
+
+def third_run() -> str:
+    """What two runs said of each design against m1, and what three say."""
+    others = OF[FIVE][1:]
+    asked = [(kind, "m1", design) for design in others for kind in KINDS]
+    two, three = corrected(TEN, asked), corrected(FIVE, asked)
+    rows = []
+    for design in others:
+        for name, said, p in ((TEN, "two runs", two), (FIVE, "three runs", three)):
+            cells = (words(difference(name, kind, "m1", design), p[kind, "m1", design]) for kind in KINDS)
+            rows.append([f"`{design}`, {said}", *cells])
+    return table(["Points above `m1`", *map(heading, KINDS)], rows)
+
+
+def recipe() -> str:
+    """The five designs of the paper under this recipe and under that of the first study, on the sets of both."""
+    rows = []
+    for what, tasks in (("STS (6)", STS), ("SciFact", ("SciFact",)), ("Cranfield", ("Cranfield",))):
+        for said, of in (("mixed batches", FIRST), ("one source a batch", FIVE)):
+            runs = [run_means(of if design != "m5" or of == FIRST else TEN, design, tasks) for design in DESIGNS]
+            squares = [(len(each) - 1, np.var(each, ddof=1)) for each in runs]
+            sd = float(np.sqrt(sum(df * square for df, square in squares) / sum(df for df, _ in squares)))
+            rows.append([f"{what}, {said}", *(mean_and_sd(each, 1) for each in runs), number(sd, 1)])
+    return table(["", *(f"`{design}`" for design in DESIGNS), "sd of a run"], rows)
+
+
+def runs_needed() -> str:
+    """The effect of a run on each data set, and the difference of two designs that 3, 5 and 10 runs of each show."""
+    rows = []
+    for kind in KINDS:
+        for task in sets()[kind]:
+            mine = {design: arm.by_source for design, arm in of_task(FIVE)[task].items()}
+            found = [
+                stats.crossed(mine["m1"], mine[design], pool=[mine[o] for o in mine if o not in ("m1", design)])
+                for design in OF[FIVE][1:]
+            ]
+            run, noise, task_sd = np.median([(one.run_sd, one.noise_sd, one.task_sd) for one in found], axis=0)
+            items = mine["m1"].shape[1]
+            shown = [planned_detectable_effect(seeds, items, run, noise, task_sd) for seeds in (3, 5, 10)]
+            unit = ITEM_UNITS[kind].replace("query", "querie")
+            rows.append([task, f"{items:,} {unit}s", points(run, 1), *(points(one, 1) for one in shown)])
+    return table(["Data set", "items", "effect of a run (sd)", "3 runs show", "5 runs show", "10 runs show"], rows, 2)
+
+
+def data() -> str:
+    main = main_scores(TEN).filter(pl.col("design") == "m1", pl.col("seed") == 3)
+    order = [task for kind in KINDS for task in sets()[kind]]
+    rows = [
+        [row["task"], f"{len(of_task(TEN)[row['task']]['m1'].tasks):,}", row["source"], f"`{row['metric']}`",
+         f"`{row['task_identity'][7:]}`"]
+        for row in sorted(main.iter_rows(named=True), key=lambda row: order.index(row["task"]))
+    ]  # fmt: skip
+    return table(["Task", "Items", "Source", "Metric", "Hash of its content"], rows)
+
+
+@cache
+def trials(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """(design, `train.json`) of each training."""
+    paths = sorted((ROOT / "results" / name).glob("trials/*/train.json"))
+    return [(path.parent.name.rpartition("-s")[0], json.loads(path.read_text())) for path in paths]
+
+
+def seconds() -> str:
+    rows = []
+    for design in OF[TEN]:
+        mine = [trial for of, trial in trials(FIVE if design in OF[FIVE] else TEN) if of == design]
+        ends = [fmean(list(trial["losses"].values())[-20:]) for trial in mine]
+        rows.append([f"`{design}`", " ".join(f"{t['seconds']:.0f}" for t in mine), " ".join(number(x) for x in ends)])
+    return table(["Design", "seconds of each run", "loss, mean of the last 20 steps"], rows)
+
+
+BLOCKS = {
+    "ten-means": lambda: means(TEN),
+    "ten-paper": lambda: paper(TEN),
+    "ten-attention": lambda: pairs(TEN, (*ATTENTION, *POOLING)),
+    "ten-controls": lambda: pairs(TEN, CONTROLS),
+    "ten-data": data,
+    "ten-seconds": seconds,
+    "five-means": lambda: means(FIVE),
+    "five-paper": lambda: paper(FIVE),
+    "five-third-run": third_run,
+    "five-recipe": recipe,
+    "five-runs": runs_needed,
+}
