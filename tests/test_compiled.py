@@ -16,7 +16,7 @@ from torch import Tensor
 
 from poolwise.model import packing
 from poolwise.model.hooks import decoder_layers
-from poolwise.model.lora import compiled_layers, fused_lora
+from poolwise.model.lora import _layer_states, _small_batch, compiled_layers, fused_lora
 from poolwise.model.packing import Segments
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora
@@ -187,3 +187,50 @@ def test_layers_that_cannot_be_compiled_run_as_they_are(base: str, monkeypatch: 
         assert reason == "decoder layers are not compiled: RuntimeError: no C++ compiler found"
         assert torch.equal(embeddings(encoder), before)
     assert not any("forward" in vars(layer) for layer in decoder_layers(encoder[0].model))
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(0.04, True), (0.2, False)])
+def test_a_compiled_layer_may_differ_by_rounding_alone(
+    share: float, accepted: bool, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inexact(function: Any, **options: Any) -> Any:
+        def call(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return states + (1 + share) * (function(states, *args, **kwargs) - states)
+
+        return call
+
+    encoder = encoder_of(recipe(base, dtype="bfloat16"), DESIGNS["m5"])
+    monkeypatch.setattr(torch, "compile", inexact)
+    with compiled_layers(encoder[0]) as reason:
+        pass
+    assert (reason is None) == accepted
+    if reason:
+        assert reason.startswith("decoder layers are not compiled: what layer 0 adds differs by 2.")
+
+
+def test_layers_are_compared_on_equal_inputs(base: str) -> None:
+    """From layer to layer differences may grow without anything being wrong: a base that was trained under causal
+    attention and is bidirectional now does that in bfloat16."""
+    backbone = encoder_of(recipe(base), DESIGNS["m5"])[0]
+    batch = _small_batch(backbone)
+    plain = _layer_states(backbone, batch)
+    moved = [(states + number + 1, output) for number, (states, output) in enumerate(plain)]
+    for (given, output), (wanted, before) in zip(_layer_states(backbone, batch, moved), moved, strict=True):
+        assert torch.allclose(given, wanted, atol=1e-5)
+        assert not torch.allclose(output, before, atol=0.1)
+
+
+def test_a_compiled_layer_without_finite_gradients_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            return gradient * torch.nan
+
+    encoder = encoder_of(recipe(base), DESIGNS["m1"])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x, *a, **k: Broken.apply(function(x, *a, **k)))
+    with compiled_layers(encoder[0]) as reason:
+        assert reason == "decoder layers are not compiled: ModelError: gradients are not finite"
