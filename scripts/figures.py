@@ -370,6 +370,7 @@ def claims() -> dict[str, list[str]]:
         f"stays at {100 * rates[15]['study']:.1f} and {100 * rates[41]['study']:.1f} %",
     ]
     return {
+        **figures_ten.claims(),
         "results/smollm2-h200/README.md": page,
         "README.md": [share, f"mean of six STS sets is {run_effect} points", least, largest, *wolf],
     }

@@ -206,3 +206,39 @@ BLOCKS = {
     "five-recipe": recipe,
     "five-runs": runs_needed,
 }
+
+
+def claims() -> dict[str, list[str]]:
+    """Page -> the phrases with figures that its prose must hold. What the prose says without figures is asserted."""
+
+    def by(name: str, kind: str, base: str, design: str, sign: int = 1) -> tuple[str, str]:
+        found = difference(name, kind, base, design)
+        ends = sorted(sign * end for end in (found.ci_low, found.ci_high))
+        return points(sign * found.difference, 1), interval(*ends, 1)
+
+    bold = corrected(TEN, [(kind, *pair) for pair in (*ATTENTION, *POOLING) for kind in KINDS])
+    shown = {each for each, p in bold.items() if p <= 0.05}
+    asserted = {(kind, "m1", "mean-causal") for kind in ("STS", "Classification")}
+    assert shown == asserted | {("Classification", "m1", "last-bi")}
+    assert all(difference(TEN, kind, "m1", "mean-causal").difference < 0 for kind in KINDS)
+    assert all(difference(TEN, kind, "last-bi", "mean-bi").difference > 0 for kind in KINDS)
+    assert min(corrected(TEN, [(kind, *pair) for pair in CONTROLS for kind in KINDS]).values()) > 0.05
+    assert {row[-1] for row in directions(FIVE)} == {"cannot be told"}
+    told = [row for row in directions(TEN) if row[-1] != "cannot be told"]
+    assert [(design, kind, reading) for design, kind, *_, reading in told] == [("m3", "STS", "the opposite here")]
+    sts, classes = by(TEN, "STS", "m1", "mean-causal", -1), by(TEN, "Classification", "m1", "mean-causal", -1)
+    attention, two = by(TEN, "Classification", "m1", "last-bi", -1), by(TEN, "STS", "m1", "m3", -1)
+    *others, third = run_means(FIVE, "m3", STS)
+    lead = by(FIVE, "Retrieval", "m1", "mean-bi")
+    return {
+        f"results/{TEN}/README.md": [
+            f"in STS by {sts[0]} points ({sts[1]}), in classification by {classes[0]} ({classes[1]})",
+            f"the last token {attention[0]} points in classification ({attention[1]})",
+        ],
+        f"results/{FIVE}/README.md": [
+            f"The third run of m3 is {number(third - fmean(others), 1)} points above its other two on the STS mean",
+            f"{two[0]} points below m1 there (Holm's p {probability(told[0][4])} among twelve)",
+            f"nothing can be told ({by(FIVE, 'STS', 'm1', 'm3')[1]})",
+            f"retrieval, {lead[0]} points ({lead[1]}), is not more than chance after correction",
+        ],
+    }
