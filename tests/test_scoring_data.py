@@ -1,16 +1,24 @@
-"""What mteb reads while a model is scored: whole columns, and texts straight from the data set of a loader."""
+"""What scoring costs: whole columns are read, texts come straight from a loader's data set, one thread computes."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 
+import numpy as np
 import pytest
+import threadpoolctl
 from datasets import Dataset
 from datasets.arrow_dataset import Column
 from torch.utils.data import DataLoader
 
 from poolwise.data.tasks import Task
 from poolwise.errors import TaskError
+from poolwise.runs import worker
+from poolwise.runs.schedule import Setting
 from poolwise.scoring.adapters import adapt
 from poolwise.scoring.evaluate import evaluate
 from test_evaluate import Angles, classification, clustering, pairs, sts
@@ -51,3 +59,35 @@ def test_texts_keep_the_order_of_the_loader() -> None:
     model = Angles()
     adapt(model, sts(), "m", 32, None).encode([{"text": ["a 1", "b 2"]}, {"text": ["c 3"]}])
     assert model.seen == ["a 1", "b 2", "c 3"]
+
+
+def threads(kind: str) -> set[int]:
+    return {pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == kind}
+
+
+def test_scoring_uses_one_thread_of_blas() -> None:
+    found: set[int] = set()
+
+    class Asking(Angles):
+        def encode(self, texts: list[str]) -> list[np.ndarray]:
+            found.update(threads("blas"))
+            return super().encode(texts)
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        evaluate(Asking(), [classification()], identity="m")
+        assert found == {1}
+        assert threads("blas") == {2}
+
+
+def test_a_worker_uses_one_thread_of_every_library() -> None:
+    def enter(answer: Connection) -> None:
+        worker._enter(Setting(None, Path(), Path(), dict(os.environ)))  # type: ignore[arg-type]
+        answer.send([threads("blas"), threads("openmp")])
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    with threadpoolctl.threadpool_limits(2):
+        child = context.Process(target=enter, args=(theirs,))
+        child.start()
+        assert ours.recv() == [{1}, {1}]
+        child.join()

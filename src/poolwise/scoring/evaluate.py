@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import datasets
 import mteb
 import numpy as np
+import threadpoolctl
 import torch
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
@@ -276,8 +277,10 @@ def model_identity(model: Any) -> str:
 def _evaluate_task(
     model: Any, task: Task, identity: str, batch_size: int, items: bool, prompts: Mapping[str, str] | None
 ) -> list[dict[str, Any]]:
+    # Many small fits, such as 10 classifiers a task: with a thread for each core they are slower by far.
+    one_thread = threadpoolctl.threadpool_limits(1, user_api="blas")
     try:
-        with _quiet(), _own_randomness(), _whole_columns():
+        with _quiet(), _own_randomness(), _whole_columns(), one_thread:
             return _rows(model, task, identity, batch_size, items, prompts)
     except PoolwiseError as error:
         raise type(error)(str(error) if task.name in str(error) else f"task {task.name!r}: {error}") from error
