@@ -9,6 +9,10 @@ out differently (`runs`), and other tasks might have preferred another design (`
 noise once, hence the variance unit * (runs + tasks - error). `MeanSquares` estimates the three; `Null` is the
 distribution of the standardised contrast at those estimates, on a fixed grid of chi-square quantiles: a parametric
 bootstrap without random numbers.
+
+The bootstrap takes the estimates as true, and few runs that happen to lie close together then pass for stable ones. So
+p is never below that of Student's t test on the means of the runs. That test is exact for these tasks and runs like
+these, and a claim about other tasks as well cannot be better supported.
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ ARM_LEVEL, LENDER_LEVEL = 0.05, 0.02
 
 # Where the compared designs' own few runs decide, a verdict at level alpha needs the pooled runs of the study to agree
 # at this many times alpha: runs that happen to lie close together are weak evidence on their own (results/type1.md).
+# `Null` bounds p by the runs' own t test besides; that one is about the far tail, where this factor is too generous.
 AGREE = 3.0
 
 # Grid points of the null distribution by the number of run components: (runs …, tasks, error).
@@ -111,6 +116,16 @@ class MeanSquares:
         return self.unit * max(runs, self.tasks, runs + self.tasks - self.error)
 
     @property
+    def student_df(self) -> float:
+        """Degrees of freedom of the t test on the means of the runs alone, whose squared error is unit * sum(runs).
+
+        With equally many runs of two arms that test is Student's, and exact if their variances are equal. Otherwise it
+        is Welch's, with Satterthwaite's degrees of freedom, because the variances of the arms have different weights.
+        """
+        equal = len(self.run_dfs) > 1 and len(set(self.run_dfs)) == 1
+        return self.run_df if equal else satterthwaite(self.runs, self.run_dfs)[1]
+
+    @property
     def run_variance(self) -> float:
         """Variance of one run's effect, times the effective number of tasks (1 / `TaskTypes.squared`)."""
         cut = self.truncated()
@@ -156,10 +171,9 @@ class Null:
     `se` is the standard error at the variances taken as true; `ratios` (points,) are equally likely values of
     (estimated / true) standard error. With a `guard`, p value and critical value are the larger of both tests.
 
-    What the runs alone do not show is not shown: p is never below that of Student's t test on the means of the runs,
-    which is exact for these tasks and runs like these, and a claim about other tasks as well claims more. Its standard
-    error is the estimated one / `run_scale`, with `run_df` degrees of freedom. Without this bound a few runs that
-    happen to lie close together pass for stable ones, and p far below .01 would occur ten times too often.
+    p is never below that of the t test on the means of the runs, with `run_df` degrees of freedom; its standard error
+    is the estimated one / `run_scale`. Without it p far below .01 would occur ten times too often with two or three
+    runs, whose variance is easily estimated far too small (results/type1.md).
     """
 
     se: float
@@ -185,7 +199,10 @@ class Null:
         return float(brentq(lambda t: self.p_value(t) - 1 + level, top / 2 if top > 2 else 0, top))
 
     def power(self, effect: float, critical: float) -> float:
-        """Chance of a statistic beyond `critical` when the true difference is `effect`."""
+        """Chance of a statistic beyond `critical` when the true difference is `effect`.
+
+        `critical` is kept fixed, although the share of the runs in it would come out differently in another study.
+        """
         shift = effect / self.se
         return float((ndtr(shift - critical * self.ratios) + ndtr(-shift - critical * self.ratios)).mean())
 
@@ -210,7 +227,7 @@ def null_distribution(estimates: MeanSquares) -> Null:
     true = sum(components[:-1]) - components[-1]
     runs = m.unit * sum(estimates.runs)
     scale = float(np.sqrt(estimates.variance() / runs)) if runs > 0 else np.inf
-    return Null(float(np.sqrt(m.unit * true)), np.sqrt(redrawn / true).ravel(), scale, estimates.run_df)
+    return Null(float(np.sqrt(m.unit * true)), np.sqrt(redrawn / true).ravel(), scale, estimates.student_df)
 
 
 def contrast_mean_squares(
