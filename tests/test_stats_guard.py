@@ -314,10 +314,11 @@ def test_p_is_unchanged_where_the_items_dominate():
 
 
 def test_runs_that_do_not_vary_at_all_set_no_bound():
-    a = np.array([[1.0, 2, 4], [1, 3, 3]])  # both runs have the mean 7/3
-    result = crossed(a, a[:, ::-1] + [1, 2, 4])
-    assert sum(result.mean_squares.runs) == pytest.approx(0, abs=1e-20)
-    assert 0 < result.p_value < 1
+    result = crossed([[1, 2, 3, 2], [2, 1, 3, 2]], [[6, 7, 11, 8], [6, 9, 9, 8]])  # means 2, 2 and 8, 8
+    assert result.mean_squares.runs == (0, 0)
+    grid_only = replace(result.null, run_scale=np.inf)
+    t = result.difference / result.se
+    assert result.p_value == grid_only.p_value(t) < 2 * student.sf(t, 2) / 100  # of the other standard error
 
 
 def test_equivalence_is_that_of_the_runs_where_they_dominate():
