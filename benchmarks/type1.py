@@ -76,7 +76,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Rate:
-    """Share of `studies` in which `method` rejects at `level`, at a true difference in points."""
+    """Share of `studies` in which `method` rejects at `level`, at a true difference in points.
+
+    The two looks, at .03 each, and the families, at .05 together, have level .05.
+    """
 
     scenario: str
     tasks: int
