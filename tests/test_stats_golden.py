@@ -47,20 +47,27 @@ def null(runs, tasks, error, run_dfs, task_df, error_df, points):
     return np.maximum(np.maximum(run, task), run + task - noise) / true
 
 
-def tail(t, squares):
-    return 2 * norm.sf(t * np.sqrt(squares)).mean()
+def tail(t, squares, scale, df):
+    """p of the statistic t, two-sided: on the grid, or, if larger, Student's of the runs alone, of t * scale."""
+    return max(2 * norm.sf(t * np.sqrt(squares)).mean(), 2 * student.sf(t * scale, df))
 
 
-def detectable(se, squares, level):
+def critical_value(alpha, *null):
+    return brentq(lambda t: tail(t, *null) - alpha, 0.1, 100)
+
+
+def detectable(se, squares, scale, df, level):
     """The effect whose statistic exceeds the critical value, on either side, with probability .8."""
-    critical = brentq(lambda t: tail(t, squares) - (1 - level), 0.1, 100) * np.sqrt(squares)
+    critical = critical_value(1 - level, squares, scale, df) * np.sqrt(squares)
     return brentq(lambda e: (norm.sf(critical - e / se) + norm.cdf(-critical - e / se)).mean() - 0.8, 0, 1000 * se)
 
 
 @pytest.fixture(scope="module")
-def squares():
-    """Of A and B, two arms."""
-    return null((12.5, 18), 19 / 3, 1 / 6, (2, 2), 3, 12, (20, 20, 20, 4))
+def two_arms():
+    """The null distribution of A and B. Their run means 11 1/4, 8 3/4, 6 1/4 and 12 3/4, 18 3/4, 15 3/4 have variances
+    25/4 and 9, so that the runs alone have the squared error 61/12 instead of 55/9, with four degrees of freedom."""
+    squares = null((12.5, 18), 19 / 3, 1 / 6, (2, 2), 3, 12, (20, 20, 20, 4))
+    return squares, sqrt(55 / 9 / (61 / 12)), 4
 
 
 def test_variances_of_two_arms():
@@ -104,25 +111,26 @@ def test_the_interval_of_the_run_effect():
     assert crossed(C, D).run_sd_high == pytest.approx(3.66916949)
 
 
-def test_p_value_interval_and_power(squares):
+def test_p_value_interval_and_power(two_arms):
     result = crossed(A, B)
-    assert result.p_value == pytest.approx(tail(7 / sqrt(55 / 9), squares), abs=1e-12)
-    critical = brentq(lambda t: tail(t, squares) - 0.05, 0.1, 100)
+    assert result.p_value == pytest.approx(tail(7 / sqrt(55 / 9), *two_arms), abs=1e-12)
+    assert result.p_value == pytest.approx(2 * student.sf(7 / sqrt(61 / 12), 4), abs=1e-12)  # the runs alone decide
+    critical = critical_value(0.05, *two_arms)
     assert result.critical == pytest.approx(critical)
     assert (result.ci_low, result.ci_high) == pytest.approx((7 - critical * sqrt(55 / 9), 7 + critical * sqrt(55 / 9)))
-    assert minimum_detectable_effect(result) == pytest.approx(detectable(sqrt(55 / 9), squares, 0.95))
+    assert minimum_detectable_effect(result) == pytest.approx(detectable(sqrt(55 / 9), *two_arms, 0.95))
     for effect in (0.5, 3.0):  # a small effect is often found with the wrong sign
-        shift, bound = effect / sqrt(55 / 9), critical * np.sqrt(squares)
+        shift, bound = effect / sqrt(55 / 9), critical * np.sqrt(two_arms[0])
         expected = norm.sf(bound - shift).mean() + norm.cdf(-bound - shift).mean()
         assert result.null.power(effect, critical) == pytest.approx(expected, abs=1e-12)
 
 
-def test_equivalence_is_schuirmanns_at_its_own_level(squares):
+def test_equivalence_is_schuirmanns_at_its_own_level(two_arms):
     result = crossed(A, B)
-    critical = brentq(lambda t: tail(t, squares) - 0.1, 0.1, 100)  # twice .05
+    critical = critical_value(0.1, *two_arms)  # twice .05
     for margin in (5, 9, 40):
         found = equivalence(result, margin)
-        assert found.p_value == pytest.approx(tail((margin - 7) / sqrt(55 / 9), squares) / 2, abs=1e-12)
+        assert found.p_value == pytest.approx(tail((margin - 7) / sqrt(55 / 9), *two_arms) / 2, abs=1e-12)
         assert (found.ci_low, found.ci_high) == pytest.approx(
             (7 - critical * sqrt(55 / 9), 7 + critical * sqrt(55 / 9))
         )
@@ -130,10 +138,10 @@ def test_equivalence_is_schuirmanns_at_its_own_level(squares):
     assert not equivalence(crossed(B, A), 9).equivalent
 
 
-def test_one_new_task(squares):
+def test_one_new_task(two_arms):
     """Half-widths as the sides of a right angle: of the mean, and t with 3 df times the sd over tasks."""
     result = crossed(A, B)
-    critical = brentq(lambda t: tail(t, squares) - 0.05, 0.1, 100)
+    critical = critical_value(0.05, *two_arms)
     quantile = student.ppf(0.975, 3)
     half = hypot(critical * sqrt(55 / 9), quantile * sqrt(37 / 9))
     new = one_new_task(result, 2.0)
@@ -234,8 +242,9 @@ def test_the_planned_detectable_effect(designs, seeds, measured):
     else:
         squares = null((run / 2, run / 2), task, error, (seeds - 1, seeds - 1), 9, 9 * df, (20, 20, 20, 4))
     se = sqrt(2 / (10 * seeds) * (run + task - error))
+    scale = sqrt((run + task - error) / run)  # over the standard error of the runs alone
     found = planned_detectable_effect(seeds, 10, 0.4, 0.3, 0.2, designs, measured=measured)
-    assert found == pytest.approx(detectable(se, squares, 0.95))
+    assert found == pytest.approx(detectable(se, squares, scale, df, 0.95))
 
 
 def test_a_plan_takes_two_tasks_and_allows_for_variances_of_zero():

@@ -1,13 +1,20 @@
-"""How much the designs of a study lend each other: golden values of the F tests, of the shares and of the decisions."""
+"""How few runs are guarded: what the designs of a study lend each other (golden values of the F tests, of the shares
+and of the decisions), and the bound on p by the runs alone."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import f
+from scipy.stats import f, ttest_ind
+from scipy.stats import t as student
 
+from poolwise.stats import crossed
+from poolwise.stats.crossed import contrast, crossed_overall, equivalence
 from poolwise.stats.variance import (
     MeanSquares,
     TaskTypes,
     contrast_mean_squares,
+    null_distribution,
     own_mean_squares,
     run_mean_square,
     satterthwaite,
@@ -213,3 +220,131 @@ def test_the_variance_is_never_below_that_of_either_source():
     assert squares(5, 3, 1) == 3.5
     assert squares(5, 1, 3) == 2.5
     assert squares(1, 5, 3) == 2.5
+
+
+# The bound on p by the runs alone
+
+
+def study_of(seed, seeds, spread, designs=2, tasks=40, task_sd=0.1, effect=0.0):
+    """Designs whose runs are spread alike, in different orders, and whose items vary by sd 1 in each run.
+
+    The second design is better by `effect`.
+    """
+    rng = np.random.default_rng(seed)
+    arms = []
+    for s in [seeds] * designs if isinstance(seeds, int) else seeds:
+        run = rng.permutation(np.linspace(-spread, spread, s))[:, None]
+        arms.append(run + rng.normal(0, task_sd, tasks) + rng.normal(0, 1, (s, tasks)))
+    arms[1] += effect
+    return arms
+
+
+def assert_decides(result, expected):
+    """`result` has p and interval of a scipy test on the means of the runs."""
+    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    low, high = expected.confidence_interval(result.level)
+    assert (result.ci_low, result.ci_high) == pytest.approx((low, high), rel=1e-9)
+
+
+@pytest.mark.parametrize(("seeds", "effect"), [(2, 300.0), (2, 1000.0), (3, 30.0), (3, 100.0), (5, 30.0)])
+def test_p_is_students_where_the_runs_dominate(seeds, effect):
+    """However many items: only their mean in each run counts."""
+    for seed in range(3):
+        a, b = study_of(seed, seeds, spread=2.0, tasks=400, effect=effect)
+        result = crossed(a, b, level=0.999)
+        assert_decides(result, ttest_ind(b.mean(axis=1), a.mean(axis=1)))
+        assert result.p_value > 1.5 * replace(result.null, run_scale=np.inf).p_value(result.difference / result.se)
+
+
+def test_p_is_welchs_where_the_designs_have_different_numbers_of_runs():
+    a, b = study_of(1, (2, 5), spread=2.0, effect=20.0)
+    assert_decides(crossed(a, b), ttest_ind(b.mean(axis=1), a.mean(axis=1), equal_var=False))
+
+
+def test_the_bound_of_a_weighted_mean_is_that_of_the_weighted_means_of_the_runs():
+    a, b = study_of(2, 3, spread=2.0, effect=20.0)
+    types = ["sts"] * 10 + ["retrieval"] * 30
+    first, second = (x[:, :10].mean(axis=1) / 4 + x[:, 10:].mean(axis=1) * 3 / 4 for x in (a, b))
+    assert_decides(crossed_overall(a, b, types, {"sts": 1, "retrieval": 3}), ttest_ind(second, first))
+
+
+def test_the_bound_of_pooled_runs_has_their_degrees_of_freedom():
+    """A contrast in a table of designs x runs: (designs - 1)(runs - 1) degrees of freedom."""
+    y = np.stack(study_of(3, 5, spread=2.0, designs=4, effect=8.0))
+    result = contrast(y, [-1, 1, 0, 0])
+    assert result.scope == "pooled over the study"
+    means = y.mean(axis=2)
+    se = np.sqrt(pooled(*y) / 2 * 2 / 5)  # `pooled` is twice the mean square
+    t = (means[1] - means[0]).mean() / se
+    assert result.p_value == pytest.approx(2 * student.sf(t, 12), rel=1e-9)
+
+
+def test_the_bound_of_a_share_of_the_study_has_satterthwaites_degrees_of_freedom():
+    y = study_of(4, 5, spread=0.5, designs=5)
+    y[1] = y[1] + np.linspace(-20, 20, 5)[:, None] + 60
+    result = crossed(y[0], y[1], y[2:])
+    assert result.scope == "the compared designs, with a share of the study"
+    parts, dfs = np.array(result.mean_squares.runs) * 2 / 5 / 40, np.array(result.mean_squares.run_dfs)
+    df = parts.sum() ** 2 / (parts**2 / dfs).sum()
+    assert result.p_value == pytest.approx(2 * student.sf(result.difference / np.sqrt(parts.sum()), df), rel=1e-9)
+
+
+def test_the_bound_of_three_designs_has_satterthwaites_degrees_of_freedom():
+    """One against the mean of two, three runs each: their variances weigh 1, 1/4 and 1/4."""
+    y = np.stack(study_of(5, 3, spread=2.0, designs=3, effect=60.0))
+    y[2] += np.linspace(-60, 60, 3)[:, None]  # far from the others, so that each keeps its own variance
+    own = own_mean_squares(list(y), (-0.5, 1.0, -0.5), TaskTypes.one(40))
+    variances = y.mean(axis=2).var(axis=1, ddof=1) * [1 / 4, 1, 1 / 4] / 3
+    df = variances.sum() ** 2 / (variances**2 / 2).sum()
+    null = null_distribution(own)
+    assert (null.run_df, own.run_df) == (pytest.approx(df), 6)
+    scale = np.sqrt(own.variance() / variances.sum())
+    assert null.run_scale == pytest.approx(scale)
+    assert null.p_value(3.0) == pytest.approx(2 * student.sf(3.0 * scale, df), rel=1e-9)
+
+
+def test_p_is_unchanged_where_the_items_dominate():
+    """The designs differ from item to item; the runs show the same difference again and again."""
+    for seed in range(5):
+        a, b = study_of(seed, 3, spread=0.0, task_sd=20.0, effect=8.0)
+        result = crossed(a, b)
+        t = abs(result.difference) / result.se
+        assert result.p_value == replace(result.null, run_scale=np.inf).p_value(t)
+        assert ttest_ind(b.mean(axis=1), a.mean(axis=1)).pvalue < result.p_value / 2
+
+
+def test_runs_that_do_not_vary_at_all_set_no_bound():
+    result = crossed([[1, 2, 3, 2], [2, 1, 3, 2]], [[6, 7, 11, 8], [6, 9, 9, 8]])  # means 2, 2 and 8, 8
+    assert result.mean_squares.runs == (0, 0)
+    grid_only = replace(result.null, run_scale=np.inf)
+    t = result.difference / result.se
+    assert result.p_value == grid_only.p_value(t) < 2 * student.sf(t, 2) / 100  # of the other standard error
+
+
+def test_equivalence_is_that_of_the_runs_where_they_dominate():
+    a, b = study_of(6, 3, spread=2.0, effect=1.0)
+    result, means = crossed(a, b), (b.mean(axis=1), a.mean(axis=1))
+    found, expected = equivalence(result, 40.0), ttest_ind(*means).confidence_interval(0.9)
+    assert (found.ci_low, found.ci_high) == pytest.approx(tuple(expected), rel=1e-9)
+    sides = (
+        ttest_ind(means[0] - 40, means[1], alternative="less"),
+        ttest_ind(means[0] + 40, means[1], alternative="greater"),
+    )
+    assert found.p_value == pytest.approx(max(side.pvalue for side in sides), rel=1e-9)
+
+
+def test_two_runs_of_equal_designs_seldom_have_a_tiny_p():
+    """400 items, whose mean has an error of .06: p < .003 in about .003 of studies, without the bound in .04."""
+    rng = np.random.default_rng(1)
+    types = TaskTypes.one(400)
+    found = {"bounded": 0, "bare": 0}
+    for _ in range(3000):
+        a, b = (rng.normal(0, 0.25, (2, 1)) + rng.normal(0, 1, 400) + rng.normal(0, 1, (2, 400)) for _ in range(2))
+        squares = own_mean_squares([a, b], (-1.0, 1.0), types)
+        t = abs(b.mean() - a.mean()) / np.sqrt(squares.variance())
+        if t > 2:  # p is above .04 otherwise
+            null = null_distribution(squares)
+            found["bounded"] += null.p_value(t) < 0.003
+            found["bare"] += replace(null, run_scale=np.inf).p_value(t) < 0.003
+    assert found["bounded"] <= 0.006 * 3000
+    assert found["bare"] > 0.02 * 3000

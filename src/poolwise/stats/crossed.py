@@ -3,7 +3,8 @@
 Runs and tasks are both random and crossed: every run of a design is evaluated on every task. `crossed` tests the
 difference of two designs against its own null distribution (see `variance`). Simulated false-alarm rates are in
 `results/type1.md` (`benchmarks/type1.py`); a Wilcoxon test over tasks reaches .88 there. The claim is about tasks like
-these and runs like these. Whatever the seeds do not vary is not in the interval.
+these and runs like these. More tasks or items cannot replace runs: p is never below that of a t test on the means of
+the runs alone. Whatever the seeds do not vary is not in the interval.
 
 A single run per design supports no such verdict; `one_seed` computes how large a run effect would have to be to
 explain the difference away.
@@ -45,10 +46,11 @@ MOST_SEEDS = 50
 class Crossed:
     """A difference between designs, b - a, with its interval at `level` and its variance components.
 
-    The interval is difference ± critical * se. `run_sd`: sd of the effect of ONE run on a design's mean over tasks,
-    with its own interval at `level`; `noise_sd`: sd of a single score around its run and task; `task_sd`: sd over tasks
-    of the true difference. `scope`: where the run variance comes from; `note`: why it does not come from the whole
-    study, if designs to pool were given. `designs`: the number of designs whose runs take part.
+    The interval is difference ± critical * se; where few runs decide, `critical` comes from a t test on their means
+    (`variance.Null`). `run_sd`: sd of the effect of ONE run on a design's mean over tasks, with its own interval at
+    `level`; `noise_sd`: sd of a single score around its run and task; `task_sd`: sd over tasks of the true difference.
+    `scope`: where the run variance comes from; `note`: why it does not come from the whole study, if designs to pool
+    were given. `designs`: the number of designs whose runs take part.
     """
 
     difference: float
