@@ -13,6 +13,7 @@ mechanisms with other words and other templates. Importing this package loads ne
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tomllib
 from pathlib import Path
@@ -43,6 +44,12 @@ def training_pairs(seed: int = 0) -> list[dict[str, Any]]:
 
     A function of `seed` alone; no content word and no template of it occurs in an evaluation task.
     """
+    return [{**row, "negatives": list(row["negatives"])} for row in _pairs(seed)]
+
+
+@functools.cache
+def _pairs(seed: int) -> list[dict[str, Any]]:
+    """Kept, as making them takes a second and a study is checked, prepared and run in the same process."""
     return forms.pairs(PAIRS_PER_MECHANISM, seed)
 
 

@@ -117,7 +117,8 @@ class Arm:
 
     def on(self, tasks: Sequence[str]) -> Arm:
         """The same arm on some of its tasks, in the given order."""
-        index = [self.tasks.index(task) for task in tasks]
+        places = {task: place for place, task in enumerate(self.tasks)}
+        index = [places[task] for task in tasks]
         return Arm(
             self.group, self.design, self.seeds, tuple(tasks), tuple(self.sources[i] for i in index),
             tuple(tuple(run[i] for i in index) for run in self.scores), self.unit,

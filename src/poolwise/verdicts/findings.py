@@ -322,7 +322,8 @@ def _below_reference(comparison: Comparison, group: str) -> tuple[str, float, fl
     designs = [arms[name] for name in _candidates(comparison)]
     for name in LEXICAL_FLOOR:
         floor = arms.get(name)
-        shared = [task for task in designs[0].tasks if floor and task in floor.tasks]
+        known = set(floor.tasks) if floor else set()
+        shared = [task for task in designs[0].tasks if task in known]
         if floor and shared:
             best = max(arm.on(shared).mean for arm in designs)
             if best + comparison.margin < floor.on(shared).mean:
