@@ -86,6 +86,25 @@ def test_equal_base_models_agree_wholly(tmp_path: Path) -> None:
     assert {row.agreement for row in found.robustness.designs} == {"agrees"}
 
 
+def test_the_interval_of_a_rank_agreement_draws_as_many_runs_as_there_are(tmp_path: Path) -> None:
+    """Three runs, seven designs, seven equal tasks. On the base `first`, two neighbours change places where all runs
+    drawn are the first: in 1/27 of the draws of three runs, above the 2.5 % of the interval's lower end; of seven runs,
+    or where the last run is drawn twice as often, in 1/64 at most."""
+    levels = {f"d{place}": 0.3 + 0.05 * place for place in range(7)}
+    content = [
+        {"design": name, "role": "design", "seed": run, "step": 10, "task": f"t{task}", "task_type": "STS",
+         "metric": "cosine_spearman", "base": base,
+         "score": level + 0.001 * run - 0.051 * (base == "first" and name == "d6" and run == 0)}
+        for base in EFFECTS for name, level in levels.items() for run in range(3) for task in range(7)
+    ]  # fmt: skip
+    found = api.compare(write(tmp_path, content), baseline="d0").robustness
+    assert found
+    (ranking,) = found.rankings
+    assert ranking.designs == 7
+    assert (ranking.tau, ranking.ci_high) == (1, 1)
+    assert ranking.ci_low == pytest.approx(1 - 2 / 21)  # one pair of 21 is reversed
+
+
 def test_choosing_a_base(tmp_path: Path) -> None:
     path = write(tmp_path, rows())
     assert api.compare(path, baseline="m1", base="second").robustness is None
