@@ -24,14 +24,17 @@ from poolwise.model import packing
 from poolwise.model.encoder import build
 from poolwise.model.hooks import decoder_layers
 from poolwise.model.packing import Segments, packed_attention, refusal
+from poolwise.study.catalogue import PRESETS
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora, Recipe
 from test_packing import apart, encoder_of, features, loss_and_gradient, recipe
 from tiny import SENTENCES, tiny_folder
 
 LENGTHS = [7, 5, 5, 2, 1]
+SMALL = {"latents": 4, "heads": 2, "head_dim": 8}  # the paper's head is 65,536 wide whatever the base
 DESIGNS = {
-    **{name: {"preset": name} for name in ("m1", "m2", "m3", "m4", "m5", "m2-paper")},
+    **{name: {"preset": name} for name in ("m1", "m2", "m3", "m4", "m5")},
+    "m2-paper": {**PRESETS["m2-paper"], "pooling_args": {**PRESETS["m2-paper"]["pooling_args"], **SMALL}},
     "mean": {"attention": "bidirectional", "pooling": "mean"},
 }
 

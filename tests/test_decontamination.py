@@ -122,7 +122,7 @@ def test_a_study_trains_on_what_its_recipe_keeps(folder):
 
 def test_the_papers_recipe_keeps_passages_that_are_in_the_corpora(folder):
     """The paper's file with another base, other data and tasks: as in its data, many positives are corpus passages."""
-    passages = [f"Passage number {i} is about subject {i * 7 % 19_997}." for i in range(20_000)]
+    passages = [f"Passage number {i} is about subject {i * 7 % 3_989}." for i in range(4_000)]
     write(folder / "search" / "corpus.jsonl", [*CORPUS, *({"_id": f"p{i}", "text": t} for i, t in enumerate(passages))])
     rows = [{"query": f"question {i}", "positive": text, "negative": f"not {i}"} for i, text in enumerate(passages)]
     write(folder / "mix.jsonl", rows)
@@ -131,10 +131,10 @@ def test_the_papers_recipe_keeps_passages_that_are_in_the_corpora(folder):
     raw["recipe"] |= {"base_model": str(base), "dataset": "mix.jsonl"}
     raw["tasks"] = TASKS
     found = check(Study.parse(raw, folder))["data"]
-    assert "20,000 training rows (mix.jsonl 20,000)" in found
+    assert "4,000 training rows (mix.jsonl 4,000)" in found
     assert (
-        "training rows kept although they contain one of 20,012 evaluation texts "
-        "(rows by kind: queries 0, test texts 0, training texts 0, documents 20,000)"
+        "training rows kept although they contain one of 4,012 evaluation texts "
+        "(rows by kind: queries 0, test texts 0, training texts 0, documents 4,000)"
     ) in found
     recipe = raw["recipe"] | {"decontaminate": "all"}
     with pytest.raises(DataError, match="every row contains a text of an evaluation task"):

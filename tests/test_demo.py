@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -46,12 +47,16 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(each)
 
 
-def evaluation_texts() -> list[str]:
-    return [text for name in demo.task_names() for text in texts(demo.task_data(name)["records"])]
+@functools.cache
+def evaluation_texts() -> tuple[str, ...]:
+    return tuple(text for name in demo.task_names() for text in texts(demo.task_data(name)["records"]))
 
 
-def training_texts(seed: int = 0) -> list[str]:
-    return [text for row in demo.training_pairs(seed) for text in (row["query"], row["positive"], *row["negatives"])]
+@functools.cache
+def training_texts(seed: int = 0) -> tuple[str, ...]:
+    return tuple(
+        text for row in demo.training_pairs(seed) for text in (row["query"], row["positive"], *row["negatives"])
+    )
 
 
 FINGERPRINT = """

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,13 @@ from poolwise.model.attention import influence
 from poolwise.model.checkpoint import export
 from poolwise.model.encoder import build
 from poolwise.model.hooks import reachable
+from poolwise.runs.train import train
 from poolwise.study.catalogue import POOLINGS as SPECS
 from poolwise.study.catalogue import PRESETS
 from poolwise.study.design import Design
 from poolwise.study.recipe import Lora
 from poolwise.verdicts.factors import control_pairs, pooling_level
-from test_laws import FRESH, TEXTS, recipe
+from test_laws import DESIGNS, TEXTS, pairs, recipe
 from tiny import tiny_folder
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma3")
@@ -153,12 +156,35 @@ def test_law_4_same_start_for_every_design(bases: dict[str, str]) -> None:
     assert {"1.head.latents", "1.head.query", "1.head.mix", "1.head.gain", "1.head.merge.weight"} <= heads
 
 
-def test_law_3_one_fresh_process_loads_every_folder(bases: dict[str, str], tmp_path: Path) -> None:
-    """build -> save -> load in another process, and merge -> export -> load there, every pooling and attention once."""
+@dataclass(frozen=True)
+class Saved:
+    """A run folder and its export, what their encoder gave before it was saved, and how near they have to come."""
+
+    case: Design
+    expected: np.ndarray
+    run: Path
+    export: Path
+    near: float
+
+
+def saved(encoder: Any, case: Design, folder: Path, near: float) -> Saved:
+    expected = encoder.encode(TEXTS)
+    run = checkpoint.save(encoder, folder / "run")
+    return Saved(case, expected, run, export(checkpoint.load(run), folder / "export"), near)
+
+
+def trained(bases: dict[str, str], folder: Path) -> Iterator[Saved]:
+    for case in DESIGNS:
+        encoder = build(recipe(bases["llama"]), case, 0)
+        train(encoder, recipe(bases["llama"]), pairs(8), folder / case.name / "training", seed=0)
+        yield saved(encoder, case, folder / case.name, 1e-5)
+
+
+def untrained(bases: dict[str, str], folder: Path) -> Iterator[Saved]:
+    """Every pooling and attention once."""
     cases = [design(pooling, ATTENTIONS[i % len(ATTENTIONS)]) for i, pooling in enumerate(POOLINGS)]
     cases += [Design.model_validate({"preset": name, "name": name}) for name in ("echo", "bellm", "nv-embed")]
     cases.append(design("last_token", special_tokens=False))
-    expected, folders, causal = {}, {}, {}
     for number, case in enumerate(cases):
         small = {**case.pooling_args, "latents": 4} if "latents" in case.spec.args else case.pooling_args
         case = Design.model_validate({**case.model_dump(exclude={"preset"}), "pooling_args": small})
@@ -168,22 +194,43 @@ def test_law_3_one_fresh_process_loads_every_folder(bases: dict[str, str], tmp_p
             for name, parameter in encoder[0].named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-        expected[str(number)] = encoder.encode(TEXTS)
-        run = checkpoint.save(encoder, tmp_path / f"{number}-run")
-        folders[f"{number} run"] = str(run)
-        folders[f"{number} export"] = str(export(checkpoint.load(run), tmp_path / f"{number}-export"))
-        causal[str(number)] = case.attention != "bidirectional"
+        yield saved(encoder, case, folder / str(number), 1e-4)  # a merge rounds each weight once
+
+
+FRESH = """
+import json, sys, numpy as np, poolwise
+out = {}
+for folder in json.loads(sys.argv[1]):
+    model = poolwise.load(folder)
+    out[folder] = [model.encode(json.loads(sys.argv[2])).tolist(), model[0].model.config.is_causal]
+print(json.dumps(out))
+"""
+Reloaded = tuple[dict[str, list[Saved]], dict[str, tuple[list[list[float]], bool]]]
+
+
+@pytest.fixture(scope="module")
+def reloaded(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
+    """What was saved, and embeddings and `is_causal` of each folder, loaded in another process: one for all."""
+    folder = tmp_path_factory.mktemp("saved")
+    made = {"trained": list(trained(bases, folder / "t")), "untrained": list(untrained(bases, folder / "u"))}
+    folders = [str(path) for each in made.values() for one in each for path in (one.run, one.export)]
     done = subprocess.run(
         [sys.executable, "-c", FRESH, json.dumps(folders), json.dumps(TEXTS)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 2 * len(cases)
-    for name, (vectors, is_causal) in found.items():
-        number = name.split()[0]
-        tolerance = 1e-5 if name.endswith("run") else 1e-4  # a merge rounds each weight once
-        assert np.abs(np.array(vectors) - expected[number]).max() < tolerance, (name, cases[int(number)].name)
-        assert is_causal == causal[number], name
+    return made, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("which", "count"), [("trained", len(DESIGNS)), ("untrained", len(POOLINGS) + 4)])
+def test_law_3_survives_a_fresh_process(which: str, count: int, reloaded: Reloaded) -> None:
+    """build -> (train ->) save -> load -> merge -> export -> reload: equal embeddings, attention and head kept."""
+    made, found = reloaded
+    assert len(made[which]) == count
+    for one in made[which]:
+        for folder, near in ((one.run, 1e-5), (one.export, one.near)):
+            vectors, is_causal = found[str(folder)]
+            assert np.abs(np.array(vectors) - one.expected).max() < near, (folder.name, one.case.name)
+            assert is_causal == (one.case.attention != "bidirectional"), (folder.name, one.case.name)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.endswith("-paper")])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import entr
 from scipy.stats import ttest_1samp
 from sklearn.metrics import v_measure_score
 from typer.testing import CliRunner
@@ -206,6 +207,21 @@ def test_one_seed_says_that_the_test_is_about_checkpoints(here: Path) -> None:
     assert "about these checkpoints, not the designs" in " ".join(checked(here, '"./data/faq"', "[0]")[1].split())
 
 
+def v_measure(labels: np.ndarray, found: np.ndarray) -> float:
+    """As scikit-learn's, for four labels, in a tiny part of its time: 2 I(labels, found) / (H(labels) + H(found))."""
+    joint = np.bincount(4 * labels + found, minlength=16) / len(labels)
+    whole, mine, theirs = (entr(p).sum() for p in (joint, joint.reshape(4, 4).sum(0), joint.reshape(4, 4).sum(1)))
+    return float(2 * (mine + theirs - whole) / (mine + theirs))
+
+
+def test_the_simulations_v_measure_is_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels, noise = rng.integers(0, 4, (2, 40))
+        found = np.where(rng.random(40) < 0.7, labels, noise)
+        assert v_measure(labels, found) == pytest.approx(v_measure_score(labels, found), abs=1e-12)
+
+
 def alarms(draw: Callable[[list[dict[str, str]]], list[list[int]]], studies: int = 400) -> float:
     """How often a t-test over clustering sets has p ≤ .05 for two models that are equally good: each errs on every
     text by itself, and finds the label of 70 %."""
@@ -215,8 +231,7 @@ def alarms(draw: Callable[[list[dict[str, str]]], list[list[int]]], studies: int
         rows = [{"text": str(i), "label": str(label)} for i, label in enumerate(labels)]
         guesses = [np.where(rng.random(400) < 0.7, labels, rng.integers(0, 4, 400)) for _ in range(2)]
         apart = [
-            v_measure_score(labels[part], guesses[1][part]) - v_measure_score(labels[part], guesses[0][part])
-            for part in draw(rows)
+            v_measure(labels[part], guesses[1][part]) - v_measure(labels[part], guesses[0][part]) for part in draw(rows)
         ]
         found += ttest_1samp(apart, 0).pvalue <= 0.05
     return found / studies

@@ -37,6 +37,7 @@ def gpu() -> Any:
         for name, value in {"WIDTH": 32, "LAYERS": 2, "LATENTS": 4, "HEADS": 2, "HEAD_DIM": 16}.items():
             patch.setattr(head, name, value)
         patch.setattr(queries, "QUERIES", 8)
+        patch.setattr(memory, "ROUNDS", 2)  # the fewest that have a range
         patch.setattr(gpu.FastEncoder, "compile", lambda self: setattr(self, "_is_compiled", True))
         yield gpu
 
@@ -55,6 +56,7 @@ def figures(gpu: Any, sizes: Any) -> dict[str, dict[str, Any]]:
     return {figure["name"]: figure for figure in gpu.run(sizes, "cpu", total=10_000)}
 
 
+@pytest.mark.slow
 def test_every_part_gives_its_figures(figures: dict[str, dict[str, Any]]) -> None:
     assert not [figure for figure in figures.values() if "failed" in figure]
     expected = {

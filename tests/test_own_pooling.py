@@ -283,18 +283,26 @@ def test_a_grid_takes_it(tmp_path, monkeypatch):
     assert len(study(tmp_path, head + grid).designs) == 3
 
 
-def test_the_page_about_it_is_true(tmp_path):
-    """Its class, its check, its study and its Python, in a process of their own."""
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What the Python of the page, then `poolwise check` and `poolwise run` of its study print, in one process."""
+    folder = tmp_path_factory.mktemp("page")
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    (tmp_path / "my_pooling.py").write_text(scripts[0])
-    (tmp_path / "study.toml").write_text(toml())
+    (folder / "my_pooling.py").write_text(scripts[0])
+    (folder / "study.toml").write_text(toml())
     program = "\n".join(scripts[1:]) + (
-        "\nimport json\nstudy = poolwise.Study.load('study.toml')\nfound = poolwise.check(study)\n"
-        "print(json.dumps([row['head_parameters'] for row in found['designs']]))"
+        "\nimport json, sys\nstudy = poolwise.Study.load('study.toml')\nfound = poolwise.check(study)\n"
+        "print(json.dumps([row['head_parameters'] for row in found['designs']]))\nprint('RUN', flush=True)\n"
+        "from poolwise.cli import main\nsys.argv = ['poolwise', 'run', 'study.toml']\nmain()"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    return done.stdout.split("RUN\n")
+
+
+def test_the_page_about_it_is_true(printed):
+    """Its class, its check, its study and its Python."""
+    lines = printed[0].splitlines()
     assert lines[: len(LAWS)] == list(LAWS)
     parameters = json.loads(lines[-1])
     assert parameters[0] == 0
@@ -302,11 +310,6 @@ def test_the_page_about_it_is_true(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_study_on_the_page_runs(tmp_path):
+def test_the_study_on_the_page_runs(printed):
     """Trained in the engine's own processes, which import the class themselves."""
-    (tmp_path / "my_pooling.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, re.S)[0])
-    (tmp_path / "study.toml").write_text(toml())
-    program = "from poolwise.cli import main; import sys; sys.argv = ['poolwise', 'run', 'study.toml']; main()"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "power" in done.stdout
+    assert "power" in printed[1]
