@@ -39,6 +39,7 @@ def _watched():
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_a_reader_reads_or_refuses(target: Target, tmp_path: Path) -> None:
+    attempt(target, tmp_path, input_of(target, 7, 0))  # the libraries that it loads are memory, too
     for number in range(INPUTS):
         outcome, why = attempt(target, tmp_path, input_of(target, 7, number))
         assert outcome != FOUND, f"input {number}: {why}"
