@@ -19,9 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/poolwise demo
 
-# Three files at a time, those with slow tests first (tests/conftest.py): one that begins last ends alone. Tests wait for
-# servers and child processes for a quarter of the time, so two cores have work for three.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# A file at a time on each of two cores, those with slow tests first (tests/conftest.py): one that begins last ends alone
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(PYTEST)
 

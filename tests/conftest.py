@@ -13,17 +13,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 pytest.register_assert_rewrite("cli_study")
 SHARED = Path(__file__).parents[2] / "shared"
+UNMEASURED = tuple(
+    f"test_{name}"
+    for name in (
+        "ab", "cli", "cuda_paths", "damage", "demo", "docs", "encode", "encoding", "evidence", "export", "files",
+        "first_minutes", "fuzz", "gpu_benchmark", "killed", "layout", "looks", "own_data_page", "processes", "published",
+        "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1", "step_benchmark",
+        "trust", "workers",
+    )
+)  # fmt: skip
+"""Files of tests of commands, runs, reports, encoding and serving, whose lines are not counted."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests go first: two workers take a file at a time, and one that begins last ends alone.
 
-    Where coverage is measured, slow tests run unmeasured: other tests reach the same lines, and the tracer, which also
-    follows torch's Python, makes long ones a fifth longer.
+    Where coverage is measured, slow tests and those of other packages run unmeasured: the rest reaches the same lines,
+    and the tracer, which also follows torch's Python, makes tests a fifth longer.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     if config.pluginmanager.hasplugin("_cov"):
-        for item in slow:
+        for item in [*slow, *(item for item in items if item.path.stem.startswith(UNMEASURED))]:
             item.add_marker("no_cover")
     first = {item.path for item in slow}
     items.sort(key=lambda item: item.path not in first)
