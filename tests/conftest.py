@@ -17,8 +17,8 @@ UNMEASURED = tuple(
     f"test_{name}"
     for name in (
         "ab", "cli", "cuda_paths", "damage", "demo", "docs", "encode", "encoding", "evidence", "export", "files",
-        "first_minutes", "fuzz", "gpu_benchmark", "killed", "layout", "looks", "own_data_page", "processes", "published",
-        "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1", "step_benchmark",
+        "first_minutes", "fuzz", "gpu_benchmark", "killed", "layout", "looks", "own_data_page", "processes",
+        "published", "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1", "step_benchmark",
         "trust", "workers",
     )
 )  # fmt: skip
