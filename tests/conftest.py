@@ -18,8 +18,8 @@ UNMEASURED = tuple(
     for name in (
         "ab", "cli", "cuda_paths", "damage", "demo", "docs", "encode", "encoding", "evidence", "export", "files",
         "first_minutes", "fuzz", "gpu_benchmark", "killed", "layout", "looks", "own_data_page", "processes",
-        "published", "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1", "step_benchmark",
-        "trust", "workers",
+        "published", "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1",
+        "step_benchmark", "trust", "workers",
     )
 )  # fmt: skip
 """Files of tests of commands, runs, reports, encoding and serving, whose lines are not counted."""
