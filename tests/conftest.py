@@ -16,13 +16,12 @@ SHARED = Path(__file__).parents[2] / "shared"
 UNMEASURED = tuple(
     f"test_{name}"
     for name in (
-        "ab", "cli", "cuda_paths", "damage", "demo", "docs", "encode", "encoding", "evidence", "export", "files",
-        "first_minutes", "fuzz", "gpu_benchmark", "killed", "layout", "looks", "own_data_page", "processes",
-        "published", "report", "results", "runner", "schedule", "secrets", "serving", "shortcuts", "stats_type1",
-        "step_benchmark", "trust", "workers",
+        "cuda_paths", "demo", "docs", "encode", "encoding", "evidence", "export", "files", "gpu_benchmark", "killed",
+        "layout", "processes", "published", "report", "results", "runner", "schedule", "secrets", "serving",
+        "shortcuts", "stats_type1", "step_benchmark", "workers",
     )
 )  # fmt: skip
-"""Files of tests of commands, runs, reports, encoding and serving, whose lines are not counted."""
+"""Files of tests of runs, reports, encoding and serving, whose lines are not counted."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -24,13 +24,14 @@ import pictures  # noqa: E402
 
 STUDIES = sorted(ROOT.glob("results/*/study.toml"))
 NAMES = [path.parent.name for path in STUDIES]
+LARGE = ("smollm2-ten", "smollm2-five")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "study_file",
-    # its 288 contrasts take 40 seconds: `pytest -m wide`; smollm2-five has a report of the same kind
-    [pytest.param(path, marks=[pytest.mark.wide] if path.parent.name == "smollm2-ten" else []) for path in STUDIES],
+    # the 416 contrasts of these two take a minute (`pytest -m wide`)
+    [pytest.param(path, marks=[pytest.mark.wide] * (path.parent.name in LARGE)) for path in STUDIES],
     ids=NAMES,
 )
 def test_a_published_report_is_made_from_the_published_scores_byte_for_byte(study_file, tmp_path):

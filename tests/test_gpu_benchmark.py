@@ -56,7 +56,7 @@ def figures(gpu: Any, sizes: Any) -> dict[str, dict[str, Any]]:
     return {figure["name"]: figure for figure in gpu.run(sizes, "cpu", total=10_000)}
 
 
-@pytest.mark.slow
+@pytest.mark.wide  # half a minute for a benchmark that users do not run
 def test_every_part_gives_its_figures(figures: dict[str, dict[str, Any]]) -> None:
     assert not [figure for figure in figures.values() if "failed" in figure]
     expected = {
@@ -77,6 +77,7 @@ def test_every_part_gives_its_figures(figures: dict[str, dict[str, Any]]) -> Non
     assert "plain loss" in figures["gpu_step_st"]["baseline"]
 
 
+@pytest.mark.wide
 def test_a_trace_says_where_the_time_goes(figures: dict[str, dict[str, Any]], gpu: Any) -> None:
     from benchmarks.roofline import summary
 
@@ -93,6 +94,7 @@ def test_a_trace_says_where_the_time_goes(figures: dict[str, dict[str, Any]], gp
     assert summary([])["busy"] == 0
 
 
+@pytest.mark.wide
 def test_ours_and_the_baselines_encode_the_same_texts_to_the_same_vectors(figures: dict[str, dict[str, Any]]) -> None:
     """The unpadded baseline too: it would be fast and worthless if its texts saw each other."""
     for peer in PEERS:
