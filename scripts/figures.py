@@ -10,7 +10,6 @@ their pseudo-values of Spearman's correlation (`poolwise.verdicts.arms`), whose 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,20 @@ from typing import Any
 import figures_ten
 import numpy as np
 import polars as pl
-from scores import DESIGNS, PAPER, REFERENCES, ROOT, STS, main_scores, run_means, scores, table
+from scores import (
+    DESIGNS,
+    PAPER,
+    REFERENCES,
+    ROOT,
+    STS,
+    data_table,
+    main_scores,
+    run_means,
+    scores,
+    seconds_table,
+    table,
+    trainings,
+)  # fmt: skip
 
 from poolwise import stats
 from poolwise.reports.words import count, interval, mean_and_sd, number, points, probability
@@ -124,12 +136,6 @@ def detectable(kind: str, design: str) -> float:
     return stats.minimum_detectable_effect(replace(result, level=level, critical=result.null.critical(level)))
 
 
-def trials() -> list[dict[str, Any]]:
-    """`train.json` of each of the 15 trainings, with its `design`."""
-    paths = sorted(H200.glob("trials/*/train.json"))
-    return [{**json.loads(path.read_text()), "design": path.parent.name.partition("-")[0]} for path in paths]
-
-
 def h200_means() -> str:
     columns = {"STS (6)": STS, **{task: (task,) for task in TASKS}}
     rows = []
@@ -173,26 +179,6 @@ def h200_paper() -> str:
         rows.append([direction, number(gain, 2, True), words, sample, probability(found.p_holm), reading(gain, found)])
     head = ["The paper", "its figure", "here, points (95 % interval)", "sample", "p Holm", "reading"]
     return table(head, rows, 1)
-
-
-def h200_data() -> str:
-    main = main_scores(H200.name).filter(pl.col("design") == "m1", pl.col("seed") == 0)
-    rows = [
-        [row["task"], f"{items(row['task'], 'm1').shape[1]:,}", row["source"], f"`{row['metric']}`",
-         f"`{row['task_identity'][7:]}`"]
-        for row in sorted(main.iter_rows(named=True), key=lambda row: TASKS.index(row["task"]))
-    ]  # fmt: skip
-    return table(["Task", "Items", "Source", "Metric", "Hash of its content"], rows)
-
-
-def h200_seconds() -> str:
-    found = trials()
-    rows = []
-    for design in DESIGNS:
-        mine = [trial for trial in found if trial["design"] == design]
-        ends = [fmean(list(trial["losses"].values())[-20:]) for trial in mine]
-        rows.append([f"`{design}`", " ".join(f"{t['seconds']:.0f}" for t in mine), " ".join(number(x) for x in ends)])
-    return table(["Design", "seconds of each run", "loss, mean of the last 20 steps"], rows)
 
 
 def shared_real() -> str:
@@ -308,8 +294,8 @@ BLOCKS = {
     "h200-means": h200_means,
     "h200-differences": h200_differences,
     "h200-paper": h200_paper,
-    "h200-data": h200_data,
-    "h200-seconds": h200_seconds,
+    "h200-data": lambda: data_table(H200.name, {task: items(task, "m1").shape[1] for task in TASKS}),
+    "h200-seconds": lambda: seconds_table(dict.fromkeys(DESIGNS, H200.name)),
     "shared-real": shared_real,
     "stsb-nano": stsb_nano,
     "demo": demo,
@@ -340,7 +326,7 @@ def shown() -> list[Difference]:
 
 def claims() -> dict[str, list[str]]:
     """Page -> the phrases with figures that its prose must hold, from the scores."""
-    seconds = [trial["seconds"] for trial in trials()]
+    seconds = [training["seconds"] for _, training in trainings(H200.name)]
     best = max(fmean(run_means(H200.name, design, STS)) for design in DESIGNS)
     above = best - run_means(H200.name, "tfidf_chars", STS)[0]
     bm25 = {task: run_means(H200.name, "bm25", [task])[0] for task in RETRIEVAL}

@@ -7,16 +7,26 @@ statements about designs on these sets, not about the type. Items are those that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cache
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scores import DESIGNS, PAPER, REFERENCES, ROOT, STS, main_scores, run_means, scores, table
+from scores import (
+    DESIGNS,
+    PAPER,
+    REFERENCES,
+    ROOT,
+    STS,
+    data_table,
+    main_scores,
+    run_means,
+    scores,
+    seconds_table,
+    table,
+)  # fmt: skip
 
 from poolwise import stats
 from poolwise.reports.words import interval, mean_and_sd, number, points, probability
@@ -167,30 +177,7 @@ def runs_needed() -> str:
 
 
 def data() -> str:
-    main = main_scores(TEN).filter(pl.col("design") == "m1", pl.col("seed") == 3)
-    order = [task for kind in KINDS for task in sets()[kind]]
-    rows = [
-        [row["task"], f"{len(of_task(TEN)[row['task']]['m1'].tasks):,}", row["source"], f"`{row['metric']}`",
-         f"`{row['task_identity'][7:]}`"]
-        for row in sorted(main.iter_rows(named=True), key=lambda row: order.index(row["task"]))
-    ]  # fmt: skip
-    return table(["Task", "Items", "Source", "Metric", "Hash of its content"], rows)
-
-
-@cache
-def trials(name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(design, `train.json`) of each training."""
-    paths = sorted((ROOT / "results" / name).glob("trials/*/train.json"))
-    return [(path.parent.name.rpartition("-s")[0], json.loads(path.read_text())) for path in paths]
-
-
-def seconds() -> str:
-    rows = []
-    for design in OF[TEN]:
-        mine = [trial for of, trial in trials(FIVE if design in OF[FIVE] else TEN) if of == design]
-        ends = [fmean(list(trial["losses"].values())[-20:]) for trial in mine]
-        rows.append([f"`{design}`", " ".join(f"{t['seconds']:.0f}" for t in mine), " ".join(number(x) for x in ends)])
-    return table(["Design", "seconds of each run", "loss, mean of the last 20 steps"], rows)
+    return data_table(TEN, {task: len(of_task(TEN)[task]["m1"].tasks) for kind in KINDS for task in sets()[kind]})
 
 
 BLOCKS = {
@@ -199,7 +186,7 @@ BLOCKS = {
     "ten-attention": lambda: pairs(TEN, (*ATTENTION, *POOLING)),
     "ten-controls": lambda: pairs(TEN, CONTROLS),
     "ten-data": data,
-    "ten-seconds": seconds,
+    "ten-seconds": lambda: seconds_table({design: FIVE if design in OF[FIVE] else TEN for design in OF[TEN]}),
     "five-means": lambda: means(FIVE),
     "five-paper": lambda: paper(FIVE),
     "five-third-run": third_run,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import polars as pl
+
+from poolwise.reports.words import number
 
 ROOT = Path(__file__).resolve().parents[1]
 DESIGNS = ("m1", "m2", "m3", "m4", "m5")
@@ -45,3 +50,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) ->
     """A Markdown table whose first columns hold words, the others numbers."""
     rule = [":--" if place < words else "--:" for place in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+@cache
+def trainings(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """(design, `train.json`) of each training of a published study."""
+    paths = sorted((ROOT / "results" / name).glob("trials/*/train.json"))
+    return [(path.parent.name.rpartition("-s")[0], json.loads(path.read_text())) for path in paths]
+
+
+def seconds_table(studies: Mapping[str, str]) -> str:
+    """Time and last losses of each training. studies: design -> the published study whose runs are shown."""
+    rows = []
+    for design, name in studies.items():
+        mine = [training for of, training in trainings(name) if of == design]
+        ends = [fmean(list(training["losses"].values())[-20:]) for training in mine]
+        seconds = " ".join(f"{training['seconds']:.0f}" for training in mine)
+        rows.append([f"`{design}`", seconds, " ".join(number(end) for end in ends)])
+    return table(["Design", "seconds of each run", "loss, mean of the last 20 steps"], rows)
+
+
+def data_table(name: str, sizes: Mapping[str, int]) -> str:
+    """Source, metric and content of the tasks of a published study. sizes: task -> its items, in the order shown."""
+    facts = {row["task"]: row for row in main_scores(name).filter(pl.col("design") == "m1").iter_rows(named=True)}
+    rows = [
+        [task, f"{size:,}", facts[task]["source"], f"`{facts[task]['metric']}`",
+         f"`{facts[task]['task_identity'].partition(':')[2]}`"]
+        for task, size in sizes.items()
+    ]  # fmt: skip
+    return table(["Task", "Items", "Source", "Metric", "Hash of its content"], rows)

@@ -50,7 +50,7 @@ def _enter(setting: Setting, **variables: str) -> None:
     # weights are loaded, may find none ("Invalid thread pool!"). So ask before there is a second thread.
     torch.set_num_threads(1)
     # Trials run side by side. numpy and scikit-learn would each start a thread for every core, which wait for each
-    # other by spinning: scoring 30 tasks took 102 CPU-s instead of 16 on two cores.
+    # other by spinning: scoring 30 tasks took 102 CPU-s beside encoding instead of 14 on two cores.
     threadpoolctl.threadpool_limits(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     transformers.utils.logging.disable_progress_bar()  # it would be drawn over the grid of trials

@@ -172,8 +172,8 @@ class Null:
     (estimated / true) standard error. With a `guard`, p value and critical value are the larger of both tests.
 
     p is never below that of the t test on the means of the runs, with `run_df` degrees of freedom; its standard error
-    is the estimated one / `run_scale`. Without it p far below .01 would occur ten times too often with two or three
-    runs, whose variance is easily estimated far too small (results/type1.md).
+    is the estimated one / `run_scale`. Without it p below .0002 would occur thirty times too often with two runs and
+    six times with three, whose variance is easily estimated far too small (results/type1.md).
     """
 
     se: float
