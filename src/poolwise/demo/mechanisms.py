@@ -206,21 +206,21 @@ SEED = 2025  # of every evaluation task: the tasks are fixed, only training vari
 # Sizes of each form. `sts`: pairs. `retrieval`: groups in the corpus, meanings of each that are searched for, in two
 # wordings. `classification`: training and test texts.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "overlap": {"sts": (100,), "retrieval": (12, 3), "classification": (32, 40)},
-    "roles": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
-    "negation": {"sts": (100,), "retrieval": (8, 5), "classification": (32, 40)},
-    "number": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
-    "swap": {"sts": (100,), "retrieval": (3, 10), "classification": (32, 40)},
-    "early": {"sts": (100,), "retrieval": (10, 3), "classification": (32, 40)},
-    "late": {"sts": (100,), "retrieval": (10, 3), "classification": (32, 40)},
-    "context": {"sts": (100,), "retrieval": (8, 5), "classification": (32, 40)},
-    "tail": {"sts": (100,), "retrieval": (10, 3), "classification": (30, 60)},
-    "topic": {"sts": (100,), "retrieval": (3, 8), "classification": (64, 64)},
+    "overlap": {"sts": (200,), "retrieval": (12, 3), "classification": (32, 80)},
+    "roles": {"sts": (200,), "retrieval": (3, 10), "classification": (32, 80)},
+    "negation": {"sts": (200,), "retrieval": (8, 5), "classification": (32, 80)},
+    "number": {"sts": (200,), "retrieval": (3, 10), "classification": (32, 80)},
+    "swap": {"sts": (200,), "retrieval": (3, 10), "classification": (32, 80)},
+    "early": {"sts": (200,), "retrieval": (10, 3), "classification": (32, 80)},
+    "late": {"sts": (200,), "retrieval": (10, 3), "classification": (32, 80)},
+    "context": {"sts": (200,), "retrieval": (8, 5), "classification": (32, 80)},
+    "tail": {"sts": (200,), "retrieval": (10, 3), "classification": (30, 90)},
+    "topic": {"sts": (200,), "retrieval": (3, 8), "classification": (64, 96)},
 }
 
 
 def item_count(name: str, kind: str) -> int:
-    """Items of one task: pairs, meanings searched for, test examples or sets (see `poolwise.verdicts.mechanisms`)."""
+    """Items of one task: pairs, meanings searched for, or test examples (see `poolwise.verdicts.arms`)."""
     sizes = SIZES[name][kind]
     return sizes[0] * sizes[1] if kind == "retrieval" else sizes[-1]
 

@@ -157,20 +157,25 @@ def crossed_overall(
     return _contrast(arms, (-1.0, 1.0), others, _weighted_types(types, weights), level, elsewhere)
 
 
-def contrast(study: ArrayLike, coefficients: ArrayLike) -> Crossed:
+def contrast(study: Sequence[ArrayLike], coefficients: ArrayLike) -> Crossed:
     """Weighted sum of the designs of one study, tested as by `crossed` with every design in the pool.
 
     Args:
-        study: (designs, seeds, tasks).
+        study: (seeds, tasks) of each design, the same tasks; if the numbers of seeds differ, only the runs of the
+            compared designs count.
         coefficients: (designs,) summing to 0; a design with coefficient 0 only lends its run variance.
+
+    Raises:
+        StatisticsError: one seed, one task, different tasks, missing scores, coefficients that are no contrast.
     """
-    y = finite_array(study, "contrast", "design", "seed", "task", least=2)
+    y = [finite_array(scores, f"contrast: design {i}", "seed", "task", least=2) for i, scores in enumerate(study)]
     c = np.asarray(coefficients, dtype=float)
-    if c.shape != y.shape[:1]:
+    if c.shape != (len(y),):
         raise StatisticsError(f"contrast: {c.shape} coefficients for {len(y)} designs; give one for each design")
     if not c.any() or abs(c.sum()) > 1e-9 * np.abs(c).sum():
         raise StatisticsError(f"contrast: coefficients {c.tolist()} must sum to 0 and not all be 0")
-    return _contrast(list(y[c != 0]), tuple(c[c != 0].tolist()), list(y[c == 0]), TaskTypes.one(y.shape[2]), 0.95)
+    arms, others = ([scores for scores, k in zip(y, c, strict=True) if bool(k) is asked] for asked in (True, False))
+    return _contrast(arms, tuple(c[c != 0].tolist()), others, TaskTypes.one(arms[0].shape[1]), 0.95)
 
 
 def minimum_detectable_effect(result: Crossed) -> float:
