@@ -161,7 +161,7 @@ def recipe() -> str:
 
 @cache
 def changed(task: str, design: str | None) -> Crossed:
-    """What batches of one source change against mixed ones on a set: in `design` - m1, or (None) on average of m1 to m4."""
+    """What batches of one source change on a set against mixed ones: in `design` - m1, or (None) in the mean of m1 to m4."""
     of = DESIGNS[:4] if design is None else ("m1", design)
     first, second = (of_task(name)[task] for name in (FIRST, TEN if design == "m5" else FIVE))
     assert first["m1"].tasks == second["m1"].tasks
@@ -249,7 +249,7 @@ def claims() -> dict[str, list[str]]:
     assert kept == {("Classification", "m1", "m2"), ("Clustering", "m1", "m2")}
     moved = corrected_changes([None])
     above = [task for task in STS if changed(task, None).ci_low > 0]
-    assert len(above) == 5 and sum(p <= 0.05 for p in moved.values()) == 4
+    assert (len(above), sum(p <= 0.05 for p in moved.values())) == (5, 4)
     assert all(moved[task, None] <= 0.05 for task in ("STS12", "STS13", "STS14", "STS15"))
     assert min(corrected_changes(DESIGNS[1:]).values()) > 0.05
     assert all((changed("SciFact", design).difference < 0) is (design == "m3") for design in DESIGNS[1:])

@@ -371,7 +371,12 @@ def test_layers_that_do_not_attend_to_all_tokens_are_named():
     )
     chunked = tiny_model("gemma3")
     chunked.config.layer_types = ["chunked_attention", "full_attention"]
-    assert str(partial_layers(chunked)).startswith("Of 2 layers 1 attend to all tokens; 1 to ")
+    assert "1 to some tokens at most" in str(partial_layers(chunked))
+    chunked.config.attention_chunk_size = 8
+    assert "1 attend to all tokens; 1 to 8 tokens at most (bidirectional: within their chunk)" in str(
+        partial_layers(chunked)
+    )
+    assert partial_layers(chunked, 8) is None
     assert "2 to 4 tokens at most" in str(partial_layers(tiny_model("mistral_window")))
     assert partial_layers(tiny_model("lfm2", **CONVOLUTION)) == (
         "Of 2 layers 1 attend to all tokens; 1 (conv) read earlier tokens only, whatever the mode."

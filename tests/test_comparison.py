@@ -281,7 +281,8 @@ GRAMMAR = {
     r"differences from \S+ to \S+ points are compatible "
     r"\(.*\)\."
     r"( The interval excludes 0, but not after Holm over \d+ contrasts \(p \.\d+\)\.)?"
-    r" A true difference of \d*\.\d+ points would be detected with 80 % power; one of \.5 points would need "
+    r" A true difference of \d*\.\d+ points would be detected with 80 % power; one of "
+    r"(\.5 points|\d*\.\d+ points, as large as the one found,) would need "
     r"(\d+( to \d+)? seeds( or more)?|more tasks, as no number of seeds up to 50 would be enough)\.",
 }
 

@@ -23,7 +23,7 @@ from test_comparison import found, rows, study
 def test_power_and_seeds_are_those_of_the_strictest_step_of_holm():
     """Two contrasts: a p between .025 and .05 is not settled, though the plain test is significant."""
     for gain in np.arange(0.0035, 0.01, 0.0002):
-        c = compare(study({"a": 0, "b": gain, "c": 0.0}, types={"R": 8}, run_sd=0.002), "a")
+        c = compare(study({"a": 0, "b": gain, "c": 0.0}, types={"R": 8}, run_sd=0.002), "a", margin=0.003)
         v = c.row("R", "b").verdict
         if v.p_value < 0.045:
             break
@@ -33,11 +33,14 @@ def test_power_and_seeds_are_those_of_the_strictest_step_of_holm():
     assert result.p_value == v.p_value
     strict = replace(result, level=0.975, critical=result.null.critical(0.975))
     assert v.detectable == stats.minimum_detectable_effect(strict) > stats.minimum_detectable_effect(result)
-    assert (v.settle_low, v.settle_high) == seeds_to_settle(strict, 0.005) != (None, None)
+    assert v.settle_for == v.difference > 0.003  # only the correction stands between it and a verdict
+    assert (v.settle_low, v.settle_high) == seeds_to_settle(strict, v.difference) != (None, None)
     alone = compare(study({"a": 0, "b": gain}, types={"R": 8}, run_sd=0.002), "a").rows[0].verdict
     assert (alone.p_value < 0.05, alone.settle_low, alone.settle_high) == (True, None, None)
     equal = compare(study({"a": 0, "b": 0.0}, types={"R": 8}, run_sd=0.0002), "a").rows[0].verdict
     assert (equal.p_equivalence < 0.05 < equal.p_value, equal.settle_low, equal.settle_high) == (True, None, None)
+    open_ = compare(study({"a": 0, "b": 0.001}, types={"R": 8}, run_sd=0.004), "a", margin=0.003).rows[0].verdict
+    assert (open_.ci_low < 0 < open_.ci_high, open_.settle_for) == (True, 0.003)
 
 
 def test_overall_contrasts_count_in_the_family():

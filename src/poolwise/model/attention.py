@@ -135,17 +135,22 @@ def partial_layers(model: nn.Module, longest: int | None = None) -> str | None:
     kinds, window = Counter(getattr(config, "layer_types", None) or ()), sliding_window(model)
     if not kinds and window is not None:
         kinds = Counter({"sliding_attention": config.num_hidden_layers})
-    local = kinds.pop("sliding_attention", 0) + kinds.pop("chunked_attention", 0)
+    chunk = getattr(config, "attention_chunk_size", None)
+    limits = {"sliding_attention": (window, "to either side"), "chunked_attention": (chunk, "within their chunk")}
+    local = {kind: kinds.pop(kind) for kind in limits if kind in kinds}
     whole = kinds.pop("full_attention", 0)
-    if longest and window and longest <= window:
-        whole, local = whole + local, 0
+    for kind in tuple(local):
+        tokens, _ = limits[kind]
+        if longest and tokens and longest <= tokens:
+            whole += local.pop(kind)
     if not local and not kinds:
         return None
     parts = [f"{whole} attend to all tokens"]
-    if local:
-        parts.append(f"{local} to {window} tokens at most (bidirectional: to either side)")
+    for kind, n in local.items():
+        tokens, where = limits[kind]
+        parts.append(f"{n} to {tokens or 'some'} tokens at most (bidirectional: {where})")
     parts += [f"{n} ({kind}) read earlier tokens only, whatever the mode" for kind, n in sorted(kinds.items())]
-    return f"Of {whole + local + kinds.total()} layers {'; '.join(parts)}."
+    return f"Of {whole + sum(local.values()) + kinds.total()} layers {'; '.join(parts)}."
 
 
 def influence(model: nn.Module, padding: str = "none", length: int = SHOWN_LENGTH) -> Tensor:

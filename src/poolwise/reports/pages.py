@@ -99,10 +99,10 @@ def at_a_glance(findings: Findings) -> tables.Table:
         f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: what the contrast lacks for a "
         "verdict."
     )
-    if any("seeds" in row[-1] for row in rows):
+    if any(row[-1][0].isdigit() for row in rows):
         note += (
-            f" With so many seeds of each design a true difference of {points(findings.margin, 1)} points would be "
-            "found with 80 % power."
+            " With so many seeds of each design a true difference as large as the gap would be found with 80 % power, "
+            f"or one of {points(findings.margin, 1)} points where the interval includes 0."
         )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."

@@ -258,7 +258,9 @@ def _power(comparison: Comparison, row: Row) -> str:
     power = f"A true difference of {points(verdict.detectable, 1)} points would be detected with 80 % power"
     power = "No true difference would be detected with 80 % power" if verdict.detectable >= 1 else power
     power = f"{_not_after_holm(verdict, comparison.family)} {power}"
-    return f"{power}; one of {points(comparison.margin, 1)} points would need {needed}."
+    aim = verdict.settle_for if verdict.settle_for is not None else comparison.margin
+    as_found = ", as large as the one found," if aim > comparison.margin else ""
+    return f"{power}; one of {points(aim, 1)} points{as_found} would need {needed}."
 
 
 def _not_after_holm(result: Row | Verdict, family: int) -> str:

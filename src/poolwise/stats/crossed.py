@@ -157,7 +157,7 @@ def crossed_overall(
     return _contrast(arms, (-1.0, 1.0), others, _weighted_types(types, weights), level, elsewhere)
 
 
-def contrast(study: Sequence[ArrayLike], coefficients: ArrayLike) -> Crossed:
+def contrast(study: Sequence[ArrayLike] | Array, coefficients: ArrayLike) -> Crossed:
     """Weighted sum of the designs of one study, tested as by `crossed` with every design in the pool.
 
     Args:

@@ -58,8 +58,9 @@ class Verdict:
     show that the designs are equivalent.
     `run_sd` is the sd of the effect of one run on the mean over tasks, with its own interval. `detectable` is the true
     difference that these runs and tasks detect with 80 % power after correction for the family (its first step).
-    `settle_low` to `settle_high` seeds per design would detect a difference of the margin, if that is open: a range,
-    as the run effect is uncertain; None: no number up to 50 would, it takes more tasks.
+    `settle_low` to `settle_high` seeds per design would detect a true difference of `settle_for`, if the contrast is
+    open: a range, as the run effect is uncertain; None: no number up to 50 would, it takes more tasks. `settle_for` is
+    the margin, or the difference found where only the correction stands between it and a verdict.
     `new_task_low/high` is the interval for the difference on one further task like these, `better_on_new` the chance
     that it exceeds the margin; None for a mechanism, whose columns are items.
     `verdict`: better, worse (p_holm at most alpha), equivalent, inconclusive; withheld if it would be one of the first
@@ -85,6 +86,7 @@ class Verdict:
     p_equivalence: float
     settle_low: int | None = None
     settle_high: int | None = None
+    settle_for: float | None = None
     new_task_low: float | None = None
     new_task_high: float | None = None
     better_on_new: float | None = None
@@ -241,7 +243,9 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
         strictest = replace(result, level=level, critical=result.null.critical(level))
     same = stats.equivalence(result, rules.margin, alpha=rules.alpha)
     settled = result.p_value <= rules.strictest or same.equivalent
-    fewest, most = (None, None) if settled else stats.seeds_to_settle(strictest, rules.margin)
+    found = abs(result.difference) if not result.ci_low <= 0 <= result.ci_high else 0.0
+    aim = max(found, rules.margin)
+    fewest, most = (None, None) if settled else stats.seeds_to_settle(strictest, aim)
     new = None if arm.unit != "task" else stats.one_new_task(result, rules.margin)
     return Verdict(
         seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
@@ -250,7 +254,7 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
         scope=result.scope, note=result.note,
         detectable=stats.minimum_detectable_effect(strictest),
         equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,
-        settle_low=fewest, settle_high=most,
+        settle_low=fewest, settle_high=most, settle_for=None if settled else aim,
         new_task_low=new.low if new else None, new_task_high=new.high if new else None,
         better_on_new=new.chance if new else None,
     )  # fmt: skip
