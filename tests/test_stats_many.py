@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 
 from poolwise.errors import StatisticsError
 from poolwise.stats import crossed
-from poolwise.stats.crossed import contrast
+from poolwise.stats.crossed import contrast, crossed_overall
 from poolwise.stats.many import bh, factor_effects, holm
 
 p_values = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.01, 0.5, 1.0])), min_size=1, max_size=20)
@@ -142,6 +142,26 @@ def test_a_noisier_design_makes_each_use_its_own_runs():
 def test_a_contrast_of_two_designs_is_crossed():
     y = np.random.default_rng(5).normal(size=(4, 3, 7))
     assert contrast(y, [0, -1, 0, 1]).p_value == pytest.approx(crossed(y[1], y[3], [y[0], y[2]]).p_value, abs=1e-14)
+
+
+def test_a_contrast_of_fixed_types_is_crossed_overall():
+    y = np.random.default_rng(7).normal(size=(4, 3, 6))
+    types, weights = ["STS"] * 4 + ["Retrieval"] * 2, {"STS": 1.0, "Retrieval": 3.0}
+    found = contrast(y, [-1, 0, 1, 0], types, weights)
+    expected = crossed_overall(y[0], y[2], types, weights, [y[1], y[3]])
+    assert found.difference == pytest.approx(0.25 * (y[2] - y[0])[:, :4].mean() + 0.75 * (y[2] - y[0])[:, 4:].mean())
+    assert (found.p_value, found.se) == pytest.approx((expected.p_value, expected.se), abs=1e-14)
+
+
+def test_an_interaction_of_cells_with_other_numbers_of_runs_rests_on_their_own_runs():
+    """Without noise or items that differ, the standard error is that of four means of runs."""
+    rng = np.random.default_rng(8)
+    cells = [np.repeat(rng.normal(size=(runs, 1)), 5, axis=1) for runs in (3, 3, 4, 2)]
+    found = contrast(cells, [1, -1, -1, 1])
+    means = [cell.mean() for cell in cells]
+    assert found.difference == pytest.approx(means[0] - means[1] - means[2] + means[3])
+    assert found.se == pytest.approx(np.sqrt(sum(cell[:, 0].var(ddof=1) / len(cell) for cell in cells)))
+    assert found.note == "the designs of the study have different numbers of seeds"
 
 
 def test_wrong_factor_tables_teach():

@@ -21,7 +21,7 @@ from poolwise.verdicts.controls import scored
 from poolwise.verdicts.costs import encode_flops
 from poolwise.verdicts.findings import BELOW, Findings
 
-KNOWN_RUN_EFFECTS = ".1 to 2 points (1.4 on STS for SmolLM2-135M)"
+KNOWN_RUN_EFFECTS = ".1 to 4 points (1.4 on STS for SmolLM2-135M)"
 """What one run's effect on a mean over tasks has been measured to be, as its standard deviation."""
 FEW_DESIGNS = 8
 """Up to this many designs are named; of more, the summary gives only how many of them differ on each group."""

@@ -157,13 +157,19 @@ def crossed_overall(
     return _contrast(arms, (-1.0, 1.0), others, _weighted_types(types, weights), level, elsewhere)
 
 
-def contrast(study: Sequence[ArrayLike] | Array, coefficients: ArrayLike) -> Crossed:
+def contrast(
+    study: Sequence[ArrayLike] | Array,
+    coefficients: ArrayLike,
+    types: Sequence[str] = (),
+    weights: Mapping[str, float] | None = None,
+) -> Crossed:
     """Weighted sum of the designs of one study, tested as by `crossed` with every design in the pool.
 
     Args:
         study: (seeds, tasks) of each design, the same tasks; if the numbers of seeds differ, only the runs of the
             compared designs count.
         coefficients: (designs,) summing to 0; a design with coefficient 0 only lends its run variance.
+        types, weights: as in `crossed_overall`, for the weighted mean over task types; without them tasks are of one.
 
     Raises:
         StatisticsError: one seed, one task, different tasks, missing scores, coefficients that are no contrast.
@@ -175,7 +181,8 @@ def contrast(study: Sequence[ArrayLike] | Array, coefficients: ArrayLike) -> Cro
     if not c.any() or abs(c.sum()) > 1e-9 * np.abs(c).sum():
         raise StatisticsError(f"contrast: coefficients {c.tolist()} must sum to 0 and not all be 0")
     arms, others = ([scores for scores, k in zip(y, c, strict=True) if bool(k) is asked] for asked in (True, False))
-    return _contrast(arms, tuple(c[c != 0].tolist()), others, TaskTypes.one(arms[0].shape[1]), 0.95)
+    fixed = _weighted_types(types, weights or {}) if types else TaskTypes.one(arms[0].shape[1])
+    return _contrast(arms, tuple(c[c != 0].tolist()), others, fixed, 0.95)
 
 
 def minimum_detectable_effect(result: Crossed) -> float:
