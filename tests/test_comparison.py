@@ -195,7 +195,7 @@ def test_one_run_has_no_verdict_but_a_banner_and_a_tipping_point():
     text = sentences(c)[0]
     assert (
         f"It would hold up to a run effect of {points(row.tipping_run_sd)} points; runs of one design are known to "
-        "vary by .1 to 2 points (1.4 on STS for SmolLM2-135M)."
+        "vary by .1 to 4 points (1.4 on STS for SmolLM2-135M)."
     ) in text
     assert "checkpoints, not designs" in text
     assert summary(c) == "Checkpoints only: Above a: b on R."

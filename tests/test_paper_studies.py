@@ -103,7 +103,7 @@ def test_the_file_says_what_the_paper_did(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.wide] if "llama" in name else []) for name in FILES]
+    "name", [pytest.param(name, marks=[] if "mistral" in name else [pytest.mark.wide]) for name in FILES]
 )
 def test_every_design_trains_on_the_same_architecture(name: str, tmp_path: Path) -> None:
     """As the file has it but for sizes: bf16 base, gradient checkpointing, LoRA on seven modules, accumulated parts."""

@@ -19,7 +19,7 @@ from poolwise.verdicts.findings import Findings
 from poolwise.verdicts.table import table
 from test_comparison import found, study
 
-KNOWN = "runs of one design are known to vary by .1 to 2 points (1.4 on STS for SmolLM2-135M)."
+KNOWN = "runs of one design are known to vary by .1 to 4 points (1.4 on STS for SmolLM2-135M)."
 
 
 def one_run(gains: dict[str, float], kind: str = "STS", **sources: str) -> pl.DataFrame:

@@ -9,13 +9,13 @@ from scipy.stats import t as student
 from poolwise.errors import StatisticsError
 from poolwise.stats import crossed
 from poolwise.stats.crossed import (
-    average_sources,
     equivalence,
     minimum_detectable_effect,
     one_seed,
     planned_detectable_effect,
     seeds_to_settle,
 )
+from poolwise.stats.exact import average_sources
 
 
 def scores(rng, designs=5, seeds=3, tasks=10, run_sd=0.004, het=0.0, noise=0.004):

@@ -7,7 +7,6 @@
 """
 
 from poolwise.stats.crossed import (
-    average_sources,
     contrast,
     crossed,
     crossed_overall,
@@ -17,7 +16,15 @@ from poolwise.stats.crossed import (
     one_seed,
     seeds_to_settle,
 )
-from poolwise.stats.exact import hodges_lehmann, mcnemar, min_reachable_p, rank_biserial, signed_rank, wins_ties_losses
+from poolwise.stats.exact import (
+    average_sources,
+    hodges_lehmann,
+    mcnemar,
+    min_reachable_p,
+    rank_biserial,
+    signed_rank,
+    wins_ties_losses,
+)
 from poolwise.stats.many import bh, factor_effects, holm
 from poolwise.stats.resample import ap_bootstrap, paired_bootstrap, paired_permutation, spearman_bootstrap, zou_interval
 

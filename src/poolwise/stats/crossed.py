@@ -274,26 +274,6 @@ def one_seed(differences: ArrayLike, run_sd: float, df_run: float = np.inf, leve
     return OneSeed(mean, p_value(run_sd), mean - half, mean + half, tipping, len(d))
 
 
-def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
-    """Mean over the tasks of each source: tasks made from one source are not independent (STS12 to STS16).
-
-    Args:
-        scores: (..., tasks).
-        sources: (tasks,) the source of each task.
-
-    Returns:
-        (..., sources) and the names of the sources, in order of first appearance.
-    """
-    y = np.asarray(scores, dtype=float)
-    if y.shape[-1] != len(sources):
-        raise StatisticsError(
-            f"average_sources: {len(sources)} sources for {y.shape[-1]} tasks; give one for each task"
-        )
-    names = tuple(dict.fromkeys(sources))
-    labels = np.asarray(sources)
-    return np.stack([y[..., labels == name].mean(axis=-1) for name in names], axis=-1), names
-
-
 def _contrast(
     arms: list[Array], coefficients: tuple[float, ...], others: list[Array], types: TaskTypes, level: float,
     elsewhere: ArrayLike | None = None, agree: float = AGREE,

@@ -68,6 +68,26 @@ def finite_array(values: ArrayLike, name: str, *axes: str, least: int = 1) -> Ar
     return array
 
 
+def average_sources(scores: ArrayLike, sources: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
+    """Mean over the tasks of each source: tasks made from one source are not independent (STS12 to STS16).
+
+    Args:
+        scores: (..., tasks).
+        sources: (tasks,) the source of each task.
+
+    Returns:
+        (..., sources) and the names of the sources, in order of first appearance.
+    """
+    y = np.asarray(scores, dtype=float)
+    if y.shape[-1] != len(sources):
+        raise StatisticsError(
+            f"average_sources: {len(sources)} sources for {y.shape[-1]} tasks; give one for each task"
+        )
+    names = tuple(dict.fromkeys(sources))
+    labels = np.asarray(sources)
+    return np.stack([y[..., labels == name].mean(axis=-1) for name in names], axis=-1), names
+
+
 def signed_rank(differences: ArrayLike) -> float:
     """Two-sided exact p of Wilcoxon's signed-rank test, by enumeration of all sign patterns (Wilcoxon 1945).
 
