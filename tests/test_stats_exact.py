@@ -11,6 +11,7 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from poolwise.errors import StatisticsError
 from poolwise.stats.exact import (
+    average_sources,
     hodges_lehmann,
     largest_rejected_sum,
     mcnemar,
@@ -204,3 +205,18 @@ def test_differences_are_ranked_after_six_decimals():
     """With a tie at .1 three of eight sign patterns are as extreme as the negative one, without it two."""
     assert signed_rank([0.2, 0.1000004, -0.1]) == 0.75
     assert signed_rank([0.2, 0.100002, -0.1]) == 0.5
+
+
+def test_tasks_of_one_source_are_averaged():
+    means, names = average_sources([[1, 2, 30, 5], [3, 4, 50, 7]], ["sts", "sts", "cisi", "sts"])
+    assert names == ("sts", "cisi")
+    assert means == pytest.approx(np.array([[8 / 3, 30], [14 / 3, 50]]))
+    for scores in ([[1, 2]], np.ones((3, 4, 2))):
+        with pytest.raises(StatisticsError, match="1 sources for 2 tasks"):
+            average_sources(scores, ["x"])
+
+
+@pytest.mark.parametrize("level", [-0.5, 0.0, 1.0, 1.5])
+def test_the_level_of_an_interval_lies_between_0_and_1(level):
+    with pytest.raises(StatisticsError, match="lies between 0 and 1"):
+        hodges_lehmann([1.0, 2.0, 3.0], level)

@@ -149,6 +149,8 @@ def test_one_new_task(two_arms):
     assert new.chance == pytest.approx(student.cdf(5 * quantile / half, 3))
     same = one_new_task(crossed([[1, 2], [1, 2]], [[3, 4], [3, 4]]), 1.0)
     assert (same.low, same.high, same.chance) == (2, 2, 1)
+    certain = crossed(np.zeros((2, 2)), np.full((2, 2), 0.25))  # without any variance the chance is 0 or 1
+    assert [one_new_task(certain, margin).chance for margin in (0.2, 0.25)] == [1, 0]
 
 
 def test_the_tipping_point_has_the_unit_of_the_scores():
@@ -225,6 +227,8 @@ def test_a_contrast_has_the_designs_without_a_coefficient_as_its_pool():
     found, expected = contrast(study, [-1, 0, 1, 0]), crossed(study[0], study[2], [study[1], study[3]])
     assert (found.p_value, found.scope, found.designs) == (expected.p_value, expected.scope, expected.designs)
     assert (found.scope, found.designs) == ("pooled over the study", 4)
+    rounded = contrast(study, [-1e6, 0, 1e6 + 1e-4, 0])  # their sum is 0 but for rounding
+    assert rounded.p_value == pytest.approx(expected.p_value, abs=1e-6)
 
 
 # Planning

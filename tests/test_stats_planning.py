@@ -15,7 +15,6 @@ from poolwise.stats.crossed import (
     planned_detectable_effect,
     seeds_to_settle,
 )
-from poolwise.stats.exact import average_sources
 
 
 def scores(rng, designs=5, seeds=3, tasks=10, run_sd=0.004, het=0.0, noise=0.004):
@@ -104,10 +103,9 @@ def test_one_seed_edges():
             one_seed(*arguments)
 
 
-def test_tasks_of_one_source_are_averaged():
-    means, names = average_sources([[1, 2, 30, 5], [3, 4, 50, 7]], ["sts", "sts", "cisi", "sts"])
-    assert names == ("sts", "cisi")
-    assert means == pytest.approx(np.array([[8 / 3, 30], [14 / 3, 50]]))
-    for scores in ([[1, 2]], np.ones((3, 4, 2))):
-        with pytest.raises(StatisticsError, match="1 sources for 2 tasks"):
-            average_sources(scores, ["x"])
+def test_two_designs_have_no_study_to_pool():
+    """However many seeds, and whatever other groups of tasks show."""
+    seeds, sizes = 12, (8, 0.2, 0.3, 0.3)
+    alone = planned_detectable_effect(seeds, *sizes, designs=2)
+    assert planned_detectable_effect(seeds, *sizes, designs=2, measured=True) == alone
+    assert planned_detectable_effect(seeds, *sizes, designs=8) < alone
