@@ -256,7 +256,7 @@ def alarms_table() -> str:
 
 def readme_compare() -> str:
     """A command of README with the first lines of its output."""
-    command = "poolwise compare results/smollm2-h200/study.toml --task SciFact"
+    command = "poolwise compare results/smollm2-h200/study.toml --task Cranfield"
     program = "from poolwise.cli import main; main()"
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
     run = [sys.executable, "-c", program, *command.split()[1:]]
@@ -344,7 +344,7 @@ def claims() -> dict[str, list[str]]:
     ]
     share = f"{count(len(shown()), 'contrast')} of {len(differences())}"
     least = f"no difference below {points(min(detectable('STS', design) for design in DESIGNS[1:]), 1)} points"
-    assert all(each.p_holm > 0.05 for (task, _), each in differences().items() if task == "SciFact")
+    assert [(each.where, each.design) for each in shown()] == [("Cranfield", "m4"), ("Cranfield", "m5")]
     largest = number(PAPER["m5", "STS"])
     mean = f"their mean is {run_effect} points"
     page = [*found, share, least, f"{largest} points", mean, f"the best is {number(above, 1)} points"]

@@ -11,7 +11,7 @@ import pytest
 
 from poolwise import stats
 from poolwise.errors import StatisticsError
-from poolwise.reports.words import answer, number, points, probability, sentences, strongest, summary
+from poolwise.reports.words import answer, contender, number, points, probability, sentences, summary
 from poolwise.verdicts.comparison import Comparison, compare
 from poolwise.verdicts.contrasts import run_squares
 from poolwise.verdicts.findings import JSON_FIELDS, Findings
@@ -351,10 +351,10 @@ def test_a_table_that_says_what_each_row_is(tmp_path):
     assert {row.design for row in findings.rows} == {"m2"}
 
 
-def test_the_strongest_contrast_answers_for_its_group():
-    """The best design if one is better, else the largest difference; without power, which the full sentence has."""
+def test_the_best_of_the_compared_designs_answers_for_its_group():
+    """The best design if one is better, else the one furthest up; without power, which the full sentence has."""
     c = found(study({"m1": 0, "up": 0.02, "down": -0.05}, types={"R": 12}, run_sd=0.0003), "m1")
-    assert answer(c, strongest(c, "R")).startswith("On R, up scores ")
-    nothing = found(study({"m1": 0, "m2": 0.0, "m3": 0.03}, types={"R": 4}, run_sd=0.02), "m1", margin=1e-6)
-    assert answer(nothing, strongest(nothing, "R")).startswith("On R, m3 against m1 is inconclusive: ")
-    assert "would be detected" not in answer(nothing, strongest(nothing, "R"))
+    assert answer(c, contender(c, "R")).startswith("On R, up scores ")
+    nothing = found(study({"m1": 0, "m2": -0.05, "m3": 0.03}, types={"R": 4}, run_sd=0.02), "m1", margin=1e-6)
+    assert answer(nothing, contender(nothing, "R")).startswith("On R, m3 against m1 is inconclusive: ")
+    assert "would be detected" not in answer(nothing, contender(nothing, "R"))

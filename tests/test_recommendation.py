@@ -107,8 +107,11 @@ def test_below_tfidf_nothing_is_recommended():
 
 
 def test_a_reference_within_the_family_is_not_recommended():
-    c = compared(study({"m1": 0, "m2": 0.01, "bm25": 0.05}, types=KINDS), "m1")
+    """Nor is a design that it leaves behind; of several references the one furthest above is named."""
+    c = compared(study({"m1": 0, "m2": 0.01, "bm25": 0.0}, types=KINDS), "m1")
     assert c.recommendations[0].design == "m2"
+    above = compared(study({"m1": 0, "m2": 0.01, "tfidf": 0.03, "bm25": 0.05}, types=KINDS), "m1").recommendations[0]
+    assert (above.design, above.reference) == (None, "bm25")
 
 
 @pytest.mark.parametrize("baseline", ["m1", "m2"])

@@ -20,6 +20,7 @@ from poolwise.reports import layers as layer_report
 from poolwise.reports.words import (
     FEW_DESIGNS,
     answer,
+    contender,
     count,
     group_words,
     interval,
@@ -29,7 +30,6 @@ from poolwise.reports.words import (
     outcome,
     points,
     sentences,
-    strongest,
     summary,
 )
 from poolwise.verdicts.arms import FEW_SOURCES
@@ -68,42 +68,42 @@ def _with_contents(html: str) -> str:
 
 
 def at_a_glance(findings: Findings) -> tables.Table:
-    """A row for each group: the winner, the contrast that decides it, what that design costs, and what a contrast
-    that is still open lacks."""
+    """A row for each group: the winner, the best design that is compared, what it costs, what its contrast lacks if it
+    is open, and the designs shown to be worse."""
     costs = encode_flops(findings.costs)
-    own = costs.get(findings.baseline)
+    own, base = costs.get(findings.baseline), findings.baseline
+    worse = {
+        group: [r.design for r in findings.rows if r.group == group and r.verdict and outcome(findings, r) == "worse"]
+        for group in findings.groups
+    }
 
     def cells(group: str) -> tables.Cells:
-        row = strongest(findings, group)
+        row = contender(findings, group)
         shown, word = row.verdict or row, outcome(findings, row)
         price = f"× {number(costs[row.design] / own)}" if own and row.design in costs else "–"
         words = {"better": row.design, "equivalent": "equal", "withheld": "withheld"} if row.verdict else {}
         winner = words.get(word, "no winner")  # single runs have none, whatever their checkpoints show
-        span = interval(shown.ci_low, shown.ci_high)
-        return (
-            group, winner, f"{row.design} {points(shown.difference, 2, True)}", span, price, _needed(findings, row),
-        )  # fmt: skip
+        best = f"{row.design} {points(shown.difference, 2, True)}"
+        found = (group, winner, best, interval(shown.ci_low, shown.ci_high), price, _needed(findings, row))
+        return (*found, ", ".join(worse[group]) or "–") if any(worse.values()) else found
 
-    base = findings.baseline
     columns = (
         "Tasks",
         "Winner",
-        f"Largest gap to {base}",
+        f"Best against {base}",
         "Interval" if findings.interim else f"{findings.percent} % interval",
         "Encoding",
         "Needed to decide",
+        *([f"Worse than {base}"] if any(worse.values()) else ()),
     )
     rows = tuple(cells(group) for group in findings.groups)
     note = (
         f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}; the interval is "
-        f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: what the contrast lacks for a "
-        "verdict."
+        f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: the seeds of each design, in all, "
+        "that would find a difference as large as the one found (80 % power), or one of "
+        f"{points(findings.margin, 1)} points where the interval includes 0. The effect of a run is uncertain, so it is "
+        "a range: take its end."
     )
-    if any(row[-1][0].isdigit() for row in rows):
-        note += (
-            " With so many seeds of each design a true difference as large as the gap would be found with 80 % power, "
-            f"or one of {points(findings.margin, 1)} points where the interval includes 0."
-        )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
     return tables.Table("At a glance", columns, (("", rows),), note, 2)
@@ -115,18 +115,22 @@ def _needed(findings: Findings, row: Row) -> str:
     if findings.interim:
         return "the missing runs"
     if word in ("better", "worse", "equivalent") and verdict:
-        return "decided" if word == "better" else f"decided: {row.design} is {word}"
-    if min(findings.seeds[row.design], findings.seeds[row.baseline]) < 2:
+        return "decided"
+    runs = [len(findings.arm(row.group, name).seeds) for name in (row.design, row.baseline)]
+    if min(runs) < 2:
         return "two seeds or more"
     arm = findings.arm(row.group, row.baseline)
     if arm.by_source.shape[1] < FEW_SOURCES:
         return f"tasks from {FEW_SOURCES} sources"
     if verdict is None or verdict.settle_low is None:
-        return "more items" if arm.unit != "task" else "more tasks"
+        by_runs = verdict and verdict.by_runs
+        return "over 50 seeds" if by_runs else "more items" if arm.unit != "task" else "more tasks"
     fewest, most = verdict.settle_low, verdict.settle_high
-    return (
-        count(fewest, "seed") if fewest == most else f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"
-    )
+    if most is None:
+        return f"{fewest} seeds or more" if fewest > max(runs) else f"more than {max(runs)} seeds"
+    if fewest == most:
+        return count(most, "seed")
+    return f"{fewest} to {most} seeds" if fewest > max(runs) else f"up to {most} seeds"
 
 
 def with_references(means: tables.Table, findings: Findings) -> tables.Table:
@@ -288,7 +292,7 @@ def _facts(info: Mapping[str, Any], frame: pl.DataFrame, findings: Findings) -> 
     answers = [
         {
             "group": group,
-            "evidence": answer(findings, strongest(findings, group)),
+            "evidence": answer(findings, contender(findings, group)),
             "advice": [text[group] for text in (recommendations, predicted) if group in text],
         }
         for group in findings.groups

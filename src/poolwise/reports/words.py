@@ -130,13 +130,12 @@ def outcome(comparison: Comparison, row: Row) -> str:
     return "better" if row.difference > 0 else "worse"
 
 
-def strongest(comparison: Comparison, group: str) -> Row:
-    """The contrast that answers for a group: the best design if one is better, else the largest difference."""
+def contender(comparison: Comparison, group: str) -> Row:
+    """The contrast that answers for a group: of the designs shown to be better, if any, or of all the one that is
+    furthest above the baseline, or least below it."""
     rows = [row for row in comparison.rows if row.group == group]
     better = [row for row in rows if outcome(comparison, row) == "better"]
-    if better:
-        return max(better, key=lambda row: (row.verdict or row).difference)
-    return max(rows, key=lambda row: abs((row.verdict or row).difference))
+    return max(better or rows, key=lambda row: (row.verdict or row).difference)
 
 
 def sentences(findings: Findings, base: str | None = None) -> list[str]:

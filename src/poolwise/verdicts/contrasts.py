@@ -56,8 +56,9 @@ class Verdict:
     `difference` is the mean over runs and sources, with its interval at 1 − alpha (95 %); `equivalence_low/high` is the
     interval at 1 − 2 alpha (90 %), which lies inside ±margin exactly when the two one-sided tests (`p_equivalence`)
     show that the designs are equivalent.
-    `run_sd` is the sd of the effect of one run on the mean over tasks, with its own interval. `detectable` is the true
-    difference that these runs and tasks detect with 80 % power after correction for the family (its first step).
+    `se` is its standard error, `run_sd` the sd of the effect of one run on the mean over tasks, with its own interval.
+    `detectable` is the true difference that these runs and tasks detect with 80 % power after correction for the family
+    (its first step).
     `settle_low` to `settle_high` seeds per design would detect a true difference of `settle_for`, if the contrast is
     open: a range, as the run effect is uncertain; None: no number up to 50 would, it takes more tasks. `settle_for` is
     the margin, or the difference found where only the correction stands between it and a verdict.
@@ -75,6 +76,7 @@ class Verdict:
     ci_low: float
     ci_high: float
     p_value: float
+    se: float
     run_sd: float
     run_sd_low: float
     run_sd_high: float
@@ -93,6 +95,11 @@ class Verdict:
     missing_sources: int = 0
     p_holm: float | None = None
     verdict: str = "none"
+
+    @property
+    def by_runs(self) -> bool:
+        """Whether runs, not tasks or items, make most of the variance of the difference."""
+        return self.run_sd**2 * (1 / self.seeds + 1 / self.baseline_seeds) > self.se**2 / 2
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,7 @@ def _described(result: Crossed, base: Arm, arm: Arm, tasks: int, rules: Rules) -
     return Verdict(
         seeds=len(arm.seeds), baseline_seeds=len(base.seeds), tasks=tasks, sources=result.tasks,
         difference=result.difference, ci_low=result.ci_low, ci_high=result.ci_high, p_value=result.p_value,
-        run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
+        se=result.se, run_sd=result.run_sd, run_sd_low=result.run_sd_low, run_sd_high=result.run_sd_high,
         scope=result.scope, note=result.note,
         detectable=stats.minimum_detectable_effect(strictest),
         equivalence_low=same.ci_low, equivalence_high=same.ci_high, p_equivalence=same.p_value,

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from poolwise.study.design import Design
 
-LEXICAL_FLOOR = ("tfidf", "tfidf_chars")
-LEXICAL = (*LEXICAL_FLOOR, "bm25")
+LEXICAL = ("tfidf", "tfidf_chars", "bm25")
 BETTER, CHEAPEST, BASELINE, BELOW, NONE = "better", "cheapest", "baseline", "below_reference", "none"
 SAME_COST = 0.005
 """Encode costs that differ by a smaller share are equal: it is far below what a clock would show."""
@@ -316,19 +315,21 @@ def _candidates(comparison: Comparison) -> list[str]:
 
 
 def _below_reference(comparison: Comparison, group: str) -> tuple[str, float, float] | None:
-    """(reference, its mean, the best design's mean) if TF-IDF beats every design on the tasks that both have, by more
-    than the margin: it is not tested, and a smaller difference does not matter."""
+    """(reference, its mean, the best design's mean) if TF-IDF or BM25 beats every design on the tasks of both, by more
+    than the margin: it is not tested, and a smaller difference does not matter. Of several, that furthest above.
+    """
     arms = {arm.design: arm for arm in comparison.arms if arm.group == group}
     designs = [arms[name] for name in _candidates(comparison)]
-    for name in LEXICAL_FLOOR:
+    found = []
+    for name in LEXICAL:
         floor = arms.get(name)
         known = set(floor.tasks) if floor else set()
         shared = [task for task in designs[0].tasks if task in known]
         if floor and shared:
             best = max(arm.on(shared).mean for arm in designs)
             if best + comparison.margin < floor.on(shared).mean:
-                return name, floor.on(shared).mean, best
-    return None
+                found.append((name, floor.on(shared).mean, best))
+    return max(found, key=lambda each: each[1] - each[2], default=None)
 
 
 def _leave_one_source_out(
