@@ -112,6 +112,13 @@ def test_the_four_answers(mean: float, spread: float, expected: str) -> None:
         assert (1.96 + 0.8416) * error == pytest.approx(0.01, rel=0.05)
 
 
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_handful_of_queries_is_no_ground_for_an_answer(n: int) -> None:
+    (found,) = answers(lines(np.linspace(-0.2, -0.1, n)), 0.01)
+    assert (found.answer, found.more) == (OPEN, 10 - n)
+    assert answers(lines(np.linspace(-0.2, -0.1, 10)), 0.01)[0].answer == STAY
+
+
 def test_holm_spans_the_challengers_and_the_best_that_is_better_is_taken() -> None:
     values = np.random.default_rng(0).normal(0.02, 0.1, 100).clip(-0.5, 0.5)
     one, three = answers(lines(values), 0.01)[0], answers(lines(values, others=3), 0.01)

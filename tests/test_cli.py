@@ -346,3 +346,17 @@ def test_in_a_process_of_its_own(here: Path) -> None:
     done = program("--version", cwd=here)
     assert (done.returncode, done.stdout) == (0, f"poolwise {poolwise.__version__}\n")
     assert program("compare", cwd=here).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--task", "t", "--all-pairs"), "neither --by, --all-pairs"),
+        (("--task", "t", "--leaderboard"), "neither --by, --all-pairs"),
+        (("--task", "t", "--by", "all"), "neither --by, --all-pairs"),
+        (("--task", ""), "--task is empty"),
+        (("--baseline", " "), "--baseline is empty"),
+    ],
+)
+def test_compare_ignores_no_option(options: tuple[str, ...], words: str, here: Path, invoke: Invoke) -> None:
+    assert words in refused(invoke, here, "compare", "scores.csv", *options)

@@ -36,3 +36,4 @@ def test_what_a_seed_does_to_all_designs_alike_is_no_alarm_of_the_aa_arm() -> No
     """It cancels between designs, not between the baseline and its repetition under other seeds. With the variance of
     the designs' contrasts alone 5 of these 20 studies raise the alarm."""
     assert alarms() <= 2
+    assert noise_bands(compare(table(with_an_aa_arm(0)), "m2")) == ()  # it repeats m1, not m2

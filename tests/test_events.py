@@ -97,6 +97,9 @@ def test_status_warns_of_an_edited_study(
     assert "warning: the study changed under the run" in found.err
     assert "recipe.steps was 6 and is now 8" in found.err
     assert {row["state"] for row in json.loads(found.out)} == {"done"}
+    for command in ("compare", "report"):  # they would state a recipe that nothing ran with
+        assert poolwise(monkeypatch, command, str(path)) == 2
+        assert "recipe.steps was 6 and is now 8" in capsys.readouterr().err
 
 
 def test_the_log_of_a_failed_trial_is_named(

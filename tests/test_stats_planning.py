@@ -110,3 +110,14 @@ def test_two_designs_have_no_study_to_pool():
         alone = planned_detectable_effect(seeds, *sizes, designs=2)
         assert planned_detectable_effect(seeds, *sizes, designs=2, measured=True) == alone
         assert planned_detectable_effect(seeds, *sizes, designs=8, measured=True) < alone
+
+
+def test_runs_that_happen_to_agree_do_not_make_small_differences_detectable():
+    """The next study's runs will differ by noise at least, so it takes what a plan without a run effect takes."""
+    rng = np.random.default_rng(5)
+    arms = [rng.normal(0, 0.02, (2, 400)) for _ in range(2)]
+    lucky = [arm - arm.mean(axis=1, keepdims=True) + np.array([[0.0], [1e-5]]) for arm in arms]
+    result = crossed(*lucky)
+    planned = planned_detectable_effect(2, 400, 0, result.noise_sd, result.task_sd)
+    assert minimum_detectable_effect(result) == pytest.approx(planned, rel=0.02)
+    assert result.null.detectable(result.critical, 0.8) < 0.8 * planned

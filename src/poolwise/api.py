@@ -39,6 +39,7 @@ def scores(source: Study | str | Path, choice: Choice = Choice()) -> tuple[Study
         source = layout.open_study(source)
     if not isinstance(source, Study):
         return None, readers.read(source, choice)
+    layout.guard(source)
     if choice != Choice():
         raise StatisticsError("a study declares its splits, subsets and tasks: choose among those of published results")
     return source, Scores(results(source))

@@ -207,7 +207,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Test the differences between designs, by task type; with --task or --qrels, item by item on one data set."""
+    for option, value in (("--task", task), ("--baseline", baseline)):
+        if value is not None and not value.strip():
+            raise PoolwiseError(f"{option} is empty: name one, or leave the option out")
     if task or qrels:
+        if pairs or leaderboard or run_sd is not None or run_df is not None or by != "task_type":
+            raise PoolwiseError(
+                "--task and --qrels compare systems two by two on one data set: they take neither --by, --all-pairs, "
+                "--leaderboard, --run-sd nor --run-df"
+            )
         names = {"task": task, "design": design, "baseline": baseline}
         _compare_items(sources, as_json, missing or "error", qrels, metric, base, **names)
         return

@@ -15,7 +15,7 @@ from poolwise.reports import plots
 from poolwise.reports.pages import page
 from poolwise.reports.tables import Cells, Table
 from poolwise.reports.words import above_or_below, count, decimals, interval, magnitude, number, points, probability
-from poolwise.verdicts.items import OPEN, SAME, SWITCH
+from poolwise.verdicts.items import FEWEST, OPEN, SAME, SWITCH
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,6 +62,8 @@ def sentence(result: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
             return f"No difference: {base} and {design} score alike on all {answer['n']:,} {noun}."
         inner = interval(answer["inner_low"], answer["inner_high"], digits)
         return f"No difference: the 90 % interval, {inner} points, lies within ±{points(margin, 1)} ({evidence})."
+    if answer["n"] < FEWEST:
+        return f"Not enough {noun}: {answer['n']} of them tell nothing that holds for others; give {FEWEST} or more."
     if answer["answer"] == OPEN:
         about = f"about {two_digits(answer['more']):,} more would settle" if answer["more"] else ""
         more = about or f"no number of {noun} would settle"

@@ -100,9 +100,8 @@ def at_a_glance(findings: Findings) -> tables.Table:
     note = (
         f"Points. Winner: better than {base} after Holm over {count(findings.family, 'contrast')}; the interval is "
         f"that of the one contrast. Encoding: FLOPs over {base}’s. Needed to decide: the seeds of each design, in all, "
-        "that would find a difference as large as the one found (80 % power), or one of "
-        f"{points(findings.margin, 1)} points where the interval includes 0. The effect of a run is uncertain, so it is "
-        "a range: take its end."
+        "that would find a difference as large as the one found (80 % power), or where the interval includes 0 one of "
+        f"{points(findings.margin, 1)} points. The effect of a run is uncertain, so it is a range: take its end."
     )
     if any(row.verdict is None for row in findings.rows):
         note += " Where designs cannot be tested, gap and interval are those of the checkpoints."

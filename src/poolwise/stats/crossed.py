@@ -188,9 +188,16 @@ def contrast(
 def minimum_detectable_effect(result: Crossed) -> float:
     """The true difference that a study with these variances, runs and tasks detects with probability `POWER`.
 
-    result: of `crossed`; its variances are taken as true, its `critical` value decides.
+    result: of `crossed`; its variances are taken as true, its `critical` value decides. Where the runs happen to differ
+    by less than noise alone would make them differ, another study's runs will not: its critical value is larger.
     """
-    return 0.0 if result.null is None else result.null.detectable(result.critical, POWER)
+    if result.null is None:
+        return 0.0
+    squares = result.mean_squares
+    if sum(squares.runs) >= squares.error:
+        return result.null.detectable(result.critical, POWER)
+    expected = null_distribution(squares.truncated())
+    return expected.detectable(max(result.critical, expected.critical(result.level)), POWER)
 
 
 def equivalence(result: Crossed, margin: float, alpha: float = 0.05) -> Equivalence:

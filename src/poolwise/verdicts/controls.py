@@ -92,7 +92,7 @@ class Rung:
 
 
 def noise_bands(comparison: Comparison) -> tuple[Band, ...]:
-    """The band of each A/A arm.
+    """The band of each A/A arm; none if the arm repeats another design than the one that all are compared with.
 
     With as many runs as the designs an arm is tested as one of them, with the others lending their runs: three runs of
     its own measure the run effect so badly that p far below .05 comes out too small (`results/aa.md`). See `_as_design`
@@ -101,7 +101,8 @@ def noise_bands(comparison: Comparison) -> tuple[Band, ...]:
     bands = []
     for design in (name for name, role in comparison.roles if role == "aa"):
         arms = [arm for arm in comparison.arms if arm.design == design]
-        if not arms:
+        repeated = design.removesuffix("-aa")
+        if not arms or (repeated in comparison.designs and repeated != comparison.baseline):
             continue
         bases = {arm.group: comparison.arm(arm.group, comparison.baseline).on(arm.tasks) for arm in arms}
         tests = {arm.group: _as_design(comparison, arm, bases[arm.group]) for arm in arms}
