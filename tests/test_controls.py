@@ -37,3 +37,14 @@ def test_what_a_seed_does_to_all_designs_alike_is_no_alarm_of_the_aa_arm() -> No
     the designs' contrasts alone 5 of these 20 studies raise the alarm."""
     assert alarms() <= 2
     assert noise_bands(compare(table(with_an_aa_arm(0)), "m2")) == ()  # it repeats m1, not m2
+
+
+def test_an_aa_arm_with_the_seeds_of_the_designs_is_tested_with_their_runs_alone() -> None:
+    """Under other seeds the two arms alone must agree, and the larger p counts."""
+    bands = []
+    for first in (0, 1000):
+        scores = [row | {"seed": row["seed"] % 1000 + first * (row["role"] == "aa")} for row in with_an_aa_arm(1)]
+        bands += noise_bands(compare(table(scores), "m1"))
+    same, other = (dict(band.p_holm) for band in bands)
+    assert all(same[group] <= other[group] for group in same)
+    assert same != other

@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 from sklearn.metrics import average_precision_score
 
-from poolwise import api
+from poolwise import api, stats
 from poolwise.reports.secondary import advice
 from poolwise.reports.words import interval, sentences, summary
 from poolwise.runs.run import run
 from poolwise.stats.resample import average_precision_parts
+from poolwise.stats.variance import TaskTypes, run_mean_square
 from poolwise.study.study import Study
 from poolwise.verdicts import table
 from poolwise.verdicts.findings import Findings
@@ -115,11 +116,13 @@ def test_the_verdict_agrees_with_the_comparison_of_one_task_in_full(desk: Study,
     assert (verdict.difference, verdict.p_value) == pytest.approx((over_runs.difference, over_runs.p_value))
 
 
-def items(shift: float, seeds: int = 3, task: str = "faq", kind: str = "Retrieval", **more: object) -> list[dict]:
-    """Main scores and 40 queries of designs a and b, b higher by `shift`."""
+def items(
+    shift: float, seeds: int = 3, task: str = "faq", kind: str = "Retrieval", designs: str = "ab", **more: object
+) -> list[dict]:
+    """Main scores and 40 queries of designs a and b (and others, equal to a), b higher by `shift`."""
     rng, rows = np.random.default_rng(0), []
     base = rng.uniform(0.2, 0.8, 40)
-    for design in "ab":
+    for design in designs:
         for seed in range(seeds):
             scores = (base + rng.normal(0, 0.05, 40) + shift * (design == "b")).clip(0, 1)
             row = {"design": design, "seed": seed, "task": task, "task_type": kind, "metric": "ndcg_at_10", **more}
@@ -174,6 +177,18 @@ def test_a_task_named_like_a_task_type_stays_by_itself() -> None:
     assert c.groups == ("STS", "STS (single task)")
     assert c.row("STS (single task)", "b").verdict.verdict == "better"
     assert c.row("STS", "b").verdict.tasks == 6
+
+
+def test_what_runs_do_on_other_tasks_says_nothing_about_an_own_task() -> None:
+    several = of_tasks({"a": 0, "b": 0.0, "c": 0.0}, types={"STS": 6, "R": 8})
+    own = table.table(items(0.02, designs="abc", task_identity="sha256:1"))
+    c = compared(pl.concat([own, several], how="diagonal_relaxed"), "a")
+    a, b, lent = (c.arm("faq", name).by_source for name in "abc")
+    found = c.row("faq", "b").verdict
+    assert found.p_value == stats.crossed(a, b, pool=[lent]).p_value
+    known = [[run_mean_square(c.arm(kind, name).by_source, TaskTypes.one(n)) for name in "abc"]
+             for kind, n in (("STS", 6), ("R", 8))]  # fmt: skip
+    assert found.p_value != stats.crossed(a, b, pool=[lent], elsewhere=known).p_value
 
 
 def test_five_own_tasks_of_a_type_are_compared_over_tasks_as_well() -> None:

@@ -119,8 +119,8 @@ def test_single_runs_recommend_nothing_whichever_is_the_baseline(baseline):
     one_run = study({"m1": 0, "m2": 0.02}, seeds=1, types={"R": 10})
     c = compared(one_run, baseline, costs={"m1": 1.0, "m2": 2.0})
     found = c.recommendations[0]
-    assert (found.design, found.basis, found.judged, found.stays, found.expected_regret) == (
-        None, "none", False, None, None,
+    assert (found.design, found.basis, found.judged, found.folds, found.stays, found.expected_regret) == (
+        None, "none", False, 0, None, None,
     )  # fmt: skip
     assert advice(c, found) == (
         "No choice from this: its designs were run once; if you deploy these very checkpoints, m2 scored above m1."

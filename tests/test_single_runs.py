@@ -139,6 +139,8 @@ def test_a_claim_under_a_foreign_run_effect_is_withheld_too():
     given = c.rows[0].given
     assert (given.verdict, given.missing_sources) == ("withheld", 1)
     assert "withheld: 4 sources, a verdict takes 5" in sentences(c)[0]
+    two = found(one_run({"t0": 0.05, "t1": 0.04}, "R"), "a", run_sd=0.001, run_df=50).rows[0].given
+    assert (two.sources, two.verdict) == (2, "inconclusive")
 
 
 def test_one_further_task_varies_more_than_the_mean():
