@@ -110,6 +110,12 @@ def mean(path: Path, judged: Path, metric: str = "ndcg_at_10") -> float:
     return frame.filter(pl.col("item_id").is_null())["score"].item()
 
 
+def test_judgements_in_a_file_without_an_ending_may_have_a_header(tmp_path):
+    judged = qrels(tmp_path / "qrels", {"q1": "d1", "q2": "d2"})
+    found = run_file(tmp_path / "a.run", {"q1": [("d1", 2.0)], "q2": [("d1", 2.0), ("d2", 1.0)]})
+    assert mean(found, judged) == pytest.approx((1 + 1 / math.log2(3)) / 2)
+
+
 def test_ids_with_blanks_are_read_from_tab_separated_files(tmp_path):
     """Titles as ids: a finds each at rank 1, b at rank 2, which is 1 / log2(3); with blanks alone they are refused."""
     documents = [(f"Old Harbour {i}", f"Old Harbour {i + 1}") for i in range(6)]
