@@ -373,6 +373,10 @@ def print_notes(console: Console, notes: Sequence[str], details: bool) -> None:
         console.print(Text("--details lists every case behind these notes.", "dim"))
 
 
+LONG = 40
+"""Contrasts above which the answer is printed again at the end, since it has left the screen by then."""
+
+
 def show_findings(findings: Findings, details: bool = False) -> None:
     """Print a comparison: warnings, the answer, recommendations, the tables, sentences on other analyses, notes; with
     `details` the cases behind each note."""
@@ -415,6 +419,8 @@ def show_findings(findings: Findings, details: bool = False) -> None:
         console.print(Text(sentence))
     budgets = findings.budgets.notes if findings.budgets else ()
     print_notes(console, (*findings.notes, *budgets, *findings.excluded), details)
+    if answer and len(findings.rows) > LONG:
+        console.print(Text(answer, "bold"))
 
 
 def show_end(info: Mapping[str, Any], findings: Findings) -> None:
