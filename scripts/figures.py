@@ -10,6 +10,7 @@ their pseudo-values of Spearman's correlation (`poolwise.verdicts.arms`), whose 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -183,6 +184,21 @@ def h200_paper() -> str:
     return table(head, rows, 1)
 
 
+def h200_repeat() -> str:
+    """The first training of m1 again on a CPU (`one-trial.toml`): its scores beside those of the three on the H200."""
+    again = json.loads((H200 / "one-trial.json").read_text(encoding="utf-8"))["scores"]
+    columns = {
+        **{task: (task,) for task in TASKS if task in again},
+        **({"STS (6)": STS} if {*STS} <= again.keys() else {}),
+    }
+    rows = []
+    for name, tasks in columns.items():
+        runs, here = run_means(H200.name, "m1", tasks), 100 * fmean(again[task] for task in tasks)
+        first, spread = runs[0], float(np.std(runs, ddof=1))
+        rows.append([name, number(first, 1), number(here, 1), number(here - first, 1, True), number(spread, 1)])
+    return table(["", "H200, seed 0", "CPU, seed 0", "difference", "sd of m1's runs"], rows)
+
+
 def shared_real() -> str:
     groups = {"Classification": 3, "Clustering": 2, "PairClassification": 1, "Reranking": 1, "Retrieval": 4, "STS": 6}
     names = [*DESIGNS, *(f"{design}-untuned" for design in DESIGNS), "tfidf", "bm25"]
@@ -297,6 +313,7 @@ BLOCKS = {
     "h200-differences": h200_differences,
     "h200-paper": h200_paper,
     "h200-data": lambda: data_table(H200.name, {task: items(task, "m1").shape[1] for task in TASKS}),
+    "h200-repeat": h200_repeat,
     "h200-seconds": lambda: seconds_table(dict.fromkeys(DESIGNS, H200.name)),
     "shared-real": shared_real,
     "stsb-nano": stsb_nano,
