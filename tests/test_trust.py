@@ -94,6 +94,8 @@ def test_reading_verbs_import_no_code(tmp_path: Path, monkeypatch: pytest.Monkey
         '[[designs]]\npreset = "m1"\n[[designs]]\nname = "m2"\nattention = "causal"\npooling = "evil_module:Evil"\n'
     )
     (tmp_path / "s.toml").write_text(text + listed)
+    started = tmp_path / "out" / layout.STUDY
+    write_json(started, {**parse_json(started.read_text()), "recipe": {"steps": 10}})
     scored(layout.open_study(tmp_path / "s.toml"), 3)
     grid = '[[designs]]\npreset = "m1"\n[grid]\npooling = ["evil_module:Evil"]\nattention = ["causal"]\nwidth = [3]\n'
     (tmp_path / "grid.toml").write_text(text + grid)
