@@ -373,6 +373,17 @@ def claims() -> dict[str, list[str]]:
             *(points(differences()["Cranfield", design].found.run_sd, 1) for design in ("m4", "m5"))
         ),
     ]
+    again = json.loads((H200 / "one-trial.json").read_text(encoding="utf-8"))
+    first = next(training for design, training in trainings(H200.name) if design == "m1")  # seed 0
+    assert again["order"] == first["order"]
+    ends = [(losses["1"], fmean([*losses.values()][-20:])) for losses in (again["losses"], first["losses"])]
+    page.append(
+        f"the loss of the first step is {ends[0][0]:.3f} ({ends[1][0]:.3f} on the H200), that of the last 20 steps "
+        f"{number(ends[0][1], 3)} ({number(ends[1][1], 3)})"
+    )
+    for task, score in again["scores"].items():
+        runs = run_means(H200.name, "m1", [task])
+        assert abs(100 * score - runs[0]) < np.std(runs, ddof=1), task
     report = (ROOT / "results" / "demo" / "report.md").read_text(encoding="utf-8")
     open_, gap = (
         re.search(words, report)
