@@ -121,3 +121,18 @@ def test_runs_that_happen_to_agree_do_not_make_small_differences_detectable():
     planned = planned_detectable_effect(2, 400, 0, result.noise_sd, result.task_sd)
     assert minimum_detectable_effect(result) == pytest.approx(planned, rel=0.02)
     assert result.null.detectable(result.critical, 0.8) < 0.8 * planned
+
+
+def test_the_seeds_of_a_pooled_contrast_are_planned_with_the_study_from_the_first_seed_on():
+    rng = np.random.default_rng(2)
+    arms = scores(rng, 5, 6, 12)
+    result = crossed(arms[0], arms[1], pool=arms[2:])
+    assert (result.scope, result.designs) == ("pooled over the study", 5)
+    sizes = (result.tasks, result.run_sd_high, result.noise_sd, result.task_sd)
+    effect = 1.001 * planned_detectable_effect(3, *sizes, designs=5, measured=True)
+    assert planned_detectable_effect(3, *sizes, designs=5) > effect
+    assert seeds_to_settle(result, effect)[1] == 3
+
+
+def test_a_foreign_run_effect_may_have_one_degree_of_freedom():
+    assert one_seed([0.01, 0.02, 0.03], 0.005, df_run=1).ci_high > one_seed([0.01, 0.02, 0.03], 0.005).ci_high
