@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import polars as pl
 
 from poolwise.verdicts.comparison import compare
 from poolwise.verdicts.controls import noise_bands
@@ -48,3 +49,11 @@ def test_an_aa_arm_with_the_seeds_of_the_designs_is_tested_with_their_runs_alone
     same, other = (dict(band.p_holm) for band in bands)
     assert all(same[group] <= other[group] for group in same)
     assert same != other
+
+
+def test_an_aa_arm_is_tested_from_two_sources_on() -> None:
+    scores = table(with_an_aa_arm(1))
+    for sources, tested in ((2, 3), (1, 0)):
+        few = scores.filter(pl.col("task").rank("dense").over("task_type") <= sources)
+        (band,) = noise_bands(compare(few, "m1"))
+        assert len(band.p_holm) == tested
