@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from poolwise.data.own_tasks import TaskData
-from poolwise.data.rows import clustering_sets
+from poolwise.data.rows import clustering_sets, shared_texts, untestable
 from poolwise.data.tasks import resolve_tasks, task_from_data
 from poolwise.errors import TaskError
 
@@ -403,3 +403,14 @@ def test_columns_left_unread_and_the_delimiter_are_noted(tmp_path):
         "f: test.csv: cells are separated by semicolons",
         "f: test.csv: column not read: 'who'",
     )
+
+
+def test_when_clustering_sets_are_tested() -> None:
+    """Two sets or more, of whose texts at most a tenth is in another set as well."""
+    texts = [f"text {i}" for i in range(40)]
+    apart = [{"sentences": texts[:20]}, {"sentences": texts[20:]}]
+    assert (shared_texts(apart), untestable(apart), shared_texts([])) == (0, "", 0)
+    few = [{"sentences": texts[:20]}, {"sentences": texts[19:39]}]
+    assert (shared_texts(few), untestable(few)) == (0.05, "")
+    assert untestable([{"sentences": texts[:20]}, {"sentences": texts[10:30]}])
+    assert untestable(apart[:1])
