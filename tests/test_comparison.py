@@ -283,7 +283,7 @@ GRAMMAR = {
     r"( The interval excludes 0, but not after Holm over \d+ contrasts \(p \.\d+\)\.)?"
     r" A true difference of \d*\.\d+ points would be detected with 80 % power; one of "
     r"(\.5 points|\d*\.\d+ points, as large as the one found,) would need "
-    r"(\d+( to \d+)? seeds( or more)?|more tasks, as no number of seeds up to 50 would be enough)\.",
+    r"(\d+( to \d+)? seeds( or more)?|more than 50 seeds(, or more tasks)?)\.",
 }
 
 

@@ -350,6 +350,21 @@ def test_the_report_has_one_table_first_with_a_row_for_each_group(tmp_path, full
     assert first["aria-label"] == "At a glance"
 
 
+def test_what_is_worse_and_what_runs_decide_are_in_the_first_table():
+    shifts = {"m1": 0.0, "down": -0.05, "up": 0.001}
+    findings = Findings.of(compare(study(shifts, types={"R": 12}, run_sd=0.0003), "m1"))
+    table = pages.at_a_glance(findings)
+    (row,) = table.rows
+    assert (row[1], row[2].split()[0], row[-1]) == ("equal", "up", "down")
+    assert table.columns[-1] == "Worse than m1"
+    loud = Findings.of(compare(study({"m1": 0.0, "m2": 0.0}, types={"R": 12}, run_sd=0.05), "m1"))
+    (row,) = pages.at_a_glance(loud).rows
+    assert (row[-1], loud.rows[0].verdict.by_runs) == ("over 50 seeds", True)
+    quiet = Findings.of(compare(study({"m1": 0.0, "m2": 0.0004}, types={"R": 12}, run_sd=0.0), "m1", margin=1e-5))
+    (row,) = pages.at_a_glance(quiet).rows
+    assert (row[-1], quiet.rows[0].verdict.by_runs) == ("more tasks", False)
+
+
 def test_every_section_of_the_page_is_in_its_contents(tmp_path, full):
     _, html, _ = written(tmp_path, full, INFO, COSTS, ["m1-aa"], baseline="m1")
     sections = re.findall(r'<h2 id="([^"]+)">', html)

@@ -104,7 +104,7 @@ def at_a_glance(findings: Findings) -> tables.Table:
         f"{points(findings.margin, 1)} points. The effect of a run is uncertain, so it is a range: take its end."
     )
     if any(row.verdict is None for row in findings.rows):
-        note += " Where designs cannot be tested, gap and interval are those of the checkpoints."
+        note += " Where designs cannot be tested, difference and interval are those of the checkpoints."
     return tables.Table("At a glance", columns, (("", rows),), note, 2)
 
 

@@ -249,7 +249,7 @@ def _power(comparison: Comparison, row: Row) -> str:
     if verdict is None or verdict.verdict != "inconclusive":
         return ""
     units = count(2, comparison.arm(row.group, row.design).unit).removeprefix("2 ")
-    needed = f"more {units}, as no number of seeds up to 50 would be enough"
+    needed = f"more than 50 seeds{'' if verdict.by_runs else f', or more {units}'}"
     if verdict.settle_low is not None:
         fewest, most = verdict.settle_low, verdict.settle_high
         needed = f"{fewest} to {most} seeds" if most else f"{fewest} seeds or more"

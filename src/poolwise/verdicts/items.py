@@ -285,8 +285,7 @@ def compare_items(
 SWITCH, STAY, SAME, OPEN = "switch", "stay", "no difference", "not enough"
 POWER_Z = 0.8416  # the normal quantile of 80 % power
 FEWEST = 10
-"""Items below which there is no answer: a bootstrap interval over them is far too narrow (simulated: over 1, 3 and 5
-queries it rules out a true gain of 5 points in 43, 10 and 6 % of comparisons, where 2.5 % are promised)."""
+"""With fewer items there is no answer: a percentile bootstrap is far too narrow, and over one item it has no width."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +295,8 @@ class Answer:
     `answer`: `switch` (better after Holm), `stay` (worse after Holm, or the 95 % interval rules out a gain of the
     margin), `no difference` (the 90 % interval lies within ± the margin, or all scores are equal), `not enough`
     (always with fewer than `FEWEST` items).
-    `more`: about how many more items would detect a difference of the margin with 80 % power, if it is `not enough`;
-    None if no number would, because the runs alone vary too much.
+    `more`: about how many more items would detect a difference of the margin with 80 % power, if it is `not enough`
+    (those up to `FEWEST` with fewer); None if no number would, because the runs alone vary too much.
     """
 
     answer: str
@@ -313,7 +312,7 @@ def answers(lines: Sequence[Paired], margin: float) -> tuple[Answer, ...]:
 
 def _answer(line: Paired, margin: float, family: int) -> Answer:
     if line.n < FEWEST:
-        return Answer(OPEN, line, FEWEST - line.n)  # to begin with
+        return Answer(OPEN, line, FEWEST - line.n)
     if line.difference == 0 and line.ci_low == line.ci_high == 0:
         return Answer(SAME, line)
     if line.p_holm <= 0.05:
